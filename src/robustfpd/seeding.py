@@ -1,0 +1,22 @@
+"""Random generators derived from one seed and the purpose they serve."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive(seed: int, *purpose: str | int) -> int:
+    """Return a 63-bit seed that depends on `seed` and on every word of `purpose`.
+
+    Derived seeds need no state in a checkpoint: epoch 7's noise is the same whether or not
+    epochs 0 to 6 ran in this process.
+    """
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator on `device`, seeded with `derive(seed, *purpose)`."""
+    return torch.Generator(device=device).manual_seed(derive(seed, *purpose))

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from robustfpd.config import (
+    AugmentConfig,
+    Config,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    load_run,
+    parse,
+    recipe,
+    recipe_names,
+)
+from robustfpd.data import names
+from robustfpd.errors import InputError
+
+
+def messages(*overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        recipe("digits/mini", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def sections(cls: type[Config]) -> list[type[Config]]:
+    kinds = [field.annotation for field in cls.model_fields.values()]
+    inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
+    return [cls, *(found for kind in inner for found in sections(kind))]
+
+
+def test_there_are_recipes() -> None:
+    assert "digits/mini" in recipe_names()
+    assert recipe_names() == sorted(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_parses_and_names_a_data_set(name: str) -> None:
+    run = recipe(name)
+    assert run.recipe == name
+    assert run.data.dataset == name.split("/")[0]
+    assert run.data.dataset in names()
+
+
+@pytest.mark.parametrize("section", [*sections(RunConfig), TaskConfig])
+def test_every_field_is_documented(section: type[Config]) -> None:
+    assert section.__doc__
+    assert not [name for name, field in section.model_fields.items() if not field.description]
+
+
+def test_overrides_are_yaml_values() -> None:
+    run = recipe(
+        "digits/mini",
+        [
+            "training.optimizer.lr=1e-3",
+            "training.epochs=3",
+            "training.clip=null",
+            "data.augment.flip=true",
+            "model.denoise=none",
+            "model.stages=[a, b.c]",
+            "model.small_stem=no",
+            "evaluation.eps=[0.1, 0.2]",
+            "recipe=a=b",
+        ],
+    )
+    assert (run.training.optimizer.lr, run.training.epochs, run.training.clip) == (1e-3, 3, None)
+    assert run.data.augment == AugmentConfig(flip=True)
+    assert run.model.denoise == "none"
+    assert run.model.stages == ("a", "b.c")
+    assert run.model.small_stem is False
+    assert run.evaluation.eps == (0.1, 0.2)
+    assert run.recipe == "a=b"
+
+
+def test_the_last_override_counts_and_the_others_stay() -> None:
+    run = recipe("digits/mini", ["training.epochs=3", "training.epochs=4"])
+    assert run == recipe("digits/mini").model_copy(
+        update={"training": recipe("digits/mini").training.model_copy(update={"epochs": 4})}
+    )
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "epochs 3"])
+def test_an_override_without_field_or_value_shows_the_form(override: str) -> None:
+    assert "field=value" in messages(override)
+
+
+def test_an_override_below_a_value_is_refused() -> None:
+    assert "epochs is a value" in messages("training.epochs.x=3")
+
+
+def test_an_override_that_is_not_yaml_is_refused() -> None:
+    assert "'[1' is not a YAML value" in messages("evaluation.eps=[1")
+
+
+def test_a_group_cannot_be_a_value() -> None:
+    assert messages("training=3").startswith("training: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("data.augment.rotaton=3", "'data.augment.rotation'"),
+        ("model.denoize=dot", "'model.denoise'"),
+        ("training.epoch=3", "'training.epochs'"),
+        ("trainng.epochs=3", "'training'"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(override: str, near: str) -> None:
+    message = messages(override)
+    assert "unknown field" in message
+    assert near in message
+    assert "digits/mini" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "choices"),
+    [
+        ("model.denoise=dots", "model.denoise", ("dot", "bottleneck", "softmax", "gaussian", "none")),
+        ("model.head=tan", "model.head", ("tanh", "spectral", "orthogonal", "linear")),
+        ("model.small_stem=maybe", "model.small_stem", ("auto", "True", "False")),
+        ("model.defence=fdp", "model.defence", ("fpd", "none")),
+        ("training.second_pass=no-such", "training.second_pass", ("detached", "joint")),
+        ("training.schedule.name=step", "training.schedule.name", ("constant", "plateau", "cosine", "one_cycle")),
+    ],
+)
+def test_a_wrong_choice_names_field_and_choices(override: str, field: str, choices: tuple[str, ...]) -> None:
+    message = messages(override)
+    assert message.startswith(f"{field}: ")
+    assert all(choice in message for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("override", "start", "found"),
+    [
+        ("training.epochs=0", "training.epochs: ", "found 0"),
+        ("training.epochs=many", "training.epochs: ", "found 'many'"),
+        ("training.clip=-1", "training.clip: ", "found -1"),
+        ("model.dropout=1", "model.dropout: ", "found 1"),
+        ("model.mean=[a]", "model.mean.0: ", "found 'a'"),
+        ("evaluation.eps=0.1", "evaluation.eps: ", "found 0.1"),
+    ],
+)
+def test_a_value_out_of_range_is_shown(override: str, start: str, found: str) -> None:
+    message = messages(override)
+    assert message.startswith(start)
+    assert found in message
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"^unknown recipe 'digit/mini'; did you mean 'digits/mini'"):
+        recipe("digit/mini")
+    with pytest.raises(InputError, match=r"^nosuch\.yaml cannot be read"):
+        recipe("nosuch.yaml")
+
+
+def test_a_recipe_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {epochs: 2}\n")
+    run = recipe(str(path), ["seed=5"])
+    assert (run.training.epochs, run.seed, run.recipe) == (2, 5, str(path))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "3", ""])
+def test_a_file_that_holds_no_settings_is_an_input_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.yaml"):
+        load_run(tmp_path / "nothing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match=r"binary\.yaml"):
+        load_run(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_run_survives_yaml(tmp_path: Path, name: str) -> None:
+    run = recipe(name, ["model.mean=[0.1]", "model.std=[0.3]", "model.stages=[x, y]", "data.root=dätä"])
+    run.save(tmp_path / "config.yaml")
+    assert load_run(tmp_path / "config.yaml") == run
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(
+    seed=st.integers(-(2**31), 2**31),
+    eps=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    lr=st.floats(1e-8, 1e3),
+    small_stem=st.sampled_from([True, False, "auto"]),
+    clip=st.one_of(st.none(), st.floats(1e-6, 1e6)),
+)
+def test_numbers_survive_yaml_exactly(seed: int, eps: list[float], lr: float, small_stem: Any, clip: Any) -> None:
+    values = {
+        "seed": seed,
+        "evaluation": {"eps": eps},
+        "model": {"small_stem": small_stem},
+        "training": {"clip": clip, "optimizer": {"lr": lr}},
+    }
+    run = parse(RunConfig, values)
+    again = parse(RunConfig, yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json"))))
+    assert again == run
+    assert again.model.small_stem is small_stem or again.model.small_stem == "auto"
+
+
+def test_an_int_is_a_square() -> None:
+    assert parse(TaskConfig, {"num_classes": 2, "image_size": 28}).image_size == (28, 28)
+    assert parse(TaskConfig, {"num_classes": 2, "image_size": [27, 33]}).image_size == (27, 33)
+
+
+@pytest.mark.parametrize("size", [0, -3, (0, 5), (5,), (5, 5, 5), "28", 2.5])
+def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(InputError, match="image_size"):
+        parse(TaskConfig, {"num_classes": 2, "image_size": size})
+
+
+@pytest.mark.parametrize("values", [{"num_classes": 1, "image_size": 8}, {"image_size": 8}])
+def test_a_task_needs_two_classes(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^num_classes: "):
+        parse(TaskConfig, values)
+
+
+def test_a_setting_cannot_be_changed_in_place() -> None:
+    run = RunConfig()
+    with pytest.raises(ValidationError):
+        run.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        run.training.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("second_pass", ["detached", "joint"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_twin_sees_the_same_images_and_takes_the_same_steps(name: str, second_pass: str) -> None:
+    run = recipe(name, [f"training.second_pass={second_pass}"])
+    twin = run.twin()
+    assert twin.data == run.data
+    assert twin.evaluation == run.evaluation
+    assert (twin.seed, twin.recipe) == (run.seed, run.recipe)
+    steps_an_epoch = 2 if second_pass == "detached" else 1
+    assert twin.training.epochs == run.training.epochs * steps_an_epoch
+    kept = {"epochs", "early_stop_patience", "schedule"}
+    assert twin.training.model_dump(exclude=kept) == run.training.model_dump(exclude=kept)
+    assert twin.training.schedule.name == run.training.schedule.name
+
+
+def test_the_twins_patience_is_as_long_in_steps() -> None:
+    training = {"early_stop_patience": 7, "schedule": {"name": "plateau", "patience": 3}}
+    twin = parse(RunConfig, {"training": training}).twin()
+    assert (twin.training.early_stop_patience, twin.training.schedule.patience) == (14, 6)
+    assert parse(RunConfig, {"training": {"early_stop_patience": None}}).twin().training.early_stop_patience is None
+
+
+def test_the_twins_model_differs_in_the_defence_only() -> None:
+    model = ModelConfig(backbone="resnet18", small_stem=True, dropout=0.5, pyramid_channels=8)
+    twin = model.twin()
+    assert (twin.defence, twin.activation) == ("none", "keep")
+    assert twin.model_copy(update={"defence": "fpd", "activation": "elu"}) == model
