@@ -1,0 +1,35 @@
+"""Batches of an image set on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from robustfpd.data.datasets import ImageSet
+
+
+def batches(
+    data: ImageSet, batch_size: int, device: torch.device, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`.
+
+    Args:
+        data: the images, uint8 on the CPU; they travel as uint8 and become floats on the device.
+        batch_size: images a batch.
+        device: where the batches are wanted.
+        generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
+    """
+    count = len(data)
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    if generator is not None and count >= batch_size:
+        order = order[: count - count % batch_size]
+    for indices in torch.split(order, batch_size):
+        part = data.take(indices)
+        yield part.images.to(device).float() / 255, part.labels.to(device)
+
+
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """How many batches a shuffled epoch has."""
+    return max(1, count // batch_size)

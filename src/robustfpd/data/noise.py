@@ -1,0 +1,26 @@
+"""Training noise: x + U(-eps, eps) (Li et al., CVPR 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform_like(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw uniform numbers in [-1, 1), shaped like `images`, from a generator on any device."""
+    draws = torch.rand(images.shape, generator=generator, device=generator.device, dtype=images.dtype)
+    return draws.to(images.device).mul_(2).sub_(1)
+
+
+def add_uniform_noise(images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Return `images` plus uniform noise of half-width `eps`.
+
+    Args:
+        images: N×C×H×W in [0, 1].
+        eps: half-width in pixels of [0, 1]; 0 returns the images themselves.
+        generator: source of the noise.
+
+    Returns:
+        Noisy images, not clipped: clipping would make noise at black and white pixels one-sided.
+    """
+    return images + eps * uniform_like(images, generator) if eps > 0 else images

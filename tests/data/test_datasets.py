@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from robustfpd.config import DataConfig
+from robustfpd.data import ImageSet, info, load, names
+from robustfpd.data.datasets import stratified
+from robustfpd.errors import InputError, MissingDataError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">{1 + array.ndim}i", 0x0800 + array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(root: Path, train: int = 60, test: int = 20, side: int = 28) -> dict[str, np.ndarray]:
+    draws = np.random.default_rng(0)
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    arrays = {}
+    for name, count in zip(FILES, (train, train, test, test), strict=True):
+        labels = "labels" in name
+        arrays[name] = np.arange(count) % 10 if labels else draws.integers(0, 256, (count, side, side))
+        (folder / name).write_bytes(idx(arrays[name]))
+    return arrays
+
+
+def mnist(root: Path) -> DataConfig:
+    return DataConfig(dataset="mnist", root=str(root))
+
+
+def rows(images: ImageSet) -> list[tuple[int, bytes]]:
+    pairs = zip(images.labels.tolist(), images.images, strict=True)
+    return sorted((label, image.numpy().tobytes()) for label, image in pairs)
+
+
+def test_every_data_set_is_described() -> None:
+    assert names() == sorted(names())
+    for name in names():
+        described = info(name)
+        assert described.name == name
+        assert len(described.class_names) == described.num_classes
+        assert described.task.num_classes == described.num_classes
+        assert described.task.image_size == described.image_size
+        assert described.task.in_channels == described.in_channels
+
+
+def test_an_unknown_data_set_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown dataset 'digit'; did you mean 'digits'"):
+        info("digit")
+    with pytest.raises(InputError, match="unknown dataset 'mnits'; did you mean 'mnist'"):
+        load(DataConfig(dataset="mnits"))
+
+
+def test_the_digits_are_those_of_scikit_learn_split_in_three() -> None:
+    from sklearn.datasets import load_digits
+
+    splits = load(DataConfig())
+    parts = (splits.train, splits.validation, splits.test)
+    bundle = load_digits()
+    scaled = np.round(bundle.images * 255 / 16).astype(np.uint8)
+    whole = sorted((int(y), x.tobytes()) for x, y in zip(scaled, bundle.target, strict=True))
+    assert len(whole) == 1797
+    assert sorted(row for part in parts for row in rows(part)) == whole
+    for part in parts:
+        assert part.images.dtype == torch.uint8
+        assert part.images.shape == (len(part), 1, 8, 8)
+        assert part.labels.dtype == torch.int64
+        assert set(part.labels.tolist()) == set(range(10))
+    assert splits.info == info("digits")
+    assert int(splits.train.images.max()) == 255
+
+
+def test_the_digits_are_split_class_by_class() -> None:
+    splits = load(DataConfig(validation_fraction=0.25))
+    counts = [torch.bincount(part.labels) for part in (splits.train, splits.validation, splits.test)]
+    whole = counts[0] + counts[1] + counts[2]
+    assert torch.equal(counts[2], torch.round(whole * 0.2).long())
+    assert torch.equal(counts[1], torch.round((whole - counts[2]) * 0.25).long())
+
+
+def test_the_split_depends_on_its_own_seed_only() -> None:
+    state = torch.random.get_rng_state()
+    first = load(DataConfig())
+    torch.manual_seed(123)
+    again = load(DataConfig())
+    torch.random.set_rng_state(state)
+    other = load(DataConfig(split_seed=1))
+    for part in ("train", "validation", "test"):
+        assert getattr(first, part).digest() == getattr(again, part).digest()
+        assert getattr(first, part).digest() != getattr(other, part).digest()
+
+
+def test_the_test_images_do_not_depend_on_the_validation_share() -> None:
+    assert load(DataConfig()).test.digest() == load(DataConfig(validation_fraction=0.5)).test.digest()
+
+
+def test_train_limit_takes_some_of_the_training_images_and_leaves_the_rest() -> None:
+    whole, limited = load(DataConfig()), load(DataConfig(train_limit=100))
+    assert len(limited.train) == 100
+    assert set(rows(limited.train)) <= set(rows(whole.train))
+    assert limited.validation.digest() == whole.validation.digest()
+    assert limited.test.digest() == whole.test.digest()
+    assert len(set(limited.train.labels.tolist())) == 10
+    assert rows(load(DataConfig(train_limit=10**6)).train) == rows(whole.train)
+    assert set(rows(load(DataConfig(train_limit=50)).train)) <= set(rows(limited.train))
+
+
+def test_an_image_set_is_indexed_scaled_and_hashed() -> None:
+    images = torch.arange(24, dtype=torch.uint8).reshape(6, 1, 2, 2) * 11
+    data = ImageSet(images, torch.arange(6))
+    part = data.take(torch.tensor([4, 1]))
+    assert part.labels.tolist() == [4, 1]
+    floats, labels = part.floats()
+    assert floats.dtype == torch.float32
+    assert torch.equal((floats * 255).round().to(torch.uint8), images[[4, 1]])
+    assert labels.tolist() == [4, 1]
+    assert data.digest() == ImageSet(images.clone(), torch.arange(6)).digest()
+    assert data.digest() != ImageSet(images, torch.arange(6).flip(0)).digest()
+    assert data.digest() != ImageSet(images.flip(0), torch.arange(6)).digest()
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=80).map(torch.tensor),
+    fraction=st.floats(0.01, 0.89),
+    seed=st.integers(0, 1000),
+)
+def test_a_stratified_split_is_a_partition_with_each_class_in_proportion(
+    labels: Tensor, fraction: float, seed: int
+) -> None:
+    first, second = stratified(labels, fraction, seed, "x")
+    assert torch.equal(torch.cat([first, second]).sort().values, torch.arange(len(labels)))
+    assert torch.equal(first, first.sort().values)
+    for label in set(labels.tolist()):
+        members = int((labels == label).sum())
+        assert int((labels[second] == label).sum()) == min(members - 1, max(1, round(fraction * members)))
+
+
+def test_idx_files_are_read_as_they_are(tmp_path: Path) -> None:
+    arrays = write_mnist(tmp_path)
+    splits = load(mnist(tmp_path))
+    assert np.array_equal(splits.test.images.squeeze(1).numpy(), arrays[FILES[2]])
+    assert np.array_equal(splits.test.labels.numpy(), arrays[FILES[3]])
+    assert len(splits.validation) == 10
+    train = sorted((int(y), x.astype(np.uint8).tobytes()) for x, y in zip(arrays[FILES[0]], arrays[FILES[1]]))  # noqa: B905
+    assert sorted(rows(splits.train) + rows(splits.validation)) == train
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_missing_files_are_named_with_the_way_to_fetch_them(tmp_path: Path, dataset: str, folder: str) -> None:
+    with pytest.raises(MissingDataError) as caught:
+        load(DataConfig(dataset=dataset, root=str(tmp_path)))
+    assert str(tmp_path / folder / "raw") in str(caught.value)
+    assert "--download" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0, 1, 3, 4, 7, 8, 15, 16, 20, 0.5, -1])
+def test_a_truncated_file_is_an_input_error(tmp_path: Path, name: str, kept: float) -> None:
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept) if kept == 0.5 else int(kept)])
+    with pytest.raises(InputError) as caught:
+        load(mnist(tmp_path))
+    assert str(path.parent) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("magic", [0, 0x0801, 0x0803, 0x0D01, 0x0804, 0x0A03, 0x7FFFFFFF])
+def test_a_file_with_another_header_is_an_input_error(tmp_path: Path, name: str, magic: int) -> None:
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / name
+    content = path.read_bytes()
+    if content[:4] == struct.pack(">i", magic):
+        pytest.skip("this is the right header")
+    path.write_bytes(struct.pack(">i", magic) + content[4:])
+    with pytest.raises(InputError, match="MNIST"):
+        load(mnist(tmp_path))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_an_input_error(tmp_path: Path, name: str) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST" / "raw" / name).unlink()
+    with pytest.raises(MissingDataError, match="delete that folder"):
+        load(mnist(tmp_path))
+
+
+def test_images_of_another_size_are_an_input_error(tmp_path: Path) -> None:
+    write_mnist(tmp_path, side=27)
+    with pytest.raises(InputError, match="shape"):
+        load(mnist(tmp_path))
+
+
+def test_labels_outside_the_classes_are_an_input_error(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST" / "raw" / FILES[1]).write_bytes(idx(np.full(60, 10)))
+    with pytest.raises(InputError, match="label"):
+        load(mnist(tmp_path))
+
+
+def test_unequal_numbers_of_images_and_labels_are_an_input_error(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST" / "raw" / FILES[1]).write_bytes(idx(np.zeros(59)))
+    with pytest.raises(InputError, match="MNIST"):
+        load(mnist(tmp_path))
+
+
+@pytest.mark.skipif(not (SHARED / "MNIST" / "raw").is_dir(), reason="no MNIST beside the project")
+def test_the_real_mnist() -> None:
+    splits = load(mnist(SHARED))
+    assert len(splits.train) + len(splits.validation) == 60_000
+    assert len(splits.test) == 10_000
+    assert splits.test.images.shape[1:] == (1, 28, 28)
+    assert splits.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    held_out = torch.bincount(splits.validation.labels) / torch.bincount(
+        torch.cat([splits.train.labels, splits.validation.labels])
+    )
+    assert torch.allclose(held_out, torch.full((10,), 0.1), atol=1e-4)
