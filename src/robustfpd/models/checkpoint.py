@@ -1,0 +1,101 @@
+"""A model on disk: `model.safetensors` and `config.json` in one folder. Never pickle.
+
+Folders are replaced as a whole: whoever is interrupted leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robustfpd.config import ModelConfig, TaskConfig, parse
+from robustfpd.errors import InputError, MissingDataError
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def write_model(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, config: ModelConfig) -> None:
+    """Write weights and settings into `folder`, replacing a model that was there."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give an empty or new folder to save a model into")
+    if folder.resolve() == Path.cwd():
+        raise InputError(f"{folder} is the working folder, which cannot be replaced; give a folder inside it")
+    if folder.exists() and any(p.name not in (WEIGHTS, CONFIG) for p in folder.iterdir()):
+        raise InputError(f"{folder} holds other files; give an empty or new folder to save a model into")
+    with replacing(folder) as new:
+        write_model_files(new, state, task, config)
+
+
+def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, config: ModelConfig) -> None:
+    """Write the two files of a model into an existing folder."""
+    # Cloned, because safetensors refuses tensors that share memory: weights that two layers of a network share.
+    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    save_file(copies, folder / WEIGHTS)
+    settings = {"format": FORMAT, "task": task.model_dump(mode="json"), "model": config.model_dump(mode="json")}
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
+    """Read what to build; a missing, damaged or foreign `config.json` is an InputError."""
+    path = recovered(folder) / CONFIG
+    if not path.is_file():
+        raise MissingDataError(f"no model in {folder}: {CONFIG} is not there (looked in {folder.resolve()})")
+    try:
+        settings = json.loads(path.read_text())
+        assert isinstance(settings, dict)
+        version = settings["format"]
+        if version != FORMAT:
+            raise InputError(
+                f"{path} has format {version!r}, this robustfpd reads {FORMAT}; install the version that wrote it"
+            )
+        task, model = dict(settings["task"]), dict(settings["model"])
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise InputError(f"{path} is not a model's settings: {type(error).__name__} {error}".rstrip()) from None
+    return parse(TaskConfig, task, str(path)), parse(ModelConfig, model, str(path))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights; a missing or damaged file is an InputError."""
+    path = recovered(folder) / WEIGHTS
+    if not path.is_file():
+        raise MissingDataError(f"no model in {folder}: {WEIGHTS} is not there")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of `folder` when the block ends without an error."""
+    folder = recovered(folder).resolve()  # a link stays, what it points to is replaced
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recovered(folder: Path) -> Path:
+    """Return `folder`, put back first if a replacement was cut off between its two renames."""
+    whole = folder.resolve()
+    old = whole.parent / f".{whole.name}.old"
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    return folder

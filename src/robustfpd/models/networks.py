@@ -1,0 +1,104 @@
+"""Where backbones come from: timm by name, with `resnet_mini` beside it, or the user's own module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from robustfpd.errors import InputError, unknown_name
+
+MINI = "resnet_mini"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and where its stages end."""
+
+    module: nn.Module
+    stages: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    """Axes of the maps between the stages."""
+
+
+def from_timm(
+    name: str, in_channels: int, *, pretrained: bool = False, stages: tuple[str, ...] | None = None
+) -> Network:
+    """Create a timm network and ask it where its stages end.
+
+    Args:
+        name: a timm model name, with or without a pretrained tag, or `resnet_mini`.
+        in_channels: channels of an image; timm adapts pretrained first layers.
+        pretrained: load timm's weights (network or cache needed).
+        stages: module names that override timm's `feature_info`.
+
+    Raises:
+        InputError: timm has no such model, or it lists no stages (it is not a convolutional family).
+    """
+    if name == MINI:
+        if pretrained:
+            raise InputError(f"backbone {MINI!r} has no pretrained weights; leave pretrained out")
+        mini = resnet_mini(in_channels)
+        return Network(mini, _timm_stages(mini) if stages is None else stages, (0.0,), (1.0,))
+    if not timm.is_model(name):
+        raise unknown_name("backbone", name, [MINI, *timm.list_models()])
+    try:
+        module = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, num_classes=0)
+    except (TypeError, RuntimeError, OSError) as error:  # hard-wired inputs, unknown tags, weights out of reach
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"backbone {name!r} cannot be built for {in_channels} channels: {reason}") from error
+    cfg: dict[str, Any] = dict(module.pretrained_cfg) if pretrained else {}  # type: ignore[arg-type]
+    return Network(
+        module,
+        _timm_stages(module, name) if stages is None else stages,
+        tuple(cfg.get("mean", (0.0,))),
+        tuple(cfg.get("std", (1.0,))),
+        getattr(module, "output_fmt", "NCHW"),
+    )
+
+
+def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> Network:
+    """Take a copy of the user's own module, in float32 on the CPU; his stays as it is."""
+    if stages is None:
+        if not hasattr(net, "feature_info"):
+            raise InputError("stages must name the modules of the network where its stages end, stem first; found None")
+        stages = _timm_stages(net)
+    return Network(copy.deepcopy(net).to("cpu", torch.float32), stages, (0.0,), (1.0,))
+
+
+def resnet_mini(in_channels: int) -> nn.Module:
+    """timm's ResNet for CPUs: 16 channels wide in the first stage, one basic block a stage."""
+    return ResNet(BasicBlock, (1, 1, 1, 1),  # type: ignore[arg-type]
+                  num_classes=0, in_chans=in_channels, stem_type="deep", stem_width=8,
+                 channels=(16, 32, 64, 128))  # fmt: skip
+
+
+def _timm_stages(module: nn.Module, name: str = "the network") -> tuple[str, ...]:
+    info: Any = getattr(module, "feature_info", None) or []
+    known = {n for n, _ in module.named_modules() if n}
+    entries = [dict(entry) for entry in info]
+    stages = tuple(e["module"] for e in entries if e.get("module") in known)
+    if not stages:
+        raise InputError(
+            f"backbone {name!r} tells no stages that features_only could serve; choose a convolutional timm family, "
+            "or pass stages=[module names where stages end]"
+        )
+    return stages
+
+
+def normalisation(values: tuple[float, ...], channels: int, name: str) -> torch.Tensor:
+    """Per-channel constants as 1×C×1×1; one value serves all channels, RGB constants are averaged for grey."""
+    if channels == 1 and len(values) == 3:
+        values = (sum(values) / 3,)
+    if len(values) not in (1, channels):
+        raise InputError(f"{name} must have 1 or {channels} values, one a channel, found {len(values)}")
+    if name == "std" and min(values) <= 0:
+        raise InputError(f"std must be positive, found {values}")
+    return torch.tensor(values if len(values) == channels else values * channels).reshape(1, channels, 1, 1)

@@ -1,0 +1,42 @@
+"""Networks and settings that the models' tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class Chain(nn.Module):
+    """Three small stages behind a stem, a classifier behind them: a user's own network."""
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=False))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(self.stem(x)))
+        out: Tensor = self.head(x.mean(dim=(2, 3)))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def chain() -> nn.Module:
+    return Chain()
+
+
+@pytest.fixture
+def chain_stages() -> tuple[str, ...]:
+    return ("stem", "first", "second")

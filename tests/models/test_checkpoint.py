@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.errors import InputError, MissingDataError
+from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS, recovered, replacing
+
+TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
+
+
+def trained(**options: Any) -> rf.FPD | rf.Plain:
+    """A model whose running statistics are no longer those of a fresh one."""
+    model = rf.build(TASK, rf.ModelConfig(**options), seed=1)
+    model.train()(torch.rand(4, 1, 12, 16))
+    return model.eval()
+
+
+def logits(model: nn.Module, channels: int = 1) -> Tensor:
+    x = torch.rand(3, channels, 12, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out: Tensor = model(x)
+    return out
+
+
+def assert_same(first: rf.FPD | rf.Plain, second: rf.FPD | rf.Plain, channels: int = 1) -> None:
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in second.state_dict().items())
+    assert torch.equal(logits(first.classifier(), channels), logits(second.classifier(), channels))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    trained().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"defence": "none", "activation": "keep"},
+        {"head": "orthogonal", "denoise": "bottleneck", "mean": (0.3,), "std": (0.7,)},
+        {"head": "spectral", "lipschitz": 2.0, "small_stem": False, "pyramid_channels": 5},
+        {"stages": ("act1", "layer2", "layer3"), "denoise_after": (2,), "middle": "restored"},
+    ],
+)
+def test_a_model_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = trained(**options)
+    model.save(tmp_path / "model")
+    again = rf.load(tmp_path / "model")
+    assert type(again) is type(model)
+    assert not any(m.training for m in again.modules())
+    assert (again.task, again.config) == (model.task, model.config)
+    assert_same(model, again)
+
+
+def test_a_model_in_training_is_saved_too(tmp_path: Path) -> None:
+    model = trained().train()
+    model.save(str(tmp_path / "model"))
+    assert model.training
+    assert_same(model.eval(), rf.load(str(tmp_path / "model")))
+
+
+def test_a_model_around_a_users_module(tmp_path: Path, chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+    model = rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=(12, 16)).eval()
+    model.save(tmp_path / "model")
+    with pytest.raises(InputError, match="net="):
+        rf.load(tmp_path / "model")
+    like = copy.deepcopy(chain)
+    for parameter in like.parameters():
+        nn.init.zeros_(parameter)
+    again = rf.load(tmp_path / "model", net=like)
+    assert again.config.stages == chain_stages
+    assert_same(model, again, channels=3)
+    assert all(not parameter.any() for parameter in like.parameters())
+
+
+class Tied(nn.Module):
+    """Two names for one convolution's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 1, 3, padding=1)
+        self.second = nn.Conv2d(1, 1, 3, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.relu(self.first(x)))
+        return out
+
+
+def test_shared_weights_are_saved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_classes": 2, "in_channels": 1, "image_size": (12, 16), "activation": "keep"}
+    model = rf.enhance(Tied(), stages=("first", "second"), **options).eval()
+    model.save(tmp_path / "model")
+    assert_same(model, rf.load(tmp_path / "model", net=Tied()))
+
+
+def test_a_pretrained_model_is_loaded_without_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    def fill(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.01)
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", fill)
+    model = rf.enhance("regnetx_002", num_classes=4, image_size=(12, 16), pretrained=True).eval()
+    model.save(tmp_path / "model")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
+    again = rf.load(tmp_path / "model")
+    assert again.config.pretrained
+    assert again.config == model.config
+    assert_same(model, again, channels=3)
+    again.save(tmp_path / "again")
+    assert_same(model, rf.load(tmp_path / "again"), channels=3)
+
+
+def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("pickle")
+
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    for module in ("dump", "dumps", "load", "loads"):
+        monkeypatch.setattr(f"pickle.{module}", refuse)
+    rf.build(TASK, rf.ModelConfig()).save(tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [CONFIG, WEIGHTS]
+    rf.load(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_the_files_are_readable_by_others(saved: Path) -> None:
+    settings = json.loads((saved / CONFIG).read_text())
+    assert settings["format"] == FORMAT
+    assert settings["task"]["num_classes"] == 4
+    assert load_file(saved / WEIGHTS)["head.linear.weight"].shape == (4, 128)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
+def test_damaged_weights_are_an_input_error_with_the_path(saved: Path, kept: float) -> None:
+    content = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(content[: int(len(content) * kept) if kept == 0.5 else int(kept)])
+    with pytest.raises(InputError) as caught:
+        rf.load(saved)
+    assert str(saved / WEIGHTS) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "{}", '{"format": 1}', '{"format": 1, "task": 3, "model": {}}', "\x00"]
+)
+def test_damaged_settings_are_an_input_error_with_the_path(saved: Path, text: str) -> None:
+    (saved / CONFIG).write_text(text)
+    with pytest.raises(InputError) as caught:
+        rf.load(saved)
+    assert str(saved / CONFIG) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_not_text_are_an_input_error(saved: Path) -> None:
+    (saved / CONFIG).write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(InputError, match=CONFIG):
+        rf.load(saved)
+
+
+@pytest.mark.parametrize("rest", [{"task": {}, "model": {}}, {"networks": []}])
+def test_another_format_is_named(saved: Path, rest: dict[str, Any]) -> None:
+    (saved / CONFIG).write_text(json.dumps({"format": FORMAT + 1, **rest}))
+    with pytest.raises(InputError, match=f"has format {FORMAT + 1}, this robustfpd reads {FORMAT}"):
+        rf.load(saved)
+
+
+def test_an_unknown_setting_is_named(saved: Path) -> None:
+    settings = json.loads((saved / CONFIG).read_text())
+    settings["model"]["hed"] = "tanh"
+    (saved / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"unknown field 'hed'; did you mean 'head'"):
+        rf.load(saved)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(MissingDataError) as caught:
+        rf.load(saved)
+    assert name in str(caught.value)
+    assert str(saved) in str(caught.value)
+
+
+def test_no_folder_at_all(tmp_path: Path) -> None:
+    with pytest.raises(MissingDataError, match="nowhere"):
+        rf.load(tmp_path / "nowhere")
+
+
+def test_weights_of_another_architecture_are_an_input_error(saved: Path) -> None:
+    other = rf.enhance("regnetx_002", num_classes=4, in_channels=1, image_size=(12, 16))
+    save_file({name: t.contiguous() for name, t in other.state_dict().items()}, saved / WEIGHTS)
+    with pytest.raises(InputError) as caught:
+        rf.load(saved)
+    assert str(saved) in str(caught.value)
+    assert "do not fit backbone 'resnet_mini'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_for_other_classes_are_an_input_error(saved: Path) -> None:
+    settings = json.loads((saved / CONFIG).read_text())
+    settings["task"]["num_classes"] = 5
+    (saved / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"head.linear.weight"):
+        rf.load(saved)
+
+
+def test_a_runs_folder_gives_its_best_checkpoint(tmp_path: Path) -> None:
+    model = trained()
+    model.save(tmp_path / "run" / "checkpoints" / "best")
+    assert_same(model, rf.load(tmp_path / "run"))
+
+
+def test_the_working_folder_can_be_loaded_from(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    assert isinstance(rf.load("."), rf.FPD)
+
+
+def test_the_working_folder_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    with pytest.raises(InputError, match="working folder"):
+        trained().save(".")
+    assert isinstance(rf.load(saved), rf.FPD)
+
+
+def test_a_saved_model_is_replaced(saved: Path) -> None:
+    other = trained(head="linear")
+    other.save(saved)
+    assert_same(other, rf.load(saved))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_model_behind_a_link_is_replaced_twice(saved: Path) -> None:
+    link = saved.parent / "link"
+    link.symlink_to(saved, target_is_directory=True)
+    for head in ("linear", "spectral"):
+        other = trained(head=head)
+        other.save(link)
+        assert_same(other, rf.load(link))
+        assert_same(other, rf.load(saved))
+    assert link.is_symlink()
+    assert sorted(saved.parent.iterdir()) == [link, saved]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"):
+        trained().save(folder)
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is a file"):
+        trained().save(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_an_interruption_at_a_rename_leaves_the_old_model(saved: Path, cut: int) -> None:
+    before = rf.load(saved)
+    renames = 0
+    original = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames == cut:
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(head="linear").save(saved)
+    assert_same(before, rf.load(saved))
+
+    other = trained(head="spectral")
+    other.save(saved)
+    assert_same(other, rf.load(saved))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_interruption_while_writing_leaves_the_old_files(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+
+    def cut_off() -> None:
+        with replacing(folder) as new:
+            (new / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert (folder / "a").read_text() == "old"
+    with replacing(folder) as new:
+        assert not list(new.iterdir())
+        (new / "b").write_text("new")
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"b": "new"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_nothing_is_recovered_over_a_folder_that_is_there(tmp_path: Path) -> None:
+    folder, old = tmp_path / "kept", tmp_path / ".kept.old"
+    for path, text in ((folder, "new"), (old, "old")):
+        path.mkdir()
+        (path / "a").write_text(text)
+    assert (recovered(folder) / "a").read_text() == "new"

@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.errors import InputError
+from robustfpd.models.denoise import dot_product
+
+MINI: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "image_size": 16}
+
+
+def mini(**options: Any) -> rf.FPD:
+    return rf.enhance("resnet_mini", **{**MINI, **options})
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("middle", ["input", "restored", "none"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_forward_is_front_restoration_middle_back_and_head(middle: Any, mode: str) -> None:
+    model = mini(middle=middle, mean=(0.2,), std=(0.5,)).train(mode == "train")
+    x = torch.rand(3, 1, 16, 16)
+    out = model(x)
+    front = model.backbone((x - 0.2) / 0.5)
+    restored = model.decoder(front[-4:], (16, 16))
+    added = {"input": dot_product(x), "restored": dot_product(restored), "none": torch.zeros_like(x)}[middle]
+    back = model.backbone((restored + added - 0.2) / 0.5)
+    linear = model.head.linear
+    assert isinstance(linear, nn.Linear)
+    logits = F.linear(back[-1].mean(dim=(2, 3)), linear.weight, linear.bias).tanh()
+    assert torch.allclose(out.restored, restored, atol=1e-6)
+    assert torch.allclose(out.logits, logits, atol=1e-6)
+
+
+def test_the_middle_uses_the_denoising_layers_affinity() -> None:
+    x = torch.rand(2, 1, 16, 16)
+    outs = [mini(denoise=kind, denoise_after=()).eval()(x).logits for kind in ("dot", "softmax", "gaussian")]
+    assert not torch.allclose(outs[0], outs[1])
+    assert not torch.allclose(outs[1], outs[2])
+    assert torch.equal(outs[0], mini(denoise="none", denoise_after=()).eval()(x).logits)
+
+
+def test_both_passes_run_through_the_same_modules() -> None:
+    model = mini()
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda *_: calls.update({name: calls.get(name, 0) + 1})
+
+    layers = [n for n, m in model.backbone.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    for name in layers:
+        model.backbone.get_submodule(name).register_forward_hook(count(name))
+    model(torch.rand(2, 1, 16, 16))
+    assert calls == dict.fromkeys(layers, 2)
+
+
+def test_inner_denoising_follows_the_chosen_stages() -> None:
+    assert set(mini().backbone.implants) == {"0", "1"}
+    assert set(mini(denoise_after=(1, 3)).backbone.implants) == {"1", "3"}
+    assert not mini(denoise="none").backbone.implants
+    with pytest.raises(InputError, match=r"denoise_after must index the stages 0 to 4 .*found 5"):
+        mini(denoise_after=(0, 5))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, (27, 33), 28, 64])
+def test_the_restored_image_is_shaped_like_the_image(channels: int, size: Any) -> None:
+    model = mini(in_channels=channels, image_size=size)
+    shape = (2, channels, *((size, size) if isinstance(size, int) else size))
+    out = model(torch.rand(shape))
+    assert out.restored.shape == shape
+    assert out.logits.shape == (2, 4)
+
+
+def test_a_large_image() -> None:
+    model = mini(in_channels=3, image_size=256).eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 256, 256)).restored.shape == (1, 3, 256, 256)
+
+
+def test_other_sizes_than_the_one_built_for_are_taken() -> None:
+    model = mini(image_size=28).eval()
+    with torch.no_grad():
+        for size in ((28, 28), (31, 19), (40, 64), (9, 8)):
+            assert model(torch.rand(2, 1, *size)).restored.shape == (2, 1, *size)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("head", ["tanh", "spectral", "orthogonal", "linear"])
+def test_the_classifier_gives_the_logits(mode: str, head: Any) -> None:
+    model = mini(head=head).train(mode == "train")
+    x = torch.rand(3, 1, 16, 16)
+    logits = model(x).logits
+    assert torch.equal(model.classifier()(x), logits)
+    unsquashed = model.classifier(squash=False)(x)
+    assert torch.equal(unsquashed.tanh() if head == "tanh" else unsquashed, logits)
+
+
+def test_the_classifier_shares_the_models_mode_and_weights() -> None:
+    model = mini()
+    assert model.classifier().training
+    assert not model.eval().classifier().training
+    assert {id(p) for p in model.classifier().parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_taking_the_classifier_leaves_frozen_layers_frozen() -> None:
+    model = mini().train()
+    frozen = batch_norms(model)[0]
+    frozen.eval()
+    model.classifier()
+    assert not frozen.training
+    assert model.training
+
+
+def test_in_training_both_passes_feed_the_running_averages_front_first() -> None:
+    model = mini(denoise="none")
+    first = batch_norms(model)[0]
+    seen: list[Tensor] = []
+    first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    assert all(int(m.num_batches_tracked) == 2 for m in batch_norms(model))  # type: ignore[arg-type]
+    means = [inputs.mean(dim=(0, 2, 3)) for inputs in seen]
+    momentum = first.momentum
+    assert momentum is not None
+    expected = (1 - momentum) * momentum * means[0] + momentum * means[1]
+    assert first.running_mean is not None
+    assert torch.allclose(first.running_mean, expected, atol=1e-6)
+    assert not torch.allclose(first.running_mean, (1 - momentum) * momentum * means[1] + momentum * means[0], atol=1e-6)
+
+    seen.clear()
+    model.backbone(x)
+    model.backbone(model.between(out.restored.detach(), x))
+    assert torch.allclose(seen[0].mean(dim=(0, 2, 3)), means[0], atol=1e-6)
+    assert torch.allclose(seen[1].mean(dim=(0, 2, 3)), means[1], atol=1e-6)
+
+
+def test_evaluation_changes_no_statistics() -> None:
+    model = mini().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.rand(4, 1, 16, 16)).logits.sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_building_leaves_the_statistics_at_their_start() -> None:
+    assert all(int(m.num_batches_tracked) == 0 for m in batch_norms(mini()))  # type: ignore[arg-type]
+
+
+def test_in_evaluation_images_of_a_batch_do_not_mix() -> None:
+    model = mini().eval()
+    x = torch.rand(3, 1, 16, 16)
+    with torch.no_grad():
+        alone = torch.cat([model(image.unsqueeze(0)).logits for image in x])
+        assert torch.allclose(model(x).logits, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("net", ["resnet_mini", "regnetx_002"])
+def test_the_seed_decides_the_weights_and_global_randomness_is_left_alone(net: str) -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = rf.enhance(net, **MINI, seed=3).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = rf.enhance(net, **MINI, seed=3).state_dict()
+    other = rf.enhance(net, **MINI, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name, tensor in first.items() if name.endswith("weight") and tensor.ndim == 4]
+    assert all(not torch.equal(first[name], other[name]) for name in drawn)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(2, 3, 16, 16),
+        torch.rand(1, 16, 16),
+        torch.rand(16, 16),
+        torch.zeros(2, 1, 16, 16, dtype=torch.uint8),
+        torch.zeros(2, 1, 16, 16, dtype=torch.int64),
+    ],
+)
+@pytest.mark.parametrize("defence", ["fpd", "none"])
+def test_images_of_another_form_are_refused(images: Tensor, defence: Any) -> None:
+    task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
+    model = rf.build(task, rf.ModelConfig(defence=defence))
+    with pytest.raises(ValueError, match="images must be"):
+        model(images)
+    with pytest.raises(ValueError, match="images must be"):
+        model.classifier()(images)
+
+
+def test_images_are_normalised_inside_the_model() -> None:
+    plain = mini(in_channels=3, denoise="none", middle="none").eval()
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    normalised = mini(in_channels=3, denoise="none", middle="none", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
+    x = torch.rand(2, 3, 16, 16)
+    before = (x - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
+    assert torch.allclose(normalised.restore(x), plain.restore(before), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.1, 0.2)}, "mean must have 1 or 3 values"),
+        ({"std": (0.1, 0.2)}, "std must have 1 or 3 values"),
+        ({"std": (0.1, 0.2, 0.0)}, "std must be positive"),
+    ],
+)
+def test_constants_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mini(in_channels=3, **options)
+
+
+def test_rgb_constants_are_averaged_for_grey_images() -> None:
+    model = mini(mean=(0.1, 0.2, 0.3))
+    assert isinstance(model.mean, Tensor)
+    assert float(model.mean) == pytest.approx(0.2)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    x = torch.rand(8, 1, 16, 16)
+    dropping, keeping = mini(dropout=0.5), mini()
+    assert torch.equal(keeping(x).logits, keeping(x).logits)
+    assert not torch.equal(dropping(x).logits, dropping(x).logits)
+    assert torch.equal(dropping(x).restored, dropping(x).restored)
+    assert torch.equal(dropping.eval()(x).logits, dropping(x).logits)
+
+
+def test_gradients_reach_every_parameter_and_the_image() -> None:
+    model = mini(denoise="bottleneck", head="orthogonal")
+    x = torch.rand(4, 1, 16, 16, requires_grad=True)
+    out = model(x)
+    (out.logits.square().sum() + out.restored.square().sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert x.grad is not None
+    assert float(x.grad.abs().min()) > 0
+
+
+def test_the_restoration_alone_does_not_train_the_head() -> None:
+    model = mini()
+    model(torch.rand(2, 1, 16, 16)).restored.sum().backward()
+    assert all(p.grad is None for p in model.head.parameters())
+    assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize(("channels", "width"), [(None, 32), (8, 8)])
+def test_the_pyramids_width(channels: int | None, width: int) -> None:
+    assert mini(pyramid_channels=channels).decoder.smooth.out_channels == width
+
+
+def test_the_plain_twin_is_pooling_and_a_linear_layer() -> None:
+    task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
+    model = rf.build(task, rf.ModelConfig(denoise="bottleneck", dropout=0.5).twin()).eval()
+    assert isinstance(model, rf.Plain)
+    assert not model.backbone.implants
+    assert not any(isinstance(m, nn.ELU) for m in model.modules())
+    x = torch.rand(2, 1, 16, 16)
+    linear = model.head.linear
+    assert isinstance(linear, nn.Linear)
+    expected = F.linear(model.backbone(x)[-1].mean(dim=(2, 3)), linear.weight, linear.bias)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    assert model.classifier() is model
+
+
+def test_the_twin_starts_with_the_same_backbone() -> None:
+    task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
+    config = rf.ModelConfig(denoise="none")
+    ours, twin = rf.build(task, config, seed=2), rf.build(task, config.twin(), seed=2)
+    mine = ours.backbone.state_dict()
+    assert mine.keys() == twin.backbone.state_dict().keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in twin.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [({"heads": "tanh"}, "'head'"), ({"denoize": "dot"}, "'denoise'"), ({"pyramid_chanels": 3}, "'pyramid_channels'")],
+)
+def test_an_unknown_option_names_the_nearest(options: dict[str, Any], near: str) -> None:
+    with pytest.raises(ValueError, match=near):
+        mini(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"head": "tan"}, "head"), ({"dropout": 1.0}, "dropout"), ({"num_classes": 1}, "num_classes")],
+)
+def test_a_wrong_value_names_its_field(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}: "):
+        mini(**options)
+
+
+def test_enhance_builds_no_twin() -> None:
+    with pytest.raises(InputError, match="plain twin"):
+        mini(defence="none")
+
+
+def test_an_unknown_backbone_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"unknown backbone 'resnet_mni'; did you mean 'resnet_mini'"):
+        rf.enhance("resnet_mni", **MINI)
+
+
+def test_a_backbone_without_stages_is_refused() -> None:
+    with pytest.raises(InputError, match="stages"):
+        rf.enhance(nn.Sequential(nn.Conv2d(1, 2, 1)), **MINI)
+
+
+def test_a_module_and_its_name_belong_together() -> None:
+    task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
+    with pytest.raises(InputError, match="net="):
+        rf.build(task, rf.ModelConfig(backbone="custom", stages=("0",)))
+    with pytest.raises(InputError, match="net"):
+        rf.build(task, rf.ModelConfig(), net=nn.Conv2d(1, 2, 1))
+
+
+def test_resnet_mini_has_no_pretrained_weights() -> None:
+    with pytest.raises(InputError, match="no pretrained weights"):
+        mini(pretrained=True)
+
+
+def test_pretrained_weights_and_constants_reach_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = timm.create_model("resnet18", num_classes=0).state_dict()
+
+    def fetch(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        model.load_state_dict(donor)
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", fetch)
+    model = rf.enhance("resnet18", num_classes=4, image_size=64, pretrained=True)
+    found = model.backbone.net.state_dict()
+    assert found.keys() == donor.keys()
+    assert all(torch.equal(found[name], donor[name]) for name in donor)
+    cfg: Any = timm.create_model("resnet18").pretrained_cfg
+    assert isinstance(model.mean, Tensor)
+    assert isinstance(model.std, Tensor)
+    assert model.mean.flatten().tolist() == pytest.approx(cfg["mean"])
+    assert model.std.flatten().tolist() == pytest.approx(cfg["std"])
+
+
+def test_weights_of_a_timm_network_fit_under_their_own_names() -> None:
+    donor = timm.create_model("regnetx_002", num_classes=0)
+    model = rf.enhance("regnetx_002", num_classes=4, image_size=32)
+    model.backbone.net.load_state_dict(donor.state_dict())
+    assert json.dumps(sorted(model.backbone.net.state_dict())) == json.dumps(sorted(donor.state_dict()))
+
+
+def test_a_users_module_keeps_its_weights(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+    model = rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=(16, 20))
+    mine = chain.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in model.backbone.net.state_dict().items())
+    out = model(torch.rand(2, 3, 16, 20))
+    assert out.restored.shape == (2, 3, 16, 20)
+    assert len(model.decoder.laterals) == 3
+
+
+def test_a_network_of_one_stage() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU())
+    model = rf.enhance(net, stages=["1"], num_classes=2, in_channels=1, image_size=9, denoise_after=(0,))
+    assert model(torch.rand(2, 1, 9, 9)).restored.shape == (2, 1, 9, 9)
