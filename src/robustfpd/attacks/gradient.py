@@ -1,0 +1,174 @@
+"""White-box gradient attacks: FGSM, BIM and PGD, one loop in three geometries.
+
+Goodfellow et al., ICLR 2015 (FGSM); Kurakin et al., 2017 (BIM); Madry et al., ICLR 2018 (PGD).
+
+Every iterate is projected first and differentiated there: a clamp inside the differentiated function has
+zero gradient wherever a pixel sits at 0 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustfpd.attacks.inputs import check_eps, check_images, check_labels, check_logits
+from robustfpd.attacks.norms import Geometry, geometry
+from robustfpd.config import NORMS, Norm
+from robustfpd.errors import InputError, unknown_name
+from robustfpd.models.mode import evaluating
+
+Loss = Literal["ce", "margin"]
+
+
+def fgsm(
+    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", loss: Loss = "ce",
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Fast gradient sign method: one step of size eps, no random start; weak in L1, where one dense step spreads thin.
+
+    Arguments, result and errors as in `pgd`; `generator` is not used.
+    """
+    return pgd(
+        classifier, images, labels, eps=eps, norm=norm, steps=1, step_size=eps, random_start=False, loss=loss,
+        generator=generator,
+    )  # fmt: skip
+
+
+def bim(
+    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 10,
+    step_size: float | None = None, loss: Loss = "ce", generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Basic iterative method: PGD from the image itself, in steps of eps/steps (in L1 as much longer as in `pgd`).
+
+    Arguments, result and errors as in `pgd`; `generator` is not used.
+    """
+    pixels = check_images(images)[0].numel()
+    stride = geometry(norm).stride(pixels)
+    size = check_eps(eps, norm) / max(steps, 1) * stride if step_size is None else step_size
+    return pgd(
+        classifier, images, labels, eps=eps, norm=norm, steps=steps, step_size=size, random_start=False, loss=loss,
+        generator=generator,
+    )  # fmt: skip
+
+
+def pgd(
+    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 40,
+    step_size: float | None = None, restarts: int = 1, random_start: bool = True, loss: Loss = "ce",
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Projected gradient descent, untargeted.
+
+    The classifier is attacked in evaluation mode; its modes, parameters, gradients and statistics are left
+    as they were.
+
+    Args:
+        classifier: images N×C×H×W in [0, 1] → logits N×K.
+        images: N×C×H×W in [0, 1].
+        labels: N, the true classes (or the model's own predictions).
+        eps: radius of the ball, in pixels of [0, 1] (8/255, not 8).
+        norm: `linf`, `l2` or `l1`.
+        steps: gradient steps per start.
+        step_size: length of a step in `norm`; None takes 2.5·eps/steps, in L1 4·√d times that for d pixels.
+        restarts: starts per image; an image that has fallen is not attacked again.
+        random_start: start from a random point of the ball instead of the image.
+        loss: `ce` (cross-entropy) or `margin` (largest wrong logit minus the true one).
+        generator: source of random starts; None takes a fresh one with seed 0.
+
+    Returns:
+        N×C×H×W in ball ∩ [0, 1]: per image, of all iterates, a misclassified one with the largest loss,
+        or where none was found the one with the largest loss.
+
+    Raises:
+        InputError: images outside [0, 1] or with NaN, labels outside the classes, an unknown norm, …
+    """
+    images = check_images(images).detach()
+    labels = check_labels(labels, len(images)).to(images.device)
+    eps = check_eps(eps, norm)
+    space = geometry(norm, NORMS, "pgd")
+    if loss not in _LOSSES:
+        raise unknown_name("loss", loss, _LOSSES)
+    if steps < 1 or restarts < 1:
+        raise InputError(f"steps and restarts must be at least 1, found steps={steps}, restarts={restarts}")
+    size = 2.5 * eps / steps * space.stride(images[0].numel()) if step_size is None else step_size
+    if not (math.isfinite(size) and size > 0):
+        raise InputError(f"step_size must be a positive number, found {step_size!r}")
+    draws = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    best, standing = images.clone(), torch.arange(len(images), device=images.device)
+    best_loss = torch.full((len(images),), -torch.inf, device=images.device)
+    with evaluating(classifier):
+        for _ in range(restarts):
+            x, y = images[standing], labels[standing]
+            delta = space.sample(x, eps, draws) if random_start else torch.zeros_like(x)
+            found = _ascend(classifier, x, y, delta, eps, space, steps, size, _LOSSES[loss])
+            gained = found.fooled | (found.loss > best_loss[standing])
+            best[standing[gained]] = found.images[gained]
+            best_loss[standing] = torch.maximum(best_loss[standing], found.loss)
+            standing = standing[~found.fooled]
+            if len(standing) == 0:
+                break
+    return best
+
+
+class _Best:
+    """The best iterate so far of each image: misclassified before not, then by loss."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.loss = torch.full((len(images),), -torch.inf, device=images.device)
+        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+    def update(self, images: Tensor, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
+        fooled = (logits.argmax(dim=1) != labels) & logits.isfinite().all(dim=1)
+        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (loss > self.loss))
+        self.images = torch.where(better.reshape(-1, 1, 1, 1), images, self.images)
+        self.loss = torch.where(better, loss, self.loss)
+        self.fooled |= fooled
+
+
+def _ascend(
+    classifier: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, eps: float, space: Geometry, steps: int,
+    step_size: float, loss: Callable[[Tensor, Tensor], Tensor],
+) -> _Best:  # fmt: skip
+    """Run `steps` projected steps from `delta`; steps + 1 forward and steps backward passes."""
+    best = _Best(images)
+    for step in range(steps + 1):
+        x = (images + delta).clamp(0, 1).detach()
+        last = step == steps
+        with torch.set_grad_enabled(not last):
+            x.requires_grad_(not last)
+            logits = classifier(x)
+            if step == 0:
+                check_logits(logits, labels)
+            losses = loss(logits, labels)
+            total = losses.sum()
+        best.update(x.detach(), logits.detach(), losses.detach().float(), labels)
+        if last:
+            break
+        if not total.requires_grad:
+            raise InputError(
+                "the classifier's logits do not depend differentiably on the images; use a black-box attack"
+            )
+        (gradient,) = torch.autograd.grad(total, x)
+        # A NaN would wander into the images; the point stays where it is instead.
+        delta = delta + step_size * space.ascent(gradient.nan_to_num(0, 0, 0))
+        delta = space.project(delta, images, eps)
+    return best
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return others.amax(dim=1) - true
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": _cross_entropy, "margin": _margin}
