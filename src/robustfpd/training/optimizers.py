@@ -1,0 +1,62 @@
+"""Optimisers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from robustfpd.config import OptimizerConfig, ScheduleConfig
+
+_OPTIMIZERS: dict[str, Callable[[Any, OptimizerConfig], Optimizer]] = {
+    "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay),
+    "adamax": lambda groups, c: torch.optim.Adamax(groups, lr=c.lr, weight_decay=c.weight_decay),
+    "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay),
+    "sgd": lambda groups, c: torch.optim.SGD(groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum),
+}
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """Return the optimiser over parameter groups."""
+    return _OPTIMIZERS[config.name](groups, config)
+
+
+class Schedule:
+    """A learning-rate schedule, told of every batch and every epoch; it knows which of them it follows."""
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig, batches: int) -> None:
+        """Bind to an optimiser for a training of `batches` batches in all."""
+        lr = optimizer.param_groups[0]["lr"]
+        self._per_batch: LRScheduler | None = None
+        self._per_epoch: ReduceLROnPlateau | None = None
+        if config.name == "plateau":
+            self._per_epoch = ReduceLROnPlateau(optimizer, mode="max", factor=config.factor, patience=config.patience)
+        elif config.name == "cosine":
+            self._per_batch = CosineAnnealingLR(optimizer, T_max=batches)
+        elif config.name == "one_cycle":
+            # OneCycleLR asks for one step more than it will be given after the last batch.
+            self._per_batch = OneCycleLR(optimizer, max_lr=lr, total_steps=batches + 1)
+
+    def after_batch(self) -> None:
+        """Move on by one batch."""
+        if self._per_batch is not None:
+            self._per_batch.step()
+
+    def after_epoch(self, accuracy: float) -> None:
+        """Move on by one epoch, which ended with this validation accuracy."""
+        if self._per_epoch is not None:
+            self._per_epoch.step(accuracy)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on."""
+        scheduler = self._per_batch or self._per_epoch
+        return scheduler.state_dict() if scheduler is not None else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        scheduler = self._per_batch or self._per_epoch
+        if scheduler is not None:
+            scheduler.load_state_dict(state)

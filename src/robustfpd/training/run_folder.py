@@ -1,0 +1,101 @@
+"""One run, one folder: settings, metrics, checkpoints; evaluation and report join later."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustfpd.config import RunConfig, load_run
+from robustfpd.errors import InputError, MissingDataError
+from robustfpd.models import FPD, Plain
+from robustfpd.models.checkpoint import recovered, replacing, write_model_files
+from robustfpd.provenance import environment, write_json
+
+STATE = "training.pt"
+
+
+class RunFolder:
+    """Paths of a run and what is written there. Files are replaced, never half written."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.csv"
+        self.last = self.path / "checkpoints" / "last"
+        self.best = self.path / "checkpoints" / "best"
+        self.evaluation = self.path / "evaluation"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been here."""
+        return self.config_file.is_file()
+
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        if not self.started:
+            raise MissingDataError(f"no run in {self.path}: looked for {self.config_file.absolute()}")
+        return load_run(self.config_file)
+
+    def begin(self, config: RunConfig, resume: bool, device: torch.device) -> None:
+        """Claim the folder for a run, or check that `config` is the run to be resumed."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; choose another folder with --out")
+        if resume and not self.started:
+            raise InputError(f"nothing to resume in {self.path}; leave out --resume to start there")
+        if self.started and not resume:
+            raise InputError(f"{self.path} holds a run; continue it with --resume, or choose another folder with --out")
+        if resume:
+            differing = _differences(self.config().model_dump(), config.model_dump())
+            if differing:
+                raise InputError(
+                    f"--resume in {self.path} needs the same settings; these differ: {'; '.join(differing)}"
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        config.save(self.config_file)
+        write_json(self.path / "environment.json", environment(device))
+
+    def save_checkpoint(self, folder: Path, model: FPD | Plain, state: Mapping[str, Any] | None = None) -> None:
+        """Write a loadable model, with the training state beside it when given."""
+        with replacing(folder) as new:
+            write_model_files(new, model.state_dict(), model.task, model.config)
+            if state is not None:
+                torch.save(dict(state), new / STATE)
+
+    def training_state(self) -> dict[str, Any] | None:
+        """The state beside the last checkpoint; None before the first epoch's end."""
+        path = recovered(self.last) / STATE
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        return state
+
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write one row per epoch; rewritten whole, so that a resumed run has each epoch once."""
+        partial = self.metrics_file.with_suffix(".csv.new")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+        partial.replace(self.metrics_file)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in old.items():
+        name = f"{prefix}{key}"
+        if name in ("data.root", "data.download", "evaluation"):
+            continue  # where the images lie and what is evaluated later does not change the training
+        if isinstance(value, dict):
+            found += _differences(value, new[key], f"{name}.")
+        elif value != new[key]:
+            found.append(f"{name} was {value!r}, now {new[key]!r}")
+    return found

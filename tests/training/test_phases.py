@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustfpd.config import OptimizerConfig, TrainingConfig, parse
+from robustfpd.models import FPD, Plain, build, enhance
+from robustfpd.training.optimizers import make_optimizer
+from robustfpd.training.phases import Update, parameter_groups, plain_step, two_phase_step
+
+
+def _model() -> FPD:
+    return enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8).train()
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(3)
+    clean = torch.rand(6, 1, 8, 8, generator=draws)
+    noisy = clean + 0.1 * (2 * torch.rand(clean.shape, generator=draws) - 1)
+    return clean, noisy, torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def _updating(model: FPD | Plain, optimizer: torch.optim.Optimizer, losses: list[float]) -> Update:
+    def update(loss: Tensor) -> None:
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return update
+
+
+@pytest.mark.parametrize("name", ["adam", "adamax", "adamw", "sgd"])
+def test_a_shut_gate_leaves_the_head_byte_identical_and_moves_front_and_restoration(name: str) -> None:
+    model = _model()
+    optimizer = make_optimizer(parameter_groups(model), parse(OptimizerConfig, {"name": name, "weight_decay": 0.1}))
+    clean, noisy, labels = _batch()
+    # An open step first, so that momentum and moments of the head exist and could move it.
+    two_phase_step(TrainingConfig(threshold=1e9))(model, clean, noisy, labels, _updating(model, optimizer, []))
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    losses: list[float] = []
+    result = two_phase_step(TrainingConfig(threshold=0.0))(
+        model, clean, noisy, labels, _updating(model, optimizer, losses)
+    )
+    assert not result.gate_open
+    assert len(losses) == 1
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    head = {k for k in before if k.startswith("head.")}
+    assert head
+    assert not moved & head
+    assert moved == set(before) - head
+
+
+def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone() -> None:
+    model = _model()
+    clean, noisy, labels = _batch()
+    expected = 0.5 * F.mse_loss(copy.deepcopy(model)(noisy).restored, clean)
+    losses: list[float] = []
+    config = TrainingConfig(threshold=0.0, alpha_restore=0.5)
+    two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss)))
+    assert losses == pytest.approx([float(expected)])
+
+
+def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
+    model = _model()
+    clean, noisy, labels = _batch()
+    config = TrainingConfig(threshold=1e9, alpha_ce=0.7, alpha_restore=0.3, alpha_restore_second=0.2)
+    first = copy.deepcopy(model)(noisy)
+    loss1 = 0.7 * F.cross_entropy(first.logits, labels) + 0.3 * F.mse_loss(first.restored, clean)
+    twice = copy.deepcopy(model)
+    twice(noisy)  # batch norm has seen the first phase
+    second = twice(first.restored.detach())
+    loss2 = 0.7 * F.cross_entropy(second.logits, labels) + 0.2 * F.mse_loss(second.restored, clean)
+    losses: list[float] = []
+    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss)))
+    assert result.gate_open
+    assert losses == pytest.approx([float(loss1), float(loss2)], rel=1e-5)
+
+
+def test_the_second_phase_stops_at_the_restored_image_unless_joint() -> None:
+    clean, noisy, labels = _batch()
+    gradients: dict[str, list[Tensor]] = {}
+    for mode in ("detached", "joint"):
+        model = _model()
+        config = parse(TrainingConfig, {"threshold": 1e9, "second_pass": mode})
+        collected: list[Tensor] = []
+
+        def backward(loss: Tensor, model: FPD = model, collected: list[Tensor] = collected) -> None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            weight = model.decoder.laterals[0].weight
+            assert isinstance(weight, Tensor)
+            assert weight.grad is not None
+            collected.append(weight.grad.clone())
+
+        two_phase_step(config)(model, clean, noisy, labels, backward)
+        gradients[mode] = collected
+    assert [len(gradients[m]) for m in ("detached", "joint")] == [2, 1]
+    # Without the cut the second phase also pulls on the first restoration; the sum of both phases differs.
+    assert not torch.allclose(gradients["detached"][-1], gradients["joint"][-1], rtol=1e-3)
+
+
+def test_joint_is_the_sum_of_both_phases() -> None:
+    model = _model()
+    clean, noisy, labels = _batch()
+    twin = copy.deepcopy(model)
+    first = twin(noisy)
+    second = twin(first.restored)
+    expected = sum(F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in (first, second))
+    losses: list[float] = []
+    two_phase_step(TrainingConfig(threshold=1e9, second_pass="joint"))(
+        model, clean, noisy, labels, lambda loss: losses.append(float(loss))
+    )
+    assert losses == pytest.approx([float(expected)], rel=1e-5)
+
+
+def test_parameter_groups_part_the_head_from_the_rest() -> None:
+    model = _model()
+    rest, head = parameter_groups(model)
+    assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
+    everything = [id(p) for group in (rest, head) for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+def test_the_twin_steps_once_on_the_cross_entropy_of_noisy_images() -> None:
+    fpd = _model()
+    twin = build(fpd.task, fpd.config.twin()).train()
+    clean, noisy, labels = _batch()
+    expected = F.cross_entropy(copy.deepcopy(twin)(noisy), labels)
+    losses: list[float] = []
+    result = plain_step(TrainingConfig())(twin, clean, noisy, labels, lambda loss: losses.append(float(loss)))
+    assert losses == pytest.approx([float(expected)])
+    assert result.restoration is None
