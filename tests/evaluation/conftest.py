@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Data = tuple[Tensor, Tensor]
+
+
+class Linear(nn.Module):
+    """Two classes, told apart by a linear score; keeps the size of every batch it sees."""
+
+    def __init__(self, weight: Tensor, bias: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), bias
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        score = images.flatten(1) @ self.weight + self.bias
+        return torch.stack([-score / 2, score / 2], dim=1)
+
+    def within(self, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        """Which images keep their class all over the L∞ ball and box, in closed form."""
+        x, w = images.flatten(1).double(), self.weight.detach().double()
+        side = (2 * labels - 1).double()
+        against = -side[:, None] * w
+        reach = torch.where(against > 0, 1 - x, x).clamp_max(eps)
+        return (x @ w + self.bias) * side - (against.abs() * reach).sum(1) > 0
+
+
+@pytest.fixture
+def linear() -> Linear:
+    weight = torch.randn(36, generator=torch.Generator().manual_seed(1))
+    return Linear(weight, -0.5 * float(weight.sum()))
+
+
+@pytest.fixture
+def data(linear: Linear) -> Data:
+    """60 images with pixels at 0 and 1 too; every sixth is labelled against the model."""
+    draws = torch.Generator().manual_seed(2)
+    images = (1.2 * torch.rand(60, 1, 6, 6, generator=draws) - 0.1).clamp(0, 1)
+    labels = linear(images).argmax(1)
+    labels[::6] = 1 - labels[::6]
+    linear.batches.clear()
+    return images, labels

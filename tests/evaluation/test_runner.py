@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.attacks import registry
+from robustfpd.errors import InputError
+from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, Stage, evaluate
+
+if TYPE_CHECKING:
+    from tests.evaluation.conftest import Data, Linear
+
+RADII = (0.005, 0.02, 0.05, 0.15)
+
+
+def _counts(record: EvaluationRecord) -> list[int]:
+    return [w.robust.count for w in record.worst_case]
+
+
+def _findings(record: EvaluationRecord) -> Any:
+    return record.model_dump(exclude={"environment": True, "attacks": {"__all__": {"seconds"}}})
+
+
+@pytest.fixture
+def fpd() -> rf.FPD:
+    return rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).train()
+
+
+@pytest.fixture
+def small() -> Data:
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("suite", ["quick", "first-look"])
+@pytest.mark.parametrize("every_attack", [False, True])
+def test_worst_case_is_the_closed_form_image_by_image(
+    linear: Linear, data: Data, suite: str, every_attack: bool
+) -> None:
+    record = evaluate(linear, data, suite=suite, eps=RADII, every_attack=every_attack, batch_size=17)
+    images, labels = data
+    assert record.clean.count == 50
+    expected = [linear.within(images, labels, eps) for eps in RADII]
+    assert _counts(record) == [int(e.sum()) for e in expected]
+    assert 50 > _counts(record)[0] > _counts(record)[-1] > 0
+    for eps, stands in zip(RADII, expected, strict=True):
+        turned = {r.image for r in record.ledger if r.eps <= eps and r.adversarial_prediction != r.label}
+        right = set(torch.nonzero(linear(images).argmax(1) == labels).flatten().tolist())
+        assert right - turned == set(torch.nonzero(stands).flatten().tolist())
+
+
+def test_radii_are_sorted_and_accuracy_never_rises(linear: Linear, data: Data) -> None:
+    record = evaluate(linear, data, suite="first-look", eps=[0.1, 0.01, 0.03, 0.01])
+    assert [w.eps for w in record.worst_case] == [0.01, 0.03, 0.1]
+    assert _counts(record) == sorted(_counts(record), reverse=True)
+    assert record.robust_accuracy == record.worst_case[-1].robust.value
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_other_norms_never_rise_either(linear: Linear, data: Data, norm: Any) -> None:
+    record = evaluate(linear, data, suite="first-look", eps=(0.1, 0.3, 1.0, 3.0), norm=norm)
+    counts = [record.clean.count, *_counts(record)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < counts[0]
+    assert all(r.distance <= r.eps + 1e-5 for r in record.ledger)
+
+
+def test_an_image_that_fell_is_not_attacked_again(linear: Linear, data: Data) -> None:
+    record = evaluate(linear, data, suite="quick", eps=RADII)
+    standing = record.clean.count
+    for attack in record.attacks:
+        assert attack.attacked == standing
+        assert attack.accuracy is None
+        standing -= attack.fooled
+    assert standing == _counts(record)[-1]
+    fallen: set[int] = set()
+    for row in record.ledger:
+        assert row.image not in fallen
+        if row.adversarial_prediction != row.label:
+            fallen.add(row.image)
+
+
+def test_no_forward_pass_is_spent_on_images_that_fell(linear: Linear, data: Data) -> None:
+    images, labels = data
+    record = evaluate(linear, data, suite="first-look", eps=0.05)
+    fgsm, pgd = record.attacks
+    expected = [60] + 2 * [fgsm.attacked] + [fgsm.attacked] + 41 * [pgd.attacked] + [pgd.attacked]
+    assert linear.batches == expected
+    linear.batches.clear()
+    with torch.no_grad():
+        wrong = linear(images).argmax(1) != labels
+    linear.batches.clear()
+    evaluate(linear, (images[wrong], labels[wrong]), suite="quick", eps=RADII)
+    assert linear.batches == [10]
+
+
+def test_every_attack_tries_all_and_gives_an_accuracy_per_attack(linear: Linear, data: Data) -> None:
+    alone, some = (evaluate(linear, data, suite="quick", eps=RADII, every_attack=e) for e in (True, False))
+    for attack in alone.attacks:
+        assert attack.attacked == alone.clean.count
+        assert attack.accuracy is not None
+        assert attack.accuracy.count == alone.clean.count - attack.fooled
+        assert attack.accuracy.total == 60
+        worst = next(w for w in alone.worst_case if w.eps == attack.eps)
+        assert worst.robust.count <= attack.accuracy.count
+    assert len(alone.ledger) == alone.clean.count * len(alone.attacks)
+    assert all(a <= s for a, s in zip(_counts(alone), _counts(some), strict=True))
+
+
+def test_misclassified_images_count_as_not_robust(linear: Linear, data: Data) -> None:
+    images, labels = data
+    record = evaluate(linear, (images, labels), suite="first-look", eps=1e-7)
+    assert record.clean.count == 50
+    assert _counts(record) == [50]
+    assert record.worst_case[0].robust.total == 60
+    assert all(r.clean_prediction == r.label for r in record.ledger)
+
+
+def test_the_ledger_holds_every_try(linear: Linear, data: Data) -> None:
+    labels = data[1]
+    record = evaluate(linear, data, suite="first-look", eps=(0.02, 0.05), batch_size=7)
+    assert len(record.ledger) == sum(a.attacked for a in record.attacks)
+    for attack in record.attacks:
+        rows = [r for r in record.ledger if (r.attack, r.eps) == (attack.attack, attack.eps)]
+        assert len(rows) == attack.attacked
+        assert sum(r.adversarial_prediction != r.label for r in rows) == attack.fooled
+    for row in record.ledger:
+        assert row.label == int(labels[row.image])
+        assert 0 <= row.distance <= row.eps + 1e-6
+
+
+def test_batch_size_does_not_change_what_is_found(linear: Linear, data: Data) -> None:
+    a, b = (evaluate(linear, data, suite="first-look", eps=RADII, batch_size=n) for n in (60, 7))
+    assert _counts(a) == _counts(b)
+    linear.batches.clear()
+    evaluate(linear, data, suite="first-look", eps=0.02, batch_size=7)
+    assert max(linear.batches) == 7
+
+
+def test_the_seed_draws_the_images(linear: Linear, data: Data) -> None:
+    def seen(seed: int, count: int | None) -> EvaluationRecord:
+        return evaluate(linear, data, suite="first-look", eps=0.02, num_images=count, seed=seed)
+
+    assert _findings(seen(3, 20)) == _findings(seen(3, 20))
+    assert seen(3, 20).num_images == 20
+    assert seen(3, 20).data_sha256 != seen(4, 20).data_sha256
+    assert len({seen(seed, count).data_sha256 for seed in (3, 4) for count in (None, 60, 1000)}) == 1
+
+
+def test_a_part_keeps_images_and_labels_together(linear: Linear, data: Data) -> None:
+    images, _ = data
+    labels = linear(images).argmax(1)
+    assert evaluate(linear, (images, labels), suite="first-look", eps=1e-6, num_images=23).clean.count == 23
+
+
+def test_a_loader_gives_what_its_images_give(linear: Linear, data: Data) -> None:
+    images, labels = data
+    pairs = list(zip(torch.chunk(images, 3), torch.chunk(labels, 3), strict=True))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from pairs
+
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    loader: Any = torch.utils.data.DataLoader(dataset, batch_size=11)
+    whole = _findings(evaluate(linear, data, suite="first-look", eps=RADII))
+    halves = list(zip(torch.chunk(images, 2), torch.chunk(labels, 2), strict=True))
+    for source in (pairs, batches(), loader, tuple(halves), [images, labels]):
+        assert _findings(evaluate(linear, source, suite="first-look", eps=RADII)) == whole  # type: ignore[arg-type]
+
+
+def test_an_observer_is_told_where_it_stands(linear: Linear, data: Data) -> None:
+    stages: list[Stage] = []
+    record = evaluate(
+        linear, data, suite="first-look", eps=(0.02, 0.05), observer=EvaluationObserver(on_stage=stages.append)
+    )
+    assert [(s.attack, s.eps) for s in stages] == [(a.attack, a.eps) for a in record.attacks]
+    assert [(s.done, s.total) for s in stages] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [s.standing for s in stages] == [a.attacked for a in record.attacks]
+
+
+def _outside(classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, **options: Any) -> Tensor:
+    return (images + 1.5 * eps * (0.5 - images).sign()).clamp(0, 1)
+
+
+def _off_the_box(classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, **options: Any) -> Tensor:
+    return images - eps
+
+
+def _not_a_number(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return images * torch.nan
+
+
+@pytest.mark.parametrize("attack", [_outside, _off_the_box, _not_a_number])
+def test_an_attack_that_leaves_its_ball_is_refused(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data, attack: Any
+) -> None:
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", attack)
+    with pytest.raises(InputError, match=r"attack FGSM left the linf ball of radius 0\.1: distance"):
+        evaluate(linear, data, suite="first-look", eps=0.1)
+
+
+def test_an_attack_that_changes_nothing_turns_nothing(
+    monkeypatch: pytest.MonkeyPatch, fpd: rf.FPD, small: Data
+) -> None:
+    images, _ = small
+    with torch.no_grad():
+        labels = fpd.eval()(images).logits.argmax(1)
+
+    def nothing(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return images.clone()
+
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", nothing)
+    monkeypatch.setitem(registry._ATTACKS, "pgd", nothing)
+    record = evaluate(fpd, (images, labels), suite="quick", eps=0.5, every_attack=True)
+    assert record.robust_accuracy == record.clean_accuracy == 1
+    assert {r.distance for r in record.ledger} == {0.0}
+
+
+def test_an_fpd_gets_attacks_before_its_tanh_and_a_plain_module_none(fpd: rf.FPD, linear: Linear, small: Data) -> None:
+    images, labels = small
+    for model in (fpd, fpd.classifier()):
+        record = evaluate(model, small, suite="first-look", eps=0.01, every_attack=True)
+        assert [a.attack for a in record.attacks] == ["FGSM", "FGSM, pre-squash", "PGD-40", "PGD-40, pre-squash"]
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    record = evaluate(plain, (images, labels), suite="first-look", eps=0.01)
+    assert [a.attack for a in record.attacks] == ["FGSM", "PGD-40"]
+
+
+def test_a_saturated_tanh_hides_the_gradient_but_not_from_the_suite(small: Data) -> None:
+    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    images, _ = small
+    with torch.no_grad():
+        linear = model.head.linear
+        assert isinstance(linear, nn.Linear)
+        shared = linear.weight.mean(0)
+        linear.weight.copy_(torch.stack([shared - 20, shared + 20, shared]))
+        features = model.back(model.restore(images), images)
+        linear.bias.zero_()
+        linear.bias[:2] = 12.0 - model.head.unsquashed(features)[:, :2].mean(0)
+        labels = model(images).logits.argmax(1)
+    record = evaluate(model, (images, labels), suite="first-look", eps=0.3, every_attack=True)
+    accuracy = {a.attack: a.accuracy.count for a in record.attacks if a.accuracy is not None}
+    assert accuracy["FGSM, pre-squash"] < accuracy["FGSM"]
+    assert accuracy["PGD-40, pre-squash"] < accuracy["PGD-40"]
+    assert record.worst_case[0].robust.count <= min(accuracy.values())
+
+
+def test_an_evaluation_leaves_the_model_as_it_was(fpd: rf.FPD, small: Data) -> None:
+    next(m for m in fpd.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    flags = [m.training for m in fpd.modules()]
+    state = {k: v.clone() for k, v in fpd.state_dict().items()}
+    assert any("running_mean" in k for k in state)
+    evaluate(fpd, small, suite="first-look", eps=0.01)
+    assert [m.training for m in fpd.modules()] == flags
+    assert all(torch.equal(v, state[k]) for k, v in fpd.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in fpd.parameters())
+
+
+def test_a_model_that_raises_is_left_as_it_was(linear: Linear, small: Data) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(10, 3)).train()
+    net[2].eval()
+    with pytest.raises(RuntimeError):
+        evaluate(net, small, eps=0.01)
+    assert [m.training for m in net.modules()] == [True, True, True, False]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"eps": 8}, "eps must be at most 1 in linf"),
+    ({"eps": 0}, "eps must be a positive number, found 0"),
+    ({"eps": [0.1, -0.1]}, "eps must be a positive number, found -0.1"),
+    ({"eps": []}, "eps must hold at least one radius, found none"),
+    ({"eps": 0.1, "norm": "l7"}, "unknown norm 'l7'"),
+    ({"eps": 0.1, "suite": "quik"}, "unknown suite 'quik'; did you mean 'quick'"),
+    ({"eps": 0.1, "num_images": 0}, "num_images must be at least 1, found 0"),
+    ({"eps": 0.1, "batch_size": 0}, "batch_size must be at least 1, found 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_options_are_refused(linear: Linear, data: Data, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(linear, data, **options)
+    assert linear.batches == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x * 255, y), r"images must lie in \[0, 1\].*divide by 255"),
+        (lambda x, y: (x * torch.nan, y), "images must be finite, found 2160 NaN"),
+        (lambda x, y: ((255 * x).byte(), y), "images must be floating point"),
+        (lambda x, y: (x, y.float()), "labels must be integers, found torch.float32"),
+        (lambda x, y: (x, y[:-1]), r"labels must have shape \(60,\)"),
+        (lambda x, y: (x, y - 1), "labels must not be negative, found -1"),
+        (
+            lambda x, y: (x, y + (torch.arange(60) == 59) * 5),
+            "labels must be below the classifier's 2 classes, found [56]",
+        ),
+        (lambda *_: [], "data must hold at least one image, found none"),
+    ],
+)
+def test_data_are_refused(linear: Linear, data: Data, change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(linear, change(*data), suite="first-look", eps=0.1)
+
+
+class _Pair(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images
+
+
+def test_a_classifier_that_returns_no_logits_is_refused(data: Data) -> None:
+    with pytest.raises(InputError, match="classifier must return logits N×K, found tuple"):
+        evaluate(_Pair(), data, eps=0.1)
