@@ -1,0 +1,37 @@
+"""Tables of results for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from robustfpd.evaluation import EvaluationRecord
+
+
+def evaluation_table(record: EvaluationRecord) -> Table:
+    """Clean and worst-case accuracy by radius, with intervals, and what each attack contributed."""
+    title = f"{record.subject}: {record.num_images} images, {record.norm}, suite {record.suite}"
+    table = Table("eps", "accuracy [95 % interval]", "attacks: images turned / tried", title=title)
+    table.add_row("0", str(record.clean), "clean")
+    for worst in record.worst_case:
+        found = [f"{a.attack} {a.fooled}/{a.attacked}" for a in record.attacks if a.eps == worst.eps]
+        table.add_row(f"{worst.eps:.4g}", str(worst.robust), "\n".join(found), end_section=True)
+    return table
+
+
+def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
+    """Clean and worst-case accuracy of several networks, a column each."""
+    first = records[0]
+    table = Table(
+        "eps", *(r.subject for r in records), title=f"Accuracy in % [95 % interval], {first.num_images} images"
+    )
+    table.add_row("0 (clean)", *(_cell(r.clean.value, r.clean.low, r.clean.high) for r in records))
+    for i, worst in enumerate(first.worst_case):
+        cells = [r.worst_case[i].robust for r in records]
+        table.add_row(f"{worst.eps:.3g}", *(_cell(c.value, c.low, c.high) for c in cells))
+    return table
+
+
+def _cell(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
