@@ -1,0 +1,52 @@
+"""robustfpd: a Feature Pyramid Decoder around any block-based CNN, trained, attacked and measured.
+
+    import robustfpd as rf
+
+    model = rf.enhance("resnet18", num_classes=10, in_channels=1, image_size=28)
+    out = model(images)                    # FPDOutput(logits, restored)
+    record = rf.evaluate(model.classifier(), (images, labels), eps=0.1)
+
+Names are imported when they are first used, so that `import robustfpd` and `robustfpd --help` need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustfpd import attacks, data
+    from robustfpd.config import ModelConfig, RunConfig, TaskConfig, recipe
+    from robustfpd.errors import InputError
+    from robustfpd.evaluation import EvaluationRecord, evaluate
+    from robustfpd.models import FPD, FPDOutput, Plain, build, enhance, load
+    from robustfpd.training import train
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "FPD": "models", "FPDOutput": "models", "Plain": "models", "build": "models", "enhance": "models", "load": "models",
+    "EvaluationRecord": "evaluation", "evaluate": "evaluation", "train": "training", "InputError": "errors",
+    "ModelConfig": "config", "RunConfig": "config", "TaskConfig": "config", "recipe": "config",
+}  # fmt: skip
+_PACKAGES = ("attacks", "data")
+
+__all__ = [
+    "FPD", "EvaluationRecord", "FPDOutput", "InputError", "ModelConfig", "Plain", "RunConfig", "TaskConfig", "attacks",
+    "build", "data", "enhance", "evaluate", "load", "recipe", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(f"robustfpd.{_WHERE[name]}"), name)
+    elif name in _PACKAGES:
+        value = import_module(f"robustfpd.{name}")
+    else:
+        raise AttributeError(f"module 'robustfpd' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

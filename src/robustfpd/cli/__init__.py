@@ -1,0 +1,38 @@
+"""The command line. One file per command; heavy imports happen inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from robustfpd.cli.demo import demo
+from robustfpd.cli.evaluate import evaluate
+from robustfpd.cli.recipes import recipes
+from robustfpd.cli.train import train
+from robustfpd.errors import InputError, unknown_name
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "evaluate": evaluate, "recipes": recipes}
+
+DESCRIPTION = """Harden an image classifier with a Feature Pyramid Decoder, and measure how robust it is.
+
+Begin with `robustfpd demo`; then `robustfpd train RECIPE`, `robustfpd evaluate RUN`."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; what the user can mend ends with one line and exit code 2, an interrupt with 130."""
+    import tyro
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            raise unknown_name("command", arguments[0], COMMANDS)
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="robustfpd", description=DESCRIPTION, args=arguments or ["--help"], sort_subcommands=False
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

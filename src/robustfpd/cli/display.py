@@ -1,0 +1,107 @@
+"""What a terminal shows while training and attacking; plain lines when the output is piped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from robustfpd.evaluation import EvaluationObserver
+    from robustfpd.training import EpochMetrics, Observer
+    from robustfpd.training import Progress as TrainingProgress
+
+REFRESH_SECONDS = 0.25
+
+
+@contextmanager
+def training_display(console: Console, title: str) -> Iterator[Observer]:
+    """Show a training: a bar with phase, gate, losses, accuracy, speed and time left; a line per epoch."""
+    import time
+
+    from robustfpd.training import Observer
+
+    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), console=console)
+    task = bar.add_task(title)
+    details = Text()
+    shown = 0.0
+    with Live(Group(bar, details), console=console, transient=True, auto_refresh=False, redirect_stderr=False) as live:
+
+        def on_batch(progress: TrainingProgress) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < REFRESH_SECONDS or not console.is_terminal:
+                return
+            shown = now
+            done = progress.epoch * progress.batches + progress.batch
+            description = f"{title}  epoch {progress.epoch + 1}/{progress.epochs}"
+            bar.update(task, description=description, total=progress.epochs * progress.batches, completed=done)
+            details.plain = _details(progress)
+            live.refresh()
+
+        def on_epoch(metrics: EpochMetrics, best: bool) -> None:
+            console.print(_epoch_line(title, metrics, best), highlight=False, soft_wrap=True)
+            live.refresh()
+
+        yield Observer(on_batch=on_batch, on_epoch=on_epoch)
+
+
+@contextmanager
+def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObserver]:
+    """Show an evaluation: which attack runs at which radius, and how many images still stand."""
+    from robustfpd.evaluation import EvaluationObserver, Stage
+
+    with console.status(f"{title}: clean accuracy") as status:
+
+        def on_stage(stage: Stage) -> None:
+            status.update(
+                f"{title}: {stage.attack} at eps {stage.eps:.4g} ({stage.done}/{stage.total}), "
+                f"{stage.standing} images still stand"
+            )
+
+        yield EvaluationObserver(on_stage=on_stage)
+
+
+def _details(progress: TrainingProgress) -> str:
+    step = progress.step
+    accuracy = 100 * float(progress.correct) / progress.seen
+    parts = [f"CE {_pair(step.ce, step.second_ce)}"]
+    if step.restoration is not None:
+        parts.insert(0, f"gate {'open, phases 1+2' if step.gate_open else 'shut, restoration only'}")
+        parts.append(f"L2 {_pair(step.restoration, step.second_restoration)}")
+    parts += [
+        f"acc {accuracy:.1f} %",
+        f"{progress.images_per_second:.0f} img/s",
+        f"{duration(progress.seconds_left)} left",
+    ]
+    return "  ".join(parts)
+
+
+def _pair(first: object, second: object) -> str:
+    values = [f"{float(v):.3g}" for v in (first, second) if v is not None]  # type: ignore[arg-type]
+    return "/".join(values)
+
+
+def _epoch_line(title: str, m: EpochMetrics, best: bool) -> str:
+    losses = f"CE {_pair(m.ce, m.second_ce)}"
+    if m.restoration is not None:
+        losses += f"  L2 {_pair(m.restoration, m.second_restoration)}  gate open {100 * m.gate_open:.0f} %"
+    mark = "  (best)" if best else ""
+    return (
+        f"{title}  epoch {m.epoch + 1}  {losses}  val {100 * m.validation_accuracy:.2f} %  "
+        f"{m.images_per_second:.0f} img/s{mark}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `5 s`, `4:05` or `2:04:05`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

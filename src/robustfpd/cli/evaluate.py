@@ -1,0 +1,87 @@
+"""`robustfpd evaluate`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    /,
+    eps: tuple[float, ...] | None = None,
+    norm: Literal["linf", "l2", "l1"] | None = None,
+    suite: str | None = None,
+    num_images: int | None = None,
+    dataset: str | None = None,
+    data_root: str | None = None,
+    download: bool = False,
+    seed: int | None = None,
+    every_attack: bool = False,
+    device: str = "auto",
+) -> None:
+    """Attack a trained network: clean and worst-case accuracy over eps, with 95 % intervals.
+
+    For example `robustfpd evaluate runs/digits-mini`,
+    or `robustfpd evaluate runs/mnist-mini --eps 0.05 0.1 --norm linf --data-root data`.
+
+    Args:
+        run: a run's folder, or a folder that model.save wrote (then --dataset is needed).
+        eps: radii of the perturbation in pixels of [0, 1], for example 0.03 (8/255); default the recipe's.
+        norm: norm of the perturbation; default the recipe's.
+        suite: which attacks; default the recipe's.
+        num_images: how many test images; default the recipe's.
+        dataset: test images of this data set instead of the run's.
+        data_root: folder where torchvision keeps its data sets.
+        download: fetch the data set into data-root when it is not there.
+        seed: seed of the choice of images and of the attacks.
+        every_attack: try every attack on every image, for an accuracy per attack; costs more.
+        device: auto, cpu, cuda or mps.
+    """
+    from rich.console import Console
+
+    from robustfpd import data, evaluation, models
+    from robustfpd.cli.display import evaluation_display
+    from robustfpd.cli.running import configured, torch_device
+    from robustfpd.config import RunConfig
+    from robustfpd.errors import InputError
+    from robustfpd.report.tables import evaluation_table
+    from robustfpd.training import RunFolder
+
+    chosen = torch_device(device)
+    folder = RunFolder(run)
+    if not folder.started and dataset is None:
+        folder_model = models.load(run)  # a clear error when there is no model either
+        raise InputError(
+            f"{run} holds a model ({folder_model.config.backbone}) but no run; say which test images with --dataset"
+        )
+    config = configured(folder.config() if folder.started else RunConfig(), data_root, download, seed)
+    if dataset is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
+    model = models.load(run)
+    splits = data.load(config.data)
+    if splits.info.task != model.task:
+        raise InputError(f"{run} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
+    plan = config.evaluation
+    console = Console(soft_wrap=True)
+    with evaluation_display(console, str(run)) as observer:
+        record = evaluation.evaluate(
+            model.classifier().to(chosen), splits.test.floats(), suite=suite or plan.suite,
+            eps=plan.eps if eps is None else eps, norm=norm or plan.norm,
+            num_images=plan.num_images if num_images is None else num_images, seed=config.seed,
+            every_attack=every_attack, subject=str(run), observer=observer,
+        )  # fmt: skip
+    path = record.save(_new_file(folder.evaluation, f"{splits.info.name}-{record.suite}-{record.norm}"))
+    console.print(evaluation_table(record))
+    console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """Return a JSON file that does not exist yet: an evaluation never overwrites another."""
+    candidates = (
+        folder / f"{name}{suffix}.json" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    )
+    return next(path for path in candidates if not path.exists())

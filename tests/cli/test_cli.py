@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from robustfpd.cli import main
+from robustfpd.models import enhance
+
+FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["train", "digit/mini"], "unknown recipe 'digit/mini'; did you mean 'digits/mini'"),
+        (["train", "digits/mini", "data.dataset=digit"], "unknown dataset 'digit'; did you mean 'digits'"),
+        (["train", "digits/mini", "model.backbone=resnet_18"], "unknown backbone 'resnet_18'; did you mean"),
+        (
+            ["train", "digits/mini", "training.epoch=3"],
+            "unknown field 'training.epoch'; did you mean 'training.epochs'",
+        ),
+        (["train", "digits/mini", "training.epochs=zero"], "training.epochs: .* found 'zero'"),
+        (["train", "digits/mini", "model.head=tahn"], "model.head: .* found 'tahn'"),
+        (["train", "digits/mini", "nonsense"], "'nonsense' is not of the form field=value"),
+        (
+            ["train", "digits/mini", "model.backbone=resnet18.nosuchtag"],
+            "backbone 'resnet18.nosuchtag' cannot be built",
+        ),
+        (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["train", "digits/../digits/mini"], "unknown recipe"),
+        (["train", "digits/mini", "--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["evaluate", "runs/nowhere"], "no model in runs/nowhere"),
+    ],
+)
+def test_errors_are_one_line_with_the_nearest_choices(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(expected, _fails(capsys, *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_says_where_it_looked_and_how_to_fetch_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    error = _fails(capsys, "train", "mnist/mini", "--data-root", str(tmp_path))
+    assert str(tmp_path / "MNIST" / "raw") in error
+    assert "--download" in error
+
+
+def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    main(["train", "digits/mini", *FAST, "--out", str(run)])
+    assert f"robustfpd evaluate {run}" in capsys.readouterr().out
+    main(["evaluate", str(run), "--eps", "0.01", "0.3", "--num-images", "40", "--suite", "first-look"])
+    out = capsys.readouterr().out
+    assert "pre-squash" in out
+    first = run / "evaluation" / "digits-first-look-linf.json"
+    record = json.loads(first.read_text())
+    assert [w["eps"] for w in record["worst_case"]] == [0.01, 0.3]
+    assert record["clean"]["total"] == 40
+    before = first.read_bytes()
+    main(["evaluate", str(run), "--eps", "0.1", "--num-images", "10", "--suite", "first-look"])
+    assert first.read_bytes() == before
+    assert (run / "evaluation" / "digits-first-look-linf-2.json").is_file()
+    capsys.readouterr()
+    assert "num_images must be at least 1" in _fails(capsys, "evaluate", str(run), "--num-images", "0")
+    assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
+    assert "eps must be at most 1" in _fails(capsys, "evaluate", str(run), "--eps", "8")
+    assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
+
+
+def test_plain_trains_the_twin(tmp_path: Path) -> None:
+    main(["train", "digits/mini", *FAST, "--plain", "--out", str(tmp_path / "twin")])
+    config = json.loads((tmp_path / "twin" / "checkpoints" / "best" / "config.json").read_text())
+    assert config["model"]["defence"] == "none"
+    rows = (tmp_path / "twin" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2
+
+
+def test_a_saved_model_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8).save(tmp_path / "model")
+    assert "say which test images with --dataset" in _fails(capsys, "evaluate", str(tmp_path / "model"))
+    main(["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num-images", "10", "--suite", "first-look"])
+    assert "10 images" in capsys.readouterr().out
+
+
+def _dies_of_interrupts() -> None:
+    """A process started by a background job of a shell would ignore Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "robustfpd", "train", "digits/mini", "training.epochs=400", "--out", str(run)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=_dies_of_interrupts,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "last").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, error)
+    assert "Traceback" not in error
+    assert "--resume" in out
+    assert re.search(r"\d+ whole epochs? (is|are) kept", out)
+    from robustfpd.models import load
+
+    assert load(run / "checkpoints" / "last").config.backbone == "resnet_mini"
+
+
+def test_an_interrupt_during_a_librarys_evaluated_source_still_ends_with_130(tmp_path: Path) -> None:
+    """CPython would end `python -m` by signal then, though the interrupt was handled."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, robustfpd.cli as cli\n"
+        "def interrupted() -> None:\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "cli.COMMANDS['demo'] = interrupted\n"
+    )
+    source = Path(__file__).parents[2] / "src"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"}
+    command = [sys.executable, "-m", "robustfpd", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
+def test_demo_compares_the_three_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    main(["demo", "--epochs", "1", "--out", str(out)])
+    printed = capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    for name in ("FPD", "plain twin, same noise", "plain twin, no noise"):
+        assert name in page
+        assert name.split(",")[0] in printed
+    assert "try next" in printed
+    for step in re.findall(r"robustfpd \w+", printed.partition("try next")[2]):
+        assert step.split()[1] in ("train", "evaluate", "recipes")
+    (out / "notes.txt").write_text("mine")
+    assert "training.epochs" in _fails(capsys, "demo", "--epochs", "0", "--out", str(out))
+    assert (out / "report.html").read_text() == page
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_demo_refuses_a_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "holds something other than a demo" in _fails(capsys, "demo", "--out", str(tmp_path))
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, robustfpd.cli as c\ntry: c.main(['train', '--help'])\nexcept SystemExit: pass\n"
+    check = "assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+    assert "robustfpd train digits/mini" in done.stdout
+
+
+def test_without_arguments_the_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("demo", "train", "evaluate", "recipes"))
+
+
+def test_recipes_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    from robustfpd.config import recipe_names
+
+    main(["recipes"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in recipe_names())
