@@ -87,6 +87,13 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert first.read_bytes() == before
     assert (run / "evaluation" / "digits-first-look-linf-2.json").is_file()
     capsys.readouterr()
+    main(["evaluate", str(run), "--eps", "0.1", "--num-images", "10", "--suite", "first-look", "--split", "validation"])
+    assert "validation images" in capsys.readouterr().out
+    held_out = json.loads((run / "evaluation" / "digits-validation-first-look-linf.json").read_text())
+    assert (
+        held_out["data_sha256"]
+        != json.loads((run / "evaluation" / "digits-first-look-linf-2.json").read_text())["data_sha256"]
+    )
     assert "num_images must be at least 1" in _fails(capsys, "evaluate", str(run), "--num-images", "0")
     assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
     assert "eps must be at most 1" in _fails(capsys, "evaluate", str(run), "--eps", "8")

@@ -21,15 +21,19 @@ REFRESH_SECONDS = 0.25
 
 @contextmanager
 def training_display(console: Console, title: str) -> Iterator[Observer]:
-    """Show a training: a bar with phase, gate, losses, accuracy, speed and time left; a line per epoch."""
+    """Show a training: a bar with phase, gate, losses, accuracy, speed and time left; a line per epoch.
+
+    Where there are two losses, `a/b`, the second is phase 2's. Made for terminals from 80 columns up.
+    """
     import time
 
     from robustfpd.training import Observer
 
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), console=console)
     task = bar.add_task(title)
-    details = Text()
+    details = Text(no_wrap=False, overflow="fold")  # whatever the console's default: nothing may be cut off
     shown = 0.0
+    headed = False
     with Live(Group(bar, details), console=console, transient=True, auto_refresh=False, redirect_stderr=False) as live:
 
         def on_batch(progress: TrainingProgress) -> None:
@@ -39,13 +43,19 @@ def training_display(console: Console, title: str) -> Iterator[Observer]:
                 return
             shown = now
             done = progress.epoch * progress.batches + progress.batch
-            description = f"{title}  epoch {progress.epoch + 1}/{progress.epochs}"
+            description = f"{title}  epoch {progress.epoch + 1}/{progress.epochs}{_phase(progress)}"
             bar.update(task, description=description, total=progress.epochs * progress.batches, completed=done)
             details.plain = _details(progress)
             live.refresh()
 
         def on_epoch(metrics: EpochMetrics, best: bool) -> None:
-            console.print(_epoch_line(title, metrics, best), highlight=False, soft_wrap=True)
+            nonlocal headed
+            cells = _epoch_cells(metrics)
+            if not headed:
+                console.print(f"{title}\n{_row(cells, heading=True)}", highlight=False)
+                headed = True
+            line = _row(cells, heading=False) + ("  best" if best else "")
+            console.print(line, highlight=False)
             live.refresh()
 
         yield Observer(on_batch=on_batch, on_epoch=on_epoch)
@@ -67,12 +77,18 @@ def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObser
         yield EvaluationObserver(on_stage=on_stage)
 
 
+def _phase(progress: TrainingProgress) -> str:
+    """Phase and gate; the plain twin has neither."""
+    if progress.step.restoration is None:
+        return ""
+    return "  phases 1+2, gate open" if progress.step.gate_open else "  phase 1, gate shut"
+
+
 def _details(progress: TrainingProgress) -> str:
     step = progress.step
     accuracy = 100 * float(progress.correct) / progress.seen
     parts = [f"CE {_pair(step.ce, step.second_ce)}"]
     if step.restoration is not None:
-        parts.insert(0, f"gate {'open, phases 1+2' if step.gate_open else 'shut, restoration only'}")
         parts.append(f"L2 {_pair(step.restoration, step.second_restoration)}")
     parts += [
         f"acc {accuracy:.1f} %",
@@ -83,19 +99,28 @@ def _details(progress: TrainingProgress) -> str:
 
 
 def _pair(first: object, second: object) -> str:
-    values = [f"{float(v):.3g}" for v in (first, second) if v is not None]  # type: ignore[arg-type]
+    """A loss in phase 1 and, where there is one, in phase 2."""
+    values = [f"{float(v):.2g}" for v in (first, second) if v is not None]  # type: ignore[arg-type]
     return "/".join(values)
 
 
-def _epoch_line(title: str, m: EpochMetrics, best: bool) -> str:
-    losses = f"CE {_pair(m.ce, m.second_ce)}"
+def _epoch_cells(m: EpochMetrics) -> list[tuple[str, str]]:
+    """What an epoch's line shows, with its headings; the plain twin has neither phases nor a gate."""
+    cells = [("epoch", str(m.epoch + 1)), ("cross-entropy", _pair(m.ce, m.second_ce))]
     if m.restoration is not None:
-        losses += f"  L2 {_pair(m.restoration, m.second_restoration)}  gate open {100 * m.gate_open:.0f} %"
-    mark = "  (best)" if best else ""
-    return (
-        f"{title}  epoch {m.epoch + 1}  {losses}  val {100 * m.validation_accuracy:.2f} %  "
-        f"{m.images_per_second:.0f} img/s{mark}"
-    )
+        cells += [
+            ("L2 restored", _pair(m.restoration, m.second_restoration)),
+            ("gate open", f"{100 * m.gate_open:.0f} %"),
+        ]
+    return [*cells, ("validation", f"{100 * m.validation_accuracy:.2f} %"), ("img/s", f"{m.images_per_second:.0f}")]
+
+
+COLUMNS = {"epoch": 5, "cross-entropy": 15, "L2 restored": 15, "gate open": 9, "validation": 10, "img/s": 6}
+
+
+def _row(cells: list[tuple[str, str]], heading: bool) -> str:
+    """Cells right-aligned under their headings."""
+    return "  ".join(f"{name if heading else value:>{COLUMNS[name]}}" for name, value in cells)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ def evaluate(
     norm: Literal["linf", "l2", "l1"] | None = None,
     suite: str | None = None,
     num_images: int | None = None,
+    split: Literal["test", "validation"] = "test",
     dataset: str | None = None,
     data_root: str | None = None,
     download: bool = False,
@@ -33,8 +34,9 @@ def evaluate(
         eps: radii of the perturbation in pixels of [0, 1], for example 0.03 (8/255); default the recipe's.
         norm: norm of the perturbation; default the recipe's.
         suite: which attacks; default the recipe's.
-        num_images: how many test images; default the recipe's.
-        dataset: test images of this data set instead of the run's.
+        num_images: how many images; default the recipe's.
+        split: test, or validation: the images held out of training, to choose settings by.
+        dataset: images of this data set instead of the run's.
         data_root: folder where torchvision keeps its data sets.
         download: fetch the data set into data-root when it is not there.
         seed: seed of the choice of images and of the attacks.
@@ -66,15 +68,17 @@ def evaluate(
     if splits.info.task != model.task:
         raise InputError(f"{run} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
     plan = config.evaluation
+    images, shown = (splits.test, str(run)) if split == "test" else (splits.validation, f"{run} (validation images)")
     console = Console(soft_wrap=True)
-    with evaluation_display(console, str(run)) as observer:
+    with evaluation_display(console, shown) as observer:
         record = evaluation.evaluate(
-            model.classifier().to(chosen), splits.test.floats(), suite=suite or plan.suite,
+            model.classifier().to(chosen), images.floats(), suite=suite or plan.suite,
             eps=plan.eps if eps is None else eps, norm=norm or plan.norm,
             num_images=plan.num_images if num_images is None else num_images, seed=config.seed,
-            every_attack=every_attack, subject=str(run), observer=observer,
+            every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
-    path = record.save(_new_file(folder.evaluation, f"{splits.info.name}-{record.suite}-{record.norm}"))
+    source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
+    path = record.save(_new_file(folder.evaluation, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from robustfpd.cli.display import duration, training_display
+from robustfpd.training import EpochMetrics, Progress
+from robustfpd.training.phases import StepResult
+
+WIDTH = 80
+
+
+def _step(gate_open: bool, plain: bool = False) -> StepResult:
+    """Losses as wide as they get."""
+    loss = torch.tensor(0.000123)
+    second = loss if gate_open and not plain else None
+    return StepResult(loss, None if plain else loss, second, second, gate_open, torch.tensor(60))
+
+
+def _progress(step: StepResult) -> Progress:
+    return Progress(
+        epoch=98, epochs=100, batch=1, batches=1000, images_per_second=12345.6, seconds_left=7445.0, step=step,
+        correct=torch.tensor(64), seen=64,
+    )  # fmt: skip
+
+
+def _metrics(plain: bool) -> EpochMetrics:
+    second = None if plain else 0.000123
+    return EpochMetrics(
+        epoch=98, ce=0.000123, restoration=second, second_ce=second, second_restoration=second, gate_open=1.0,
+        train_accuracy=1.0, validation_accuracy=1.0, validation_ce=0.1, validation_restoration=second, lr=0.1,
+        images_per_second=12345.6, seconds=1.0,
+    )  # fmt: skip
+
+
+def _shown(step: StepResult, plain: bool, *, terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(
+        file=file, width=WIDTH, force_terminal=terminal, soft_wrap=True, no_color=True, legacy_windows=False
+    )
+    with training_display(console, "plain twin, same noise") as observer:
+        observer.on_batch(_progress(step))
+        observer.on_epoch(_metrics(plain), True)
+        observer.on_epoch(_metrics(plain), False)
+    return file.getvalue()
+
+
+def test_a_terminal_of_80_columns_shows_phase_gate_losses_speed_and_time_left_whole() -> None:
+    for step, said in ((_step(True), "phases 1+2, gate open"), (_step(False), "phase 1, gate shut")):
+        shown = " ".join(_shown(step, plain=False, terminal=True).split())
+        for part in (said, "CE 0.00012", "L2 0.00012", "acc 100.0 %", "12346 img/s", "2:04:05 left"):
+            assert part in shown
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_epoch_lines_stand_under_their_headings_within_80_columns(plain: bool) -> None:
+    title, heading, first, second = _shown(_step(True, plain), plain, terminal=False).strip("\n").split("\n")
+    assert title == "plain twin, same noise"
+    assert max(len(heading), len(first)) <= WIDTH
+    assert first == f"{second}  best"
+    assert len(heading) == len(second)
+    assert ("gate open" in heading) is not plain
+    assert heading.split()[0] == "epoch"
+    assert second.split()[0] == "99"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (4.6, 245, 7445)] == ["5 s", "4:05", "2:04:05"]
