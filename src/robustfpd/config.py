@@ -132,14 +132,17 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     """L2 penalty on all parameters (decoupled for adamw)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of sgd; the others keep torch's betas."""
+    """Momentum of sgd; the others take torch's betas (with `one_cycle`, the first beta moves from 0.95 to 0.85)."""
 
 
 class ScheduleConfig(Config):
     """How the learning rate moves."""
 
     name: Literal["constant", "plateau", "cosine", "one_cycle"] = "plateau"
-    """`plateau` follows validation accuracy by epoch; `cosine` and `one_cycle` follow the step."""
+    """`plateau` follows validation accuracy by epoch; `cosine` and `one_cycle` follow the step.
+
+    `one_cycle` also lowers the momentum by 0.1 while the rate is high.
+    """
     patience: int = Field(default=10, ge=0)
     """plateau: epochs without a better validation accuracy before the rate falls."""
     factor: float = Field(default=0.1, gt=0, lt=1)
@@ -172,7 +175,10 @@ class TrainingConfig(Config):
     clip: float | None = Field(default=10.0, gt=0)
     """Largest L2 norm of the gradient; None does not clip."""
     early_stop_patience: int | None = Field(default=20, ge=1)
-    """Epochs without a better validation accuracy before training stops; None never stops early."""
+    """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops.
+
+    None never stops early.
+    """
 
 
 class EvaluationConfig(Config):
@@ -221,7 +227,9 @@ class RunConfig(Config):
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        partial = path.with_name(path.name + ".new")
+        partial.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        partial.replace(path)
 
 
 C = TypeVar("C", bound=Config)

@@ -14,6 +14,11 @@ class MissingDataError(InputError):
     """Files that should be there are not. The message says where was looked and how to fetch them."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what `error` says, or its kind when it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def unknown_name(kind: str, found: object, choices: Iterable[str], *, listed: int = 12) -> InputError:
     """Return the error for a name that is not among `choices`, nearest choices first.
 

@@ -99,7 +99,13 @@ def test_the_split_depends_on_its_own_seed_only() -> None:
     other = load(DataConfig(split_seed=1))
     for part in ("train", "validation", "test"):
         assert getattr(first, part).digest() == getattr(again, part).digest()
+    for part in ("train", "validation"):
         assert getattr(first, part).digest() != getattr(other, part).digest()
+
+
+def test_no_seed_moves_test_images_into_training() -> None:
+    first, second = (load(DataConfig(split_seed=seed)).test for seed in (0, 5))
+    assert rows(first) == rows(second)
 
 
 def test_the_test_images_do_not_depend_on_the_validation_share() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS, recovered, replacing
+from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS, replacing, whole
 
 TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
 
@@ -321,9 +321,17 @@ def test_an_interruption_while_writing_leaves_the_old_files(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_nothing_is_recovered_over_a_folder_that_is_there(tmp_path: Path) -> None:
+def test_a_reader_between_the_writers_two_renames_finds_the_old_and_moves_nothing(tmp_path: Path) -> None:
+    old = tmp_path / ".kept.old"
+    old.mkdir()
+    (old / "a").write_text("old")
+    assert (whole(tmp_path / "kept") / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_what_was_set_aside_does_not_hide_a_folder_that_is_there(tmp_path: Path) -> None:
     folder, old = tmp_path / "kept", tmp_path / ".kept.old"
     for path, text in ((folder, "new"), (old, "old")):
         path.mkdir()
         (path / "a").write_text(text)
-    assert (recovered(folder) / "a").read_text() == "new"
+    assert (whole(folder) / "a").read_text() == "new"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustfpd.config import DataConfig, TaskConfig
-from robustfpd.errors import InputError, MissingDataError, unknown_name
+from robustfpd.errors import InputError, MissingDataError, first_line, unknown_name
 from robustfpd.seeding import generator
 
 
@@ -119,7 +119,7 @@ def _digits(described: DatasetInfo, config: DataConfig) -> tuple[ImageSet, Image
     bundle = load_digits()
     images = torch.from_numpy(bundle.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)  # N 1 8 8
     whole = ImageSet(images, torch.from_numpy(bundle.target).long())
-    train, test = stratified(whole.labels, 0.2, config.split_seed, "test")
+    train, test = stratified(whole.labels, 0.2, 0, "test")  # no setting moves test images into training
     return whole.take(train), whole.take(test)
 
 
@@ -141,7 +141,7 @@ def _torchvision(class_name: str) -> Callable[[DatasetInfo, DataConfig], tuple[I
         except (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError) as error:
             what = "could not be fetched into" if config.download else "is incomplete or damaged in"
             raise MissingDataError(
-                f"{described.name} {what} {folder.absolute()} ({_first_line(error)}); "
+                f"{described.name} {what} {folder.absolute()} ({first_line(error)}); "
                 "delete that folder and add --download to fetch it anew"
             ) from None
         for part in (train, test):
@@ -155,10 +155,6 @@ def _torchvision(class_name: str) -> Callable[[DatasetInfo, DataConfig], tuple[I
         return train, test
 
     return read
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 _DIGIT_NAMES = tuple(str(d) for d in range(10))

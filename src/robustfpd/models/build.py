@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 
 from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError
-from robustfpd.models.checkpoint import read_settings, read_weights, recovered
+from robustfpd.models.checkpoint import read_settings, read_weights, whole
 from robustfpd.models.fpd import FPD, Plain
+from robustfpd.models.mode import evaluating
 from robustfpd.models.networks import from_module, from_timm
-from robustfpd.seeding import derive
+from robustfpd.seeding import derive, generator
 
 
 def enhance(
@@ -33,18 +35,20 @@ def enhance(
         backbone: a timm model name, `resnet_mini`, or your own module (a copy of it is taken).
         num_classes: number of classes K, at least 2.
         in_channels: channels of an image, 1 or 3.
-        image_size: height and width in pixels, or one int for a square. The model takes other sizes
-            too; this one decides the stem and the decoder.
+        image_size: height and width in pixels, or one int for a square; it decides the stem and the
+            decoder. Most backbones take other sizes too; those that do not say so when they meet one.
         stages: names of the modules where stages end, stem first. Required for a module without timm's
             `feature_info`.
         seed: seed of the new layers' weights; the global random state is left alone.
         options: fields of `robustfpd.ModelConfig` (`head="spectral"`, `denoise="softmax"`, `pretrained=True`, …).
 
     Returns:
-        An `FPD` on the CPU; new layers are in training mode, those of your own module as they were.
+        An `FPD` on the CPU, in training mode; parts of your own module that are in evaluation mode while the
+        module itself is in training mode count as frozen and stay so.
 
     Raises:
-        InputError: an unknown name or option, or images that the backbone cannot take.
+        InputError: an unknown name or option, images that the backbone cannot take, or a network whose
+            denoising overflows.
     """
     task = parse(TaskConfig, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size})
     named = backbone if isinstance(backbone, str) else CUSTOM_BACKBONE
@@ -65,7 +69,16 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
         config: backbone and defence.
         net: the module, when `config.backbone` is `custom`.
         seed: seed of new weights.
+
+    Raises:
+        InputError: as `enhance` does.
     """
+    model = _assemble(task, config, net, seed)
+    _check_finite(model)
+    return model
+
+
+def _assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None, seed: int = 0) -> FPD | Plain:
     if net is not None and config.pretrained:
         raise InputError("pretrained=True loads timm's weights; your own module brings its own: leave pretrained out")
     if (config.backbone == CUSTOM_BACKBONE) != (net is not None):
@@ -84,6 +97,25 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
     return model
 
 
+def _check_finite(model: FPD | Plain) -> None:
+    """Refuse a network whose logits are NaN from the start: dot-product denoising is cubic and can overflow.
+
+    In evaluation mode untrained batch norms do not normalise, so an overflow there is looked at in training mode.
+    """
+    images = torch.rand(2, model.task.in_channels, *model.task.image_size, generator=generator(0, "overflow"))
+    with torch.no_grad(), evaluating(model):
+        if bool(model.classifier()(images).isfinite().all()):
+            return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if bool(copy.deepcopy(model).train().classifier()(images).isfinite().all()):
+            return
+    size = "×".join(map(str, model.task.image_size))
+    raise InputError(
+        f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels with "
+        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not amplify"
+    )
+
+
 def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
     """Load a saved model, in evaluation mode, on the CPU.
 
@@ -95,7 +127,7 @@ def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
         InputError: no model there, damaged files, or weights that do not fit the architecture.
     """
     path = Path(folder)
-    best = recovered(path / "checkpoints" / "best")
+    best = whole(path / "checkpoints" / "best")
     path = best if best.is_dir() else path
     task, config = read_settings(path)
     if config.backbone == CUSTOM_BACKBONE and net is None:
@@ -103,7 +135,7 @@ def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
     weights = read_weights(path)
     # The saved weights follow; asking timm for pretrained ones would need the network.
     fixed = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
-    model = build(task, config.model_copy(update=fixed), net=net)
+    model = _assemble(task, config.model_copy(update=fixed), net)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -47,7 +47,7 @@ def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfi
 
 def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
     """Read what to build; a missing, damaged or foreign `config.json` is an InputError."""
-    path = recovered(folder) / CONFIG
+    path = whole(folder) / CONFIG
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {CONFIG} is not there (looked in {folder.resolve()})")
     try:
@@ -68,7 +68,7 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights; a missing or damaged file is an InputError."""
-    path = recovered(folder) / WEIGHTS
+    path = whole(folder) / WEIGHTS
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {WEIGHTS} is not there")
     try:
@@ -80,8 +80,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder that takes the place of `folder` when the block ends without an error."""
-    folder = recovered(folder).resolve()  # a link stays, what it points to is replaced
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    if whole(folder) != folder:
+        whole(folder).rename(folder.resolve())
+    folder = folder.resolve()  # a link stays, what it points to is replaced
+    new, old = folder.with_name(f".{folder.name}.new"), _set_aside(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
@@ -92,10 +94,15 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recovered(folder: Path) -> Path:
-    """Return `folder`, put back first if a replacement was cut off between its two renames."""
-    whole = folder.resolve()
-    old = whole.parent / f".{whole.name}.old"
-    if old.is_dir() and not folder.exists():
-        old.rename(folder)
-    return folder
+def whole(folder: Path) -> Path:
+    """Return where to read `folder`: its set-aside predecessor while, or since, a replacement is between its renames.
+
+    A reader moves nothing: the writer may be at work.
+    """
+    old = _set_aside(folder)
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def _set_aside(folder: Path) -> Path:
+    target = folder.resolve()
+    return target.with_name(f".{target.name}.old")

@@ -65,12 +65,19 @@ def from_timm(
 
 
 def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> Network:
-    """Take a copy of the user's own module, in float32 on the CPU; his stays as it is."""
+    """Take a copy of the user's own module, in float32 on the CPU; his stays as it is.
+
+    A module that is in evaluation mode as a whole comes from an inference script: it is put in training mode.
+    Parts in evaluation mode inside a module in training mode are frozen on purpose and stay so.
+    """
     if stages is None:
         if not hasattr(net, "feature_info"):
             raise InputError("stages must name the modules of the network where its stages end, stem first; found None")
         stages = _timm_stages(net)
-    return Network(copy.deepcopy(net).to("cpu", torch.float32), stages, (0.0,), (1.0,))
+    own = copy.deepcopy(net).to("cpu", torch.float32)
+    if not own.training:
+        own.train()
+    return Network(own, stages, (0.0,), (1.0,))
 
 
 def resnet_mini(in_channels: int) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 
 from robustfpd.config import RunConfig, load_run
-from robustfpd.errors import InputError, MissingDataError
+from robustfpd.errors import InputError, MissingDataError, first_line
 from robustfpd.models import FPD, Plain
-from robustfpd.models.checkpoint import recovered, replacing, write_model_files
+from robustfpd.models.checkpoint import replacing, whole, write_model_files
 from robustfpd.provenance import environment, write_json
 
 STATE = "training.pt"
+STATE_KEYS = frozenset({"optimizer", "schedule", "stopping", "history"})
 
 
 class RunFolder:
@@ -69,13 +69,15 @@ class RunFolder:
 
     def training_state(self) -> dict[str, Any] | None:
         """The state beside the last checkpoint; None before the first epoch's end."""
-        path = recovered(self.last) / STATE
+        path = whole(self.last) / STATE
         if not path.is_file():
             return None
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # an unpickler raises anything on bytes that are not a pickle
+            raise InputError(f"{path} is damaged: {first_line(error)}") from None
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+            raise InputError(f"{path} is damaged: it does not hold {', '.join(sorted(STATE_KEYS))}")
         return state
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
