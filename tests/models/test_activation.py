@@ -111,3 +111,17 @@ def test_a_network_that_has_elu_already_is_no_reason_to_warn() -> None:
         net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ELU())
         to_elu(net)
     assert type(net[1]) is nn.ELU
+
+
+def test_a_shared_activation_is_replaced_wherever_it_stands() -> None:
+    shared = nn.ReLU()
+    net = nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared, nn.Sequential(shared))
+    assert swap_activations(net) == 3
+    assert not [m for m in net.modules() if isinstance(m, nn.ReLU)]
+
+
+def test_function_transforms_work() -> None:
+    x = torch.linspace(-2, 2, 9)
+    expected = torch.func.vmap(torch.func.grad(F.elu))(x)
+    assert torch.allclose(torch.func.vmap(torch.func.grad(ELU()))(x), expected, atol=1e-6)
+    assert torch.allclose(torch.func.jacrev(ELU())(x), torch.diag(expected), atol=1e-6)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -348,5 +351,53 @@ def test_a_pass_that_fails_leaves_nothing_behind(chain: nn.Module, chain_stages:
 
 def test_a_model_does_not_hold_on_to_feature_maps(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
     made = backbone(chain, chain_stages)
-    made(torch.rand(1, 3, 16, 16))
-    assert made._features == []
+    maps = [weakref.ref(feature) for feature in made(torch.rand(1, 3, 16, 16))]
+    gc.collect()
+    assert [ref() for ref in maps] == [None] * 3
+
+
+class SharedPool(nn.Module):
+    """One pool that stands after every stage, as small networks often have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+        self.blocks = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.pool(block(x))
+        return x
+
+
+def test_a_small_stem_leaves_a_pool_that_later_stages_need() -> None:
+    stages = tuple(f"blocks.{i}" for i in range(5))
+    built = Backbone(SharedPool(), stages, in_channels=3, image_size=(32, 32), small_stem=True)
+    assert built.reductions == (1, 2, 4, 8, 16)
+
+
+def test_threads_do_not_get_each_others_maps(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+    built = backbone(chain, chain_stages).eval()
+    images = [torch.rand(2, 3, 16 + 4 * i, 16 + 4 * i) for i in range(4)]
+
+    def shapes(x: Tensor) -> list[tuple[int, ...]]:
+        with torch.no_grad():
+            return [tuple(f.shape) for f in built(x)]
+
+    expected = [shapes(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == expected[i % 4] for i, found in enumerate(pool.map(shapes, images * 60)))
+
+
+def test_a_size_the_network_was_not_built_for_is_named() -> None:
+    model = rf.enhance("dla34", num_classes=3, image_size=64, pyramid_channels=8).eval()
+    with pytest.raises(InputError, match=r"built for images of 64×64 pixels and does not take 75×83: .*image_size"):
+        model(torch.rand(1, 3, 75, 83))
+
+
+def test_the_whole_network_compiles_without_a_break() -> None:
+    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    images = torch.rand(2, 1, 8, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(images).logits, model(images).logits, atol=1e-6)

@@ -24,11 +24,15 @@ class _CpuElu(torch.autograd.Function):
     torch's CPU kernel takes expm1, three times as slow as exp; the difference is rounding near zero, below 1e-7.
     """
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp(max=0).exp_().sub_(1).add_(x.clamp(min=0))
-        ctx.save_for_backward(y)
-        return y
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(max=0).exp_().sub_(1).add_(x.clamp(min=0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004 torch's signature
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -54,7 +58,9 @@ class ELU(nn.ELU):
 def swap_activations(net: nn.Module) -> int:
     """Replace activation modules between layers by ELU; return how many. Functional calls are out of reach."""
     swapped = 0
-    for name, child in list(net.named_children()):
+    for name, child in list(net._modules.items()):  # named_children() names a shared activation only once
+        if child is None:
+            continue
         if isinstance(child, _ACTIVATIONS):
             setattr(net, name, ELU())
             swapped += 1

@@ -6,6 +6,7 @@ module's output by its denoised version, so the network's own code, weights and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.errors import InputError, unknown_name
+from robustfpd.errors import InputError, first_line, unknown_name
 from robustfpd.models.mode import evaluating
 
 PYRAMID_LEVELS = 4
@@ -57,13 +58,15 @@ class Backbone(nn.Module):
         self.implants = nn.ModuleDict()
         self.layout = layout
         self.multiple = 1
-        self._features: list[Tensor] = []
+        self.image_size = image_size
         self._leaves_early = True
 
         image = torch.zeros(1, in_channels, *image_size)
         if small_stem:
-            finest = max(0, len(self.stage_names) - PYRAMID_LEVELS)
-            self._undo_downsampling(self._trace(image, self.stage_names[finest]))
+            finest = self.stage_names[max(0, len(self.stage_names) - PYRAMID_LEVELS)]
+            ran = self._trace(image, finest)
+            again = self._run_again(image, finest)
+            self._undo_downsampling([m for m in ran if m not in again])
         for index, name in enumerate(self.stage_names):
             self.net.get_submodule(name).register_forward_hook(_StageEnd(self, index))
         self._drop_tail(self._trace(image, self.stage_names[-1]), image)
@@ -82,10 +85,23 @@ class Backbone(nn.Module):
         if self.multiple > 1:
             new_height, new_width = self.padded((height, width))
             x = F.pad(x, (0, new_width - width, 0, new_height - height), mode="replicate")
-        self._features = []
-        with suppress(_LastStageReached):
+        features: list[Tensor] = []
+        outer = getattr(_thread, "features", None)  # this network may be a module inside another such
+        _thread.features = features
+        try:
             self.net(x)
-        features, self._features = self._features, []
+        except _LastStageReached:
+            pass
+        except RuntimeError as error:
+            if (height, width) == self.image_size or isinstance(error, (InputError, torch.OutOfMemoryError)):
+                raise
+            built = "×".join(map(str, self.image_size))
+            raise InputError(
+                f"the backbone was built for images of {built} pixels and does not take {height}×{width}: "
+                f"{first_line(error)}; build it with that image_size, or resize the images"
+            ) from error
+        finally:
+            _thread.features = outer
         return features
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -122,6 +138,29 @@ class Backbone(nn.Module):
             for handle in handles:
                 handle.remove()
         return ran
+
+    def _run_again(self, image: Tensor, end: str) -> set[nn.Module]:
+        """Modules that run again after stage `end` has: what is done to them would be done to later stages too."""
+        again: set[nn.Module] = set()
+        ended = False
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if ended:
+                again.add(module)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal ended
+            ended = True
+
+        handles = [m.register_forward_pre_hook(enter) for m in self.net.modules()]
+        handles.append(self.net.get_submodule(end).register_forward_hook(leave))
+        try:
+            with suppress(InputError):  # such small images may not get through before downsampling is undone
+                self._run(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return again
 
     def _fit(self, image: Tensor) -> None:
         """Run, padding images to a multiple where it takes that: some families cannot add maps of odd sizes."""
@@ -211,8 +250,8 @@ class Backbone(nn.Module):
     def _undo_downsampling(self, ran: Sequence[nn.Module]) -> None:
         """Give strided leaf modules stride 1: convolutions keep their weights, pooling goes."""
         strided = [m for m in ran if not list(m.children()) and _stride(m) > 1]
-        for name, module in list(self.net.named_modules()):
-            if not any(module is m for m in strided):
+        for name, module in list(self.net.named_modules(remove_duplicate=False)):
+            if module not in strided:
                 continue
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
@@ -222,6 +261,10 @@ class Backbone(nn.Module):
                         module.padding = "same"
             elif not list(module.parameters()):
                 self.net.set_submodule(name, nn.Identity())
+
+
+_thread = threading.local()
+"""`features`: the maps that this thread's forward pass has collected."""
 
 
 class _StageEnd:
@@ -239,7 +282,7 @@ class _StageEnd:
         if str(self.index) in self.backbone.implants:
             feature = self.backbone.implants[str(self.index)](feature)
             output = rebuild(feature)
-        self.backbone._features.append(feature)
+        _thread.features.append(feature)
         if self.backbone._leaves_early and self.index == len(self.backbone.stage_names) - 1:
             raise _LastStageReached
         return output
