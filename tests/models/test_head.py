@@ -138,3 +138,17 @@ def test_a_zero_matrix_gives_finite_gradients() -> None:
 def test_an_unknown_head_names_the_nearest() -> None:
     with pytest.raises(InputError, match="unknown head 'tan'; did you mean 'tanh'"):
         classification_layer("tan", 4, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("channels", "num_classes"), SIZES)
+def test_the_orthogonal_head_moves_little_when_its_weights_do(channels: int, num_classes: int) -> None:
+    """A QR decomposition may turn a whole row's sign where one entry passes zero; training would not see it."""
+    head = classification_layer("orthogonal", channels, num_classes, 1.0)
+    raw = head.linear.parametrizations.weight.original  # type: ignore[union-attr]
+    assert isinstance(raw, Tensor)
+    found = []
+    for value in (1e-4, -1e-4):
+        with torch.no_grad():
+            raw[0, 0] = value
+        found.append(effective_weight(head))
+    assert float((found[0] - found[1]).abs().max()) < 0.01

@@ -103,7 +103,10 @@ class _Orthonormal(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         wide = weight.shape[0] < weight.shape[1]
-        q: Tensor = torch.linalg.qr(weight.T if wide else weight)[0]
+        q: Tensor
+        q, r = torch.linalg.qr(weight.T if wide else weight)
+        # LAPACK picks the columns' signs by its pivots; with R's diagonal positive, Q is continuous in the weight.
+        q = q * (1 - 2 * (r.diagonal() < 0).to(q.dtype))
         return q.T if wide else q
 
 
