@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from robustfpd.config import RunConfig, parse
+from robustfpd import data
+from robustfpd.config import RunConfig, TrainingConfig, parse
+from robustfpd.data.noise import add_uniform_noise
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import EpochMetrics, Observer, Progress, RunFolder, train
+from robustfpd.training.phases import Step, StepResult, Update, two_phase_step
 
 
 def _config(**training: object) -> RunConfig:
@@ -145,15 +150,114 @@ def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_divergence_is_named_and_keeps_the_checkpoints(tmp_path: Path) -> None:
+def test_divergence_is_named(tmp_path: Path) -> None:
     config = _config(epochs=2, optimizer={"name": "sgd", "lr": 1e30}, clip=None, schedule={"name": "constant"})
-    with pytest.raises(InputError, match=r"diverged in epoch 1: .* lower training\.optimizer\.lr"):
+    with pytest.raises(InputError, match=r"epoch 1: .* lower training\.optimizer\.lr .* no checkpoint yet"):
         train(config, tmp_path / "run", device="cpu")
 
 
-def test_a_damaged_training_state_is_named(tmp_path: Path) -> None:
+def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(images: Tensor, width: float, generator: torch.Generator) -> Tensor:
+        saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
+        return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
+
+    monkeypatch.setattr("robustfpd.training.loop.add_uniform_noise", poisoned)
+    with pytest.raises(InputError, match=r"epoch 2: .* checkpoints are from before|epoch 2: .* are from before"):
+        train(_config(), tmp_path / "run", device="cpu")
+    weights = read_weights(tmp_path / "run" / "checkpoints" / "last")
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
+def _state(tmp_path: Path) -> Path:
     train(_config(epochs=1), tmp_path / "run", device="cpu")
-    state = tmp_path / "run" / "checkpoints" / "last" / "training.pt"
-    state.write_bytes(state.read_bytes()[:100])
+    return tmp_path / "run" / "checkpoints" / "last" / "training.pt"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b"\x80\x02", lambda b: b"hello world"])
+def test_a_damaged_training_state_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    state = _state(tmp_path)
+    state.write_bytes(damage(state.read_bytes()))
     with pytest.raises(InputError, match=r"training\.pt is damaged"):
         train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_a_foreign_training_state_is_named(tmp_path: Path) -> None:
+    torch.save({"weights": torch.ones(2)}, _state(tmp_path))
+    with pytest.raises(InputError, match=r"training\.pt is damaged: it does not hold history, optimizer"):
+        train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_each_step_gets_augmented_images_and_the_same_with_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watched(settings: TrainingConfig) -> Step:
+        step = two_phase_step(settings)
+
+        def watching(model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update) -> StepResult:
+            seen.append((clean, noisy))
+            return step(model, clean, noisy, labels, update)
+
+        return watching
+
+    monkeypatch.setattr("robustfpd.training.loop.two_phase_step", watched)
+    config = _config(epochs=1, noise=0.1)
+    train(config, tmp_path / "run", device="cpu")
+    clean, noisy = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    change = noisy - clean
+    assert len(clean) == 192
+    assert 0.095 < float(change.max()) <= 0.1 + 1e-6
+    assert -0.1 - 1e-6 <= float(change.min()) < -0.095
+    assert float(change.mean().abs()) < 0.005
+    given, _ = data.load(config.data).train.floats()
+    as_given = (torch.cdist(clean.flatten(1), given.flatten(1)).amin(dim=1) < 1e-3).float().mean()
+    assert as_given < 0.1  # rotated and brightened
+
+
+def test_gradients_are_clipped_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    original = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, closure: None = None) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        original(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    config = _config(epochs=1, clip=0.01, optimizer={"name": "sgd", "lr": 1e-4}, schedule={"name": "constant"})
+    train(config, tmp_path / "run", device="cpu")
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+class Partly(nn.Module):
+    """A user's network whose batch norm he froze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.block = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(self.norm(self.stem(x)))
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_the_user_froze_stays_frozen(tmp_path: Path, frozen: bool) -> None:
+    net = Partly()
+    net.norm.train(not frozen)
+    config = _config(epochs=1)
+    model = config.model.model_copy(update={"backbone": "custom", "stages": ("norm", "block")})
+    result = train(config.model_copy(update={"model": model}), tmp_path / "run", net=net, device="cpu")
+    state = result.model.state_dict()
+    assert torch.equal(state["backbone.net.norm.running_mean"], torch.zeros(4)) is frozen
+    assert not torch.equal(state["backbone.net.block.1.running_mean"], torch.zeros(8))
+
+
+def test_a_network_handed_over_in_evaluation_mode_is_trained_all_the_same(tmp_path: Path) -> None:
+    config = _config(epochs=1)
+    model = config.model.model_copy(update={"backbone": "custom", "stages": ("norm", "block")})
+    result = train(config.model_copy(update={"model": model}), tmp_path / "run", net=Partly().eval(), device="cpu")
+    assert not torch.equal(result.model.state_dict()["backbone.net.norm.running_mean"], torch.zeros(4))

@@ -81,3 +81,24 @@ def test_early_stopping_without_patience_never_stops() -> None:
     for epoch in range(50):
         stopping.better(epoch, 0.1, 1.0)
     assert not stopping.exhausted
+
+
+def test_momentum_is_that_of_sgd() -> None:
+    group = {"params": [nn.Parameter(torch.ones(2))]}
+    optimizer = make_optimizer([group], OptimizerConfig(name="sgd", momentum=0.7))
+    assert optimizer.param_groups[0]["momentum"] == 0.7
+
+
+@pytest.mark.parametrize(("momentum", "low"), [(0.7, 0.6), (0.0, 0.0)])
+def test_one_cycle_lowers_the_momentum_it_was_given(momentum: float, low: float) -> None:
+    group = {"params": [nn.Parameter(torch.ones(2))]}
+    optimizer = make_optimizer([group], OptimizerConfig(name="sgd", momentum=momentum))
+    schedule = Schedule(optimizer, ScheduleConfig(name="one_cycle"), 40)
+    seen = []
+    for _ in range(40):
+        seen.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        schedule.after_batch()
+    assert seen[0] == pytest.approx(momentum)
+    assert max(seen) == pytest.approx(momentum)
+    assert min(seen) == pytest.approx(low, abs=0.01)

@@ -26,7 +26,7 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def _updating(model: FPD | Plain, optimizer: torch.optim.Optimizer, losses: list[float]) -> Update:
     def update(loss: Tensor) -> None:
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -61,8 +61,8 @@ def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone() -> None:
     expected = 0.5 * F.mse_loss(copy.deepcopy(model)(noisy).restored, clean)
     losses: list[float] = []
     config = TrainingConfig(threshold=0.0, alpha_restore=0.5)
-    two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss)))
-    assert losses == pytest.approx([float(expected)])
+    two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
+    assert losses == pytest.approx([float(expected.detach())])
 
 
 def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
@@ -76,7 +76,7 @@ def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
     second = twice(first.restored.detach())
     loss2 = 0.7 * F.cross_entropy(second.logits, labels) + 0.2 * F.mse_loss(second.restored, clean)
     losses: list[float] = []
-    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss)))
+    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
     assert result.gate_open
     assert losses == pytest.approx([float(loss1), float(loss2)], rel=1e-5)
 
@@ -112,7 +112,7 @@ def test_joint_is_the_sum_of_both_phases() -> None:
     expected = sum(F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in (first, second))
     losses: list[float] = []
     two_phase_step(TrainingConfig(threshold=1e9, second_pass="joint"))(
-        model, clean, noisy, labels, lambda loss: losses.append(float(loss))
+        model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach()))
     )
     assert losses == pytest.approx([float(expected)], rel=1e-5)
 
@@ -131,6 +131,6 @@ def test_the_twin_steps_once_on_the_cross_entropy_of_noisy_images() -> None:
     clean, noisy, labels = _batch()
     expected = F.cross_entropy(copy.deepcopy(twin)(noisy), labels)
     losses: list[float] = []
-    result = plain_step(TrainingConfig())(twin, clean, noisy, labels, lambda loss: losses.append(float(loss)))
-    assert losses == pytest.approx([float(expected)])
+    result = plain_step(TrainingConfig())(twin, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
+    assert losses == pytest.approx([float(expected.detach())])
     assert result.restoration is None

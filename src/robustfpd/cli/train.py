@@ -53,7 +53,7 @@ def train(
     console.print(f"training {recipe}{' (plain twin)' if plain else ''} into {folder}", highlight=False)
     try:
         with training_display(console, run.data.dataset) as observer:
-            result = training.train(run, folder, resume=resume, device=chosen.type, observer=observer)
+            result = training.train(run, folder, resume=resume, device=str(chosen), observer=observer)
     except KeyboardInterrupt:
         interrupted = training.RunFolder(folder)
         whole = interrupted.training_state()

@@ -107,7 +107,7 @@ def train(
         net: the user's own module when `config.model.backbone` is `custom`.
         resume: go on after the last whole epoch of an interrupted run with the same config. On the CPU
             in fp32 the weights end equal to those of an uninterrupted run.
-        device: Fabric's accelerator: `auto`, `cpu`, `cuda`, `mps`.
+        device: Fabric's accelerator: `auto`, `cpu`, `cuda`, `mps`; or one GPU, `cuda:1`.
         precision: Fabric's precision.
         observer: callbacks for a live display.
 
@@ -135,6 +135,7 @@ class _Training:
         self.batches = batches_per_epoch(len(splits.train), settings.batch_size)
         self.step = two_phase_step(settings) if isinstance(model, FPD) else plain_step(settings)
         self.raw_model = model
+        self.frozen = [m for m in model.modules() if not m.training]
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.schedule = Schedule(optimizer, settings.schedule, self.batches * settings.epochs)
@@ -162,7 +163,7 @@ class _Training:
         draws = {purpose: generator(seed, purpose, epoch, device=device) for purpose in ("noise", "augment")}
         sums, seen, start = _Sums(), 0, time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.model.train()
+        self._train_mode()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for source in _default_generators(device):  # dropout takes no generator of its own
                 source.manual_seed(derive(seed, "dropout", epoch))
@@ -183,12 +184,20 @@ class _Training:
             seconds=seconds,
         )  # fmt: skip
 
+    def _train_mode(self) -> None:
+        """Training mode for all but what the user froze: a batch norm in evaluation mode keeps its statistics."""
+        self.model.train()
+        for module in self.frozen:
+            module.training = False
+
     def _check_finite(self, epoch: int, losses: dict[str, Any]) -> None:
+        checkpoints = self.folder.path / "checkpoints"
+        kept = f"The checkpoints in {checkpoints} are from before" if self.history else "There is no checkpoint yet"
         for name, value in losses.items():
             if value is not None and not math.isfinite(value):
                 raise InputError(
                     f"training diverged in epoch {epoch + 1}: {name} is {value}; lower training.optimizer.lr "
-                    f"or training.clip. The checkpoints in {self.folder.path / 'checkpoints'} are from before"
+                    f"or training.clip. {kept}"
                 )
 
     def _update(self, loss: Tensor) -> None:
@@ -217,7 +226,9 @@ class _Training:
         """Accuracy, cross-entropy and restoration loss on clean validation images."""
         right, ce, restoration, count = 0, 0.0, 0.0, len(self.splits.validation)
         with evaluating(self.model):
-            for images, labels in batches(self.splits.validation, 512, self.fabric.device):
+            for images, labels in batches(
+                self.splits.validation, 2 * self.config.training.batch_size, self.fabric.device
+            ):
                 out = self.model(images)
                 logits = out.logits if isinstance(out, FPDOutput) else out
                 right += int((logits.argmax(dim=1) == labels).sum())
@@ -278,8 +289,10 @@ class _Sums:
 
 def _fabric(device: str, precision: str, folder: RunFolder) -> Fabric:
     logger = TensorBoardLogger(root_dir=folder.path, name="tensorboard", version="")
+    accelerator, _, index = device.partition(":")
+    devices = [int(index)] if index.isdecimal() else 1
     try:
-        return Fabric(accelerator=device, devices=1, precision=precision, loggers=logger)  # type: ignore[arg-type]
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision, loggers=logger)  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None

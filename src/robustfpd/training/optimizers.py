@@ -38,7 +38,11 @@ class Schedule:
             self._per_batch = CosineAnnealingLR(optimizer, T_max=batches)
         elif config.name == "one_cycle":
             # OneCycleLR asks for one step more than it will be given after the last batch.
-            self._per_batch = OneCycleLR(optimizer, max_lr=lr, total_steps=batches + 1)
+            # Momentum (Adam's first beta) falls from its value by 0.1 while the rate rises, and comes back.
+            high = optimizer.param_groups[0].get("momentum", 0.95)
+            self._per_batch = OneCycleLR(
+                optimizer, max_lr=lr, total_steps=batches + 1, max_momentum=high, base_momentum=max(0.0, high - 0.1)
+            )
 
     def after_batch(self) -> None:
         """Move on by one batch."""
