@@ -399,3 +399,9 @@ def test_agrees_with_foolbox(net: nn.Module, corners: Tensor, norm: Norm, eps: f
     alike = (ours - theirs).flatten(1).abs().amax(1) < 1e-4
     assert int(alike.sum()) >= 9
     assert float((_margin(net, ours, labels) - _margin(net, theirs, labels)).min()) >= -1e-4
+
+
+def test_an_attack_inside_inference_mode_says_what_is_in_its_way(net: nn.Module, corners: Tensor) -> None:
+    labels = torch.zeros(len(corners), dtype=torch.long)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        pgd(net, corners, labels, eps=0.1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,3 +130,8 @@ def test_checks_return_what_is_right_and_name_the_argument() -> None:
         check_labels(torch.tensor([-2]), 1, "targets")
     with pytest.raises(InputError, match=r"^radius must be a positive number"):
         check_eps(-1, "l2", "radius")
+
+
+@pytest.mark.parametrize("eps", [np.float32(0.125), np.float64(0.125), np.array(0.125), torch.tensor(0.125)])
+def test_numbers_of_numpy_and_torch_are_radii(eps: Any) -> None:
+    assert check_eps(eps, "linf") == 0.125

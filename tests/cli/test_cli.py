@@ -113,6 +113,8 @@ def test_a_saved_model_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFi
     assert "say which test images with --dataset" in _fails(capsys, "evaluate", str(tmp_path / "model"))
     main(["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num-images", "10", "--suite", "first-look"])
     assert "10 images" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
+    assert (tmp_path / "model-evaluation" / "digits-first-look-linf.json").is_file()
 
 
 def _dies_of_interrupts() -> None:

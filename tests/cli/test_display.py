@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 import torch
 from rich.console import Console
 
-from robustfpd.cli.display import duration, training_display
+from robustfpd.cli.display import duration, evaluation_display, training_display
+from robustfpd.evaluation import Stage
 from robustfpd.training import EpochMetrics, Progress
 from robustfpd.training.phases import StepResult
 
@@ -69,3 +71,12 @@ def test_epoch_lines_stand_under_their_headings_within_80_columns(plain: bool) -
 
 def test_durations() -> None:
     assert [duration(s) for s in (4.6, 245, 7445)] == ["5 s", "4:05", "2:04:05"]
+
+
+def test_an_evaluation_shows_attack_radius_and_what_still_stands() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=WIDTH, force_terminal=True, no_color=True, legacy_windows=False)
+    with evaluation_display(console, "FPD") as observer:
+        observer.on_stage(Stage(attack="PGD-40", eps=0.1, done=3, total=8, standing=57))
+        time.sleep(0.3)  # rich draws from a thread of its own
+    assert "FPD: PGD-40 at eps 0.1 (3/8), 57 images still stand" in file.getvalue()

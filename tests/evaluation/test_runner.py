@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def test_the_ledger_holds_every_try(linear: Linear, data: Data) -> None:
         assert 0 <= row.distance <= row.eps + 1e-6
 
 
-def test_batch_size_does_not_change_what_is_found(linear: Linear, data: Data) -> None:
+def test_on_a_linear_model_the_batch_size_does_not_change_what_is_found(linear: Linear, data: Data) -> None:
     a, b = (evaluate(linear, data, suite="first-look", eps=RADII, batch_size=n) for n in (60, 7))
     assert _counts(a) == _counts(b)
     linear.batches.clear()
@@ -317,3 +318,8 @@ class _Pair(nn.Module):
 def test_a_classifier_that_returns_no_logits_is_refused(data: Data) -> None:
     with pytest.raises(InputError, match="classifier must return logits N×K, found tuple"):
         evaluate(_Pair(), data, eps=0.1)
+
+
+@pytest.mark.parametrize("eps", [np.float32(0.25), torch.tensor(0.25), np.array([0.25]), (torch.tensor(0.25),)])
+def test_radii_may_be_numbers_of_numpy_and_torch(linear: Linear, data: Data, eps: Any) -> None:
+    assert [w.eps for w in evaluate(linear, data, suite="first-look", eps=eps).worst_case] == [0.25]

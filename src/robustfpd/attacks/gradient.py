@@ -150,6 +150,8 @@ def _ascend(
         best.update(x.detach(), logits.detach(), losses.detach().float(), labels)
         if last:
             break
+        if not total.requires_grad and torch.is_inference_mode_enabled():
+            raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")
         if not total.requires_grad:
             raise InputError(
                 "the classifier's logits do not depend differentiably on the images; use a black-box attack"

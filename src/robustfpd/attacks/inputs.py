@@ -57,6 +57,8 @@ def check_logits(logits: Any, labels: Tensor) -> Tensor:
 
 def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
     """Return `eps` if it is a positive radius, at most 1 in L∞."""
+    if getattr(eps, "ndim", None) == 0:  # numbers of torch and numpy
+        eps = eps.item()
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps <= 0:
         raise InputError(f"{name} must be a positive number, found {eps!r}")
     if norm == "linf" and eps > 1:

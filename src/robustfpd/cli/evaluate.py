@@ -78,7 +78,9 @@ def evaluate(
             every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
     source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
-    path = record.save(_new_file(folder.evaluation, f"{source}-{record.suite}-{record.norm}"))
+    # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
+    results = folder.evaluation if folder.started else run.with_name(f"{run.resolve().name}-evaluation")
+    path = record.save(_new_file(results, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
 

@@ -81,7 +81,8 @@ def evaluate(
         InputError: unusable images, labels, radii, suite or classifier, or an attack that leaves its ball.
     """
     classifier = adaptive.as_classifier(classifier)
-    radii = sorted({check_eps(e, norm) for e in ([eps] if isinstance(eps, (int, float)) else eps)})
+    several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
+    radii = sorted({check_eps(e, norm) for e in several})
     if not radii:
         raise InputError("eps must hold at least one radius, found none")
     geometry(norm)
