@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from robustfpd.cli import main
+from robustfpd.config import load_run
 from robustfpd.models import enhance
 
 FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
@@ -106,6 +107,15 @@ def test_plain_trains_the_twin(tmp_path: Path) -> None:
     assert config["model"]["defence"] == "none"
     rows = (tmp_path / "twin" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2
+
+
+def test_settings_may_stand_anywhere_among_the_flags(tmp_path: Path) -> None:
+    first, *others = FAST
+    main(["train", "digits/mini", first, "--plain", *others, "--out", str(tmp_path / "run"), "training.noise=0.25"])
+    settings = load_run(tmp_path / "run" / "config.yaml")
+    assert settings.training.noise == 0.25
+    assert settings.data.train_limit == 128
+    assert settings.model.defence == "none"
 
 
 def test_a_saved_model_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from robustfpd.cli.demo import demo
 from robustfpd.cli.evaluate import evaluate
 from robustfpd.cli.recipes import recipes
+from robustfpd.cli.running import settings_together
 from robustfpd.cli.train import train
 from robustfpd.errors import InputError, unknown_name
 
@@ -28,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="robustfpd", description=DESCRIPTION, args=arguments or ["--help"], sort_subcommands=False
-        )
+            COMMANDS, prog="robustfpd", description=DESCRIPTION, args=settings_together(arguments) or ["--help"],
+            sort_subcommands=False,
+        )  # fmt: skip
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from robustfpd.errors import InputError
@@ -19,6 +21,12 @@ def program() -> str:
     """How the user's shell calls this program; `make` runs it from a virtual environment that may not be on PATH."""
     called = sys.argv[0] if sys.argv else ""
     return "robustfpd" if shutil.which("robustfpd") or not called.endswith("robustfpd") else os.path.relpath(called)
+
+
+def settings_together(arguments: Sequence[str]) -> list[str]:
+    """Move `group.field=value` words to the end: argparse takes a list of words only where they stand together."""
+    setting = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
+    return sorted(arguments, key=lambda word: setting.fullmatch(word) is not None)  # a stable sort
 
 
 def configured(run: RunConfig, data_root: str | None, download: bool, seed: int | None) -> RunConfig:

@@ -24,7 +24,6 @@ def train(
 
     For example `robustfpd train digits/mini`,
     or `robustfpd train mnist/mini training.noise=0.1 --data-root data --download`.
-    Changed settings come right after the recipe, before the flags.
 
     Args:
         recipe: name of a recipe (see `robustfpd recipes`) or a YAML file.
