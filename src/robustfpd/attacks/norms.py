@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from robustfpd.config import NORMS
+from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError, unknown_name
 
 
 class Geometry(ABC):
     """Operations in one norm. Perturbations are N×C×H×W, one ball per image."""
 
-    name: str
+    name: Norm
 
     @abstractmethod
     def size(self, delta: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Geometry(ABC):
         """Random perturbation, uniform in the ball, then projected onto the box."""
 
     def stride(self, pixels: int) -> float:
-        """How many times longer than in other norms a step of the usual size must be."""
+        """How many times longer than in other norms a step must be to lead as far."""
         return 1.0
 
 
