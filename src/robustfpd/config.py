@@ -24,7 +24,7 @@ CUSTOM_BACKBONE = "custom"
 class Config(BaseModel):
     """Base of all settings: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TaskConfig(Config):
@@ -69,7 +69,11 @@ class ModelConfig(Config):
     denoise: Denoise = "dot"
     """Inner denoising layers; `middle` takes the same affinity (dot-product for `bottleneck` and `none`)."""
     denoise_after: tuple[int, ...] = (0, 1)
-    """Indices of the stages after which a denoising layer is implanted; 0 is the stem."""
+    """Indices of the stages after which a denoising layer is implanted.
+
+    0 is the stem and 1 the published A₁ where timm lists a stem (ResNets: before the max pool); families with four
+    stages, such as ConvNeXt, list none, and 0 is their A₁.
+    """
     middle: Middle = "input"
     """Between the passes: add the denoised input (published code), the denoised restoration, or nothing."""
     pyramid_channels: int | None = Field(default=None, ge=1)
@@ -192,6 +196,12 @@ class EvaluationConfig(Config):
     """Radii of the perturbation, in pixels of [0, 1]."""
     num_images: int = Field(default=1000, ge=1)
     """How many test images, taken from the front after a seeded shuffle."""
+
+    @model_validator(mode="after")
+    def _radii(self) -> EvaluationConfig:
+        if not self.eps or min(self.eps) <= 0 or (self.norm == "linf" and max(self.eps) > 1):
+            raise ValueError(f"eps must hold positive radii, in linf at most 1 (8/255 is 0.0314), found {self.eps}")
+        return self
 
 
 class RunConfig(Config):

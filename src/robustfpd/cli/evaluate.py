@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from robustfpd.errors import InputError
+
 
 def evaluate(
     run: tyro.conf.Positional[Path],
     /,
-    eps: tuple[float, ...] | None = None,
-    norm: Literal["linf", "l2", "l1"] | None = None,
+    eps: tuple[str, ...] = (),
+    norm: str | None = None,
     suite: str | None = None,
     num_images: int | None = None,
     split: Literal["test", "validation"] = "test",
@@ -31,8 +34,8 @@ def evaluate(
 
     Args:
         run: a run's folder, or a folder that model.save wrote (then --dataset is needed).
-        eps: radii of the perturbation in pixels of [0, 1], for example 0.03 (8/255); default the recipe's.
-        norm: norm of the perturbation; default the recipe's.
+        eps: radii of the perturbation in pixels of [0, 1], for example 0.03 or 8/255; default the recipe's.
+        norm: norm of the perturbation, linf, l2 or l1; default the recipe's.
         suite: which attacks; default the recipe's.
         num_images: how many images; default the recipe's.
         split: test, or validation: the images held out of training, to choose settings by.
@@ -46,14 +49,15 @@ def evaluate(
     from rich.console import Console
 
     from robustfpd import data, evaluation, models
+    from robustfpd.attacks.norms import geometry
     from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
     from robustfpd.config import RunConfig
-    from robustfpd.errors import InputError
     from robustfpd.report.tables import evaluation_table
     from robustfpd.training import RunFolder
 
     chosen = torch_device(device)
+    radii = tuple(_radius(text) for text in eps)
     folder = RunFolder(run)
     if not folder.started and dataset is None:
         folder_model = models.load(run)  # a clear error when there is no model either
@@ -68,12 +72,13 @@ def evaluate(
     if splits.info.task != model.task:
         raise InputError(f"{run} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
     plan = config.evaluation
+    chosen_norm = geometry(norm or plan.norm).name
     images, shown = (splits.test, str(run)) if split == "test" else (splits.validation, f"{run} (validation images)")
     console = Console(soft_wrap=True)
     with evaluation_display(console, shown) as observer:
         record = evaluation.evaluate(
             model.classifier().to(chosen), images.floats(), suite=suite or plan.suite,
-            eps=plan.eps if eps is None else eps, norm=norm or plan.norm,
+            eps=radii or plan.eps, norm=chosen_norm,
             num_images=plan.num_images if num_images is None else num_images, seed=config.seed,
             every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
@@ -83,6 +88,13 @@ def evaluate(
     path = record.save(_new_file(results, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
+
+
+def _radius(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"eps must hold numbers such as 0.03 or 8/255, found {text!r}") from None
 
 
 def _new_file(folder: Path, name: str) -> Path:

@@ -42,9 +42,11 @@ def train(
     from robustfpd import training
     from robustfpd.cli.display import training_display
     from robustfpd.cli.running import configured, program, torch_device
+    from robustfpd.evaluation.suite import check_suite
 
     chosen = torch_device(device)
     run = configured(configuration.recipe(recipe, settings), data_root, download, seed)
+    check_suite(run.evaluation.suite)  # now, not after hours of training
     run = run.twin() if plain else run
     folder = out or Path("runs") / (recipe_slug(recipe) + ("-plain" if plain else ""))
     command = [program(), *_command(recipe, settings, data_root, folder, seed, plain, device)]

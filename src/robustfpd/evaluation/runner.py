@@ -23,7 +23,7 @@ from robustfpd.provenance import environment
 from robustfpd.seeding import generator
 
 OUTSIDE = 1e-5
-"""How far, by rounding, an adversarial image may lie outside its ball."""
+"""How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ class _Run:
         ), lost
 
     def _check_ball(self, planned: Planned, eps: float, adversarial: Tensor, distance: Tensor) -> None:
-        inside = float(distance.max()) <= eps * (1 + OUTSIDE) + OUTSIDE
+        rounding = max(OUTSIDE, torch.finfo(adversarial.dtype).eps)
+        inside = float(distance.max()) <= eps * (1 + rounding) + rounding
         if not inside or float(adversarial.min()) < 0 or float(adversarial.max()) > 1:
             raise InputError(
                 f"attack {planned.label} left the {self.norm} ball of radius {eps}: "

@@ -51,9 +51,14 @@ def suite_names() -> list[str]:
     return sorted(_SUITES)
 
 
+def check_suite(name: str) -> None:
+    """Raise an InputError for a name that is no suite."""
+    if name not in _SUITES:
+        raise unknown_name("suite", name, _SUITES)
+
+
 def plan(suite: str, classifier: nn.Module) -> list[Planned]:
     """Return the attacks of a suite that apply to this classifier; an unknown suite is an InputError."""
-    if suite not in _SUITES:
-        raise unknown_name("suite", suite, _SUITES)
+    check_suite(suite)
     offered = adaptive.views(classifier)
     return [planned for planned in _SUITES[suite] if planned.view in offered]

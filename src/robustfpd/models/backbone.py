@@ -7,6 +7,7 @@ module's output by its denoised version, so the network's own code, weights and 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -176,16 +177,17 @@ class Backbone(nn.Module):
 
     def _run(self, image: Tensor) -> list[Tensor]:
         try:
-            with evaluating(self.net), torch.no_grad():
+            with evaluating(self.net), torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
                 features: list[Tensor] = self(image)
                 return features
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, InputError):
                 raise
             _, channels, height, width = image.shape
-            reason = str(error).strip().split("\n")[0][:200]
             raise InputError(
-                f"the backbone does not take images of {channels} channels and {height}×{width} pixels: {reason}"
+                f"the backbone does not take images of {channels} channels and {height}×{width} pixels: "
+                f"{first_line(error)[:200]}; another image_size or small_stem=True may help"
             ) from error
 
     def _measure(self, image: Tensor) -> list[Tensor]:
@@ -220,12 +222,22 @@ class Backbone(nn.Module):
         return features
 
     def _drop_tail(self, ran: Sequence[nn.Module], image: Tensor) -> None:
-        """Replace by identities all modules that no feature map depends on."""
+        """Replace by identities all modules with parameters that no feature map depends on.
+
+        Modules without any stay: they cost nothing, and code may read their settings without calling them.
+        """
         needed = {id(m) for m in ran}
-        with evaluating(self.net), torch.enable_grad():
-            total = sum((f.sum() for f in self(image)), torch.zeros(()))
-            params = [p for p in self.net.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(total, params, allow_unused=True) if total.requires_grad else ()
+        params = [p for p in self.net.parameters() if p.is_floating_point()]
+        frozen = [p for p in params if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            with evaluating(self.net), torch.enable_grad():
+                total = sum((f.sum() for f in self(image)), torch.zeros(()))
+                grads = torch.autograd.grad(total, params, allow_unused=True) if total.requires_grad else ()
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
         needed |= {id(p) for p, g in zip(params, grads, strict=False) if g is not None}
 
         def prune(parent: nn.Module) -> None:
@@ -233,7 +245,7 @@ class Backbone(nn.Module):
                 used = any(id(part) in needed for part in (*child.modules(), *child.parameters()))
                 if used:
                     prune(child)
-                else:
+                elif any(True for _ in child.parameters()):
                     setattr(parent, name, nn.Identity())
 
         prune(self.net)

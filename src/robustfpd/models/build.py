@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def _check_finite(model: FPD | Plain) -> None:
             return
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if bool(copy.deepcopy(model).train().classifier()(images).isfinite().all()):
+            warnings.warn(
+                f"backbone {model.config.backbone!r} gives NaN or infinite logits in evaluation mode until its batch "
+                "norms have seen training images; train it first, or use denoise='softmax'",
+                stacklevel=3,
+            )
             return
     size = "×".join(map(str, model.task.image_size))
     raise InputError(

@@ -77,6 +77,7 @@ class Defendable(nn.Module, ABC):
         return None
 
     def _features(self, images: Tensor) -> list[Tensor]:
+        images = images.to(self.mean.dtype)  # float64 images, as numpy makes them, go through a float32 model
         features: list[Tensor] = self.backbone((images - self.mean) / self.std)
         return features
 
@@ -86,6 +87,8 @@ class Defendable(nn.Module, ABC):
 
     def _check(self, images: Tensor) -> None:
         expected = self.task.in_channels
+        if not isinstance(images, Tensor):
+            raise InputError(f"images must be a torch.Tensor, found {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != expected:
             raise InputError(f"images must be N×{expected}×H×W, found shape {tuple(images.shape)}")
         if not images.is_floating_point():
@@ -113,7 +116,10 @@ class FPD(Defendable):
         self.head = classification_layer(config.head, channels[-1], task.num_classes, config.lipschitz)
 
     def forward(self, images: Tensor) -> FPDOutput:
-        """Classify and restore images N×C×H×W in [0, 1]."""
+        """Classify and restore images N×C×H×W in [0, 1].
+
+        Shape and type are checked. Values are not: training noise leaves [0, 1]; attacks and `evaluate` check them.
+        """
         restored = self.restore(images)
         return FPDOutput(self.head(self.back(restored, images)), restored)
 

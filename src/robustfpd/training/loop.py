@@ -253,6 +253,11 @@ class _Training:
 
     def _restore(self) -> None:
         state = self.folder.training_state()
+        if state is None and self.folder.metrics_file.is_file():
+            raise InputError(
+                f"{self.folder.last} is missing, though {self.folder.metrics_file} tells of whole epochs; put it back, "
+                "or start in another folder"
+            )
         if state is None:
             return
         self.raw_model.load_state_dict(read_weights(self.folder.last))

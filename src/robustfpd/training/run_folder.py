@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from robustfpd.config import RunConfig, load_run
-from robustfpd.errors import InputError, MissingDataError, first_line
+from robustfpd.errors import InputError, MissingDataError
 from robustfpd.models import FPD, Plain
 from robustfpd.models.checkpoint import replacing, whole, write_model_files
 from robustfpd.provenance import environment, write_json
@@ -75,7 +75,10 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # an unpickler raises anything on bytes that are not a pickle
-            raise InputError(f"{path} is damaged: {first_line(error)}") from None
+            # Not torch's own message, which recommends to unpickle without safeguards.
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}), so this run cannot be resumed; start in another folder"
+            ) from None
         if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
             raise InputError(f"{path} is damaged: it does not hold {', '.join(sorted(STATE_KEYS))}")
         return state
