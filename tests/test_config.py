@@ -267,3 +267,22 @@ def test_the_twins_model_differs_in_the_defence_only() -> None:
     twin = model.twin()
     assert (twin.defence, twin.activation) == ("none", "keep")
     assert twin.model_copy(update={"defence": "fpd", "activation": "elu"}) == model
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"evaluation": {"eps": []}}, "evaluation: eps must hold positive radii"),
+        ({"evaluation": {"eps": [-0.1]}}, "evaluation: eps must hold positive radii"),
+        ({"evaluation": {"eps": [2]}}, "in linf at most 1"),
+        ({"training": {"noise": float("inf")}}, "training.noise: .* finite"),
+        ({"training": {"optimizer": {"lr": float("nan")}}}, "training.optimizer.lr: .* finite"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(RunConfig, values)
+
+
+def test_radii_beyond_one_are_fine_in_l2() -> None:
+    assert parse(RunConfig, {"evaluation": {"norm": "l2", "eps": [2]}}).evaluation.eps == (2.0,)

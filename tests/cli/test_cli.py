@@ -49,6 +49,9 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["train", "digits/../digits/mini"], "unknown recipe"),
         (["train", "digits/mini", "--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["train", "digits/mini", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["train", "digits/mini", "evaluation.suite=quik"], "unknown suite 'quik'; did you mean 'quick'"),
+        (["train", "digits/mini", "--out", "/proc/run"], "/proc/run"),
         (["evaluate", "runs/nowhere"], "no model in runs/nowhere"),
     ],
 )
@@ -84,7 +87,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [w["eps"] for w in record["worst_case"]] == [0.01, 0.3]
     assert record["clean"]["total"] == 40
     before = first.read_bytes()
-    main(["evaluate", str(run), "--eps", "0.1", "--num-images", "10", "--suite", "first-look"])
+    main(["evaluate", str(run), "--eps", "8/255", "--num-images", "10", "--suite", "first-look"])
     assert first.read_bytes() == before
     assert (run / "evaluation" / "digits-first-look-linf-2.json").is_file()
     capsys.readouterr()
@@ -98,6 +101,8 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "num_images must be at least 1" in _fails(capsys, "evaluate", str(run), "--num-images", "0")
     assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
     assert "eps must be at most 1" in _fails(capsys, "evaluate", str(run), "--eps", "8")
+    assert "eps must hold numbers such as 0.03 or 8/255" in _fails(capsys, "evaluate", str(run), "--eps", "8/x")
+    assert "unknown norm 'l3'" in _fails(capsys, "evaluate", str(run), "--norm", "l3")
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
 
 

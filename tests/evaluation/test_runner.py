@@ -323,3 +323,13 @@ def test_a_classifier_that_returns_no_logits_is_refused(data: Data) -> None:
 @pytest.mark.parametrize("eps", [np.float32(0.25), torch.tensor(0.25), np.array([0.25]), (torch.tensor(0.25),)])
 def test_radii_may_be_numbers_of_numpy_and_torch(linear: Linear, data: Data, eps: Any) -> None:
     assert [w.eps for w in evaluate(linear, data, suite="first-look", eps=eps).worst_case] == [0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rounding_in_other_precisions_is_not_blamed_on_the_attack(
+    linear: Linear, data: Data, dtype: torch.dtype
+) -> None:
+    images, labels = data
+    linear.to(dtype)
+    record = evaluate(linear, (images.to(dtype), labels), suite="first-look", eps=0.1)
+    assert record.worst_case[0].robust.count < record.clean.count

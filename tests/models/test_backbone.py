@@ -401,3 +401,30 @@ def test_the_whole_network_compiles_without_a_break() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(images).logits, model(images).logits, atol=1e-6)
+
+
+class Functional(nn.Module):
+    """Reads settings and weights of modules that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.mid = nn.Conv2d(4, 6, 3, padding=1)
+        self.end = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.training:
+            x = nn.functional.dropout(x, self.drop.p)
+        out: Tensor = self.end(nn.functional.conv2d(x, self.mid.weight, padding=1))
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modules_that_are_read_but_never_called_are_kept(frozen: bool) -> None:
+    net = Functional()
+    net.mid.requires_grad_(not frozen)
+    model = rf.enhance(net, stages=["stem", "end"], num_classes=3, image_size=16, activation="keep")
+    assert model.train()(torch.rand(2, 3, 16, 16)).logits.shape == (2, 3)
+    assert [p.requires_grad for n, p in model.named_parameters() if "mid.weight" in n] == [not frozen]

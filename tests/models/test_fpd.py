@@ -363,3 +363,24 @@ def test_a_network_of_one_stage() -> None:
     net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU())
     model = rf.enhance(net, stages=["1"], num_classes=2, in_channels=1, image_size=9, denoise_after=(0,))
     assert model(torch.rand(2, 1, 9, 9)).restored.shape == (2, 1, 9, 9)
+
+
+def test_images_in_double_precision_go_through_a_float32_model() -> None:
+    model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    images = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected, found = model(images), model(images.double())
+    assert torch.allclose(found.logits.float(), expected.logits, atol=1e-3)
+    assert torch.allclose(found.restored.float(), expected.restored, atol=1e-4)
+
+
+def test_an_array_is_refused_by_name() -> None:
+    model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8)
+    with pytest.raises(InputError, match=r"images must be a torch\.Tensor, found ndarray"):
+        model(torch.rand(3, 1, 8, 8).numpy())
+
+
+def test_a_network_that_is_nan_until_its_norms_are_trained_says_so() -> None:
+    with pytest.warns(UserWarning, match="in evaluation mode until its batch norms have seen training images"):
+        model = rf.enhance("densenet121", num_classes=4, in_channels=1, image_size=28, pyramid_channels=8)
+    assert bool(model.train()(torch.rand(4, 1, 28, 28)).logits.isfinite().all())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,6 +186,14 @@ def test_a_foreign_training_state_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(2)}, _state(tmp_path))
     with pytest.raises(InputError, match=r"training\.pt is damaged: it does not hold history, optimizer"):
         train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+
+
+def test_a_resume_without_the_last_checkpoint_does_not_start_over(tmp_path: Path) -> None:
+    shutil.rmtree(_state(tmp_path).parent)
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match=r"last is missing, though .*metrics\.csv tells of whole epochs"):
+        train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
 def test_each_step_gets_augmented_images_and_the_same_with_noise(
