@@ -102,6 +102,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
     assert "eps must be at most 1" in _fails(capsys, "evaluate", str(run), "--eps", "8")
     assert "eps must hold numbers such as 0.03 or 8/255" in _fails(capsys, "evaluate", str(run), "--eps", "8/x")
+    assert "say with --eps which in l2" in _fails(capsys, "evaluate", str(run), "--norm", "l2")
     assert "unknown norm 'l3'" in _fails(capsys, "evaluate", str(run), "--norm", "l3")
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
 

@@ -31,6 +31,7 @@ SIZES = [(3, (64, 64)), (1, (27, 33))]
 def assert_defended(name: str, channels: int, size: tuple[int, int], **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no activation modules to replace")
+        warnings.filterwarnings("ignore", message=".*until its batch norms have seen training images")
         model = rf.enhance(name, num_classes=4, in_channels=channels, image_size=size, **options)
     out = model(torch.rand(2, channels, *size))
     assert out.logits.shape == (2, 4)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+from robustfpd.errors import InputError
 
 FOLDERS = ("fpd", "twin", "twin-no-noise")
 
@@ -20,8 +23,6 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None
         seed: seed of every random draw.
         epochs: passes over the training images; default the recipe's (digits/mini).
     """
-    import shutil
-
     import torch
     from rich.console import Console
 
@@ -29,9 +30,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None
     from robustfpd.cli.display import evaluation_display, training_display
     from robustfpd.cli.running import program
     from robustfpd.config import recipe
-    from robustfpd.errors import InputError
     from robustfpd.models import FPD
-    from robustfpd.provenance import write_json
     from robustfpd.report.gallery import defence_gallery
     from robustfpd.report.html import Subject, summary, write_report
     from robustfpd.report.tables import comparison_table
@@ -45,13 +44,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None
     torch.set_num_threads(1)  # 8×8 images are too small to share: threads would wait for each other
     console = Console(soft_wrap=True)
     splits = data.load(fpd.data)
-    marker = out / "demo.json"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
-        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
-    for earlier in FOLDERS:
-        shutil.rmtree(out / earlier, ignore_errors=True)
-    write_json(marker, {"seed": seed})
-
+    _claim(out, seed)
     test = splits.test.floats()
     subjects = []
     for index, (name, config) in enumerate(runs.items()):
@@ -79,6 +72,18 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None
     console.print(f"report: {page}\ntry next:", highlight=False)
     for step in next_steps:
         console.print(f"  {step}", highlight=False)
+
+
+def _claim(out: Path, seed: int) -> None:
+    """Empty the folder of an earlier demo; refuse one that holds something else."""
+    from robustfpd.provenance import write_json
+
+    marker = out / "demo.json"
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
+        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
+    for earlier in FOLDERS:
+        shutil.rmtree(out / earlier, ignore_errors=True)
+    write_json(marker, {"seed": seed})
 
 
 def _next_steps(program: str) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from robustfpd.errors import InputError
+
+if TYPE_CHECKING:
+    from robustfpd.config import RunConfig
+    from robustfpd.training import RunFolder
 
 
 def evaluate(
@@ -52,35 +56,28 @@ def evaluate(
     from robustfpd.attacks.norms import geometry
     from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
-    from robustfpd.config import RunConfig
     from robustfpd.report.tables import evaluation_table
     from robustfpd.training import RunFolder
 
     chosen = torch_device(device)
     radii = tuple(_radius(text) for text in eps)
     folder = RunFolder(run)
-    if not folder.started and dataset is None:
-        folder_model = models.load(run)  # a clear error when there is no model either
-        raise InputError(
-            f"{run} holds a model ({folder_model.config.backbone}) but no run; say which test images with --dataset"
-        )
-    config = configured(folder.config() if folder.started else RunConfig(), data_root, download, seed)
-    if dataset is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
+    config = configured(_settings(folder, dataset), data_root, download, seed)
+    plan = config.evaluation
+    chosen_norm = geometry(norm or plan.norm).name
+    if chosen_norm != plan.norm and not radii:
+        raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen_norm}")
     model = models.load(run)
     splits = data.load(config.data)
     if splits.info.task != model.task:
         raise InputError(f"{run} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
-    plan = config.evaluation
-    chosen_norm = geometry(norm or plan.norm).name
     images, shown = (splits.test, str(run)) if split == "test" else (splits.validation, f"{run} (validation images)")
     console = Console(soft_wrap=True)
     with evaluation_display(console, shown) as observer:
         record = evaluation.evaluate(
             model.classifier().to(chosen), images.floats(), suite=suite or plan.suite,
-            eps=radii or plan.eps, norm=chosen_norm,
-            num_images=plan.num_images if num_images is None else num_images, seed=config.seed,
-            every_attack=every_attack, subject=shown, observer=observer,
+            eps=radii or plan.eps, norm=chosen_norm, num_images=plan.num_images if num_images is None else num_images,
+            seed=config.seed, every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
     source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
     # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
@@ -88,6 +85,20 @@ def evaluate(
     path = record.save(_new_file(results, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
+
+
+def _settings(folder: RunFolder, dataset: str | None) -> RunConfig:
+    """The run's settings, or a saved model's defaults; with the images of `dataset` where it is given."""
+    from robustfpd import models
+    from robustfpd.config import RunConfig
+
+    if not folder.started and dataset is None:
+        backbone = models.load(folder.path).config.backbone  # a clear error when there is no model either
+        raise InputError(f"{folder.path} holds a model ({backbone}) but no run; say which test images with --dataset")
+    config = folder.config() if folder.started else RunConfig()
+    if dataset is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
+    return config
 
 
 def _radius(text: str) -> float:
