@@ -78,7 +78,7 @@ def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
     losses: list[float] = []
     result = two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
     assert result.gate_open
-    assert losses == pytest.approx([float(loss1), float(loss2)], rel=1e-5)
+    assert losses == pytest.approx([float(loss1.detach()), float(loss2.detach())], rel=1e-5)
 
 
 def test_the_second_phase_stops_at_the_restored_image_unless_joint() -> None:

@@ -20,7 +20,8 @@ def spectral_norm(weight: Tensor) -> Tensor:
     """Largest singular value of a K×C matrix, differentiable, from its smaller Gram matrix."""
     gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
     largest: Tensor = torch.linalg.eigvalsh(gram)[-1]
-    return largest.clamp_min(0).sqrt()
+    # Not at 0, where the root's slope is infinite and a zero matrix would get NaN gradients.
+    return largest.clamp_min(torch.finfo(largest.dtype).tiny).sqrt()
 
 
 class ClassificationLayer(nn.Module, ABC):
