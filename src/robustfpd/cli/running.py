@@ -44,6 +44,6 @@ def torch_device(name: str) -> torch.device:
     try:
         device = torch.device(chosen)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
