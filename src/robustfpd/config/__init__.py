@@ -2,9 +2,26 @@
 
 from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_names
 from robustfpd.config.run import (
-    CUSTOM_BACKBONE, NORMS, AdversarialConfig, AugmentConfig, Config, DataConfig, Denoise, EvaluationConfig, Head,
-    Middle, ModelConfig, Norm, OptimizerConfig, ProcedureConfig, Protocol, RunConfig, ScheduleConfig, StageName,
-    TaskConfig, TrainingConfig,
+    CUSTOM_BACKBONE,
+    NORMS,
+    AdversarialConfig,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    Denoise,
+    EvaluationConfig,
+    Head,
+    Middle,
+    ModelConfig,
+    Norm,
+    OptimizerConfig,
+    ProcedureConfig,
+    Protocol,
+    RunConfig,
+    ScheduleConfig,
+    StageName,
+    TaskConfig,
+    TrainingConfig,
 )  # fmt: skip
 
 __all__ = [
