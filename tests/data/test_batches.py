@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,3 +70,15 @@ def test_images_arrive_as_floats_with_their_labels() -> None:
     extremes = ImageSet(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1), torch.arange(2))
     images, _ = next(batches(extremes, 2, CPU))
     assert images.flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("cropped", [None, False, True])
+def test_batches_come_at_the_stored_size_or_the_networks(shuffled: bool, cropped: bool | None) -> None:
+    stored = torch.randint(0, 256, (6, 1, 5, 7), dtype=torch.uint8, generator=seeded(3))
+    data = ImageSet(stored, torch.arange(6), 3, (3, 5))
+    at_networks_size = cropped if cropped is not None else not shuffled
+    for images, found in batches(data, 3, CPU, seeded(0) if shuffled else None, cropped=cropped):
+        wanted = stored[found].float() / 255
+        wanted = wanted[:, :, 1:4, 1:6] if at_networks_size else wanted
+        assert torch.equal(images, wanted.expand(-1, 3, -1, -1))

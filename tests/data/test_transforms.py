@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop, functional
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.transforms import _affine, augment
+from robustfpd.data.images import centre_crop
+from robustfpd.data.transforms import ASPECTS, _affine, _crops, augment
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -148,3 +151,194 @@ def test_an_image_on_its_own_is_treated_differently_from_its_neighbour() -> None
     images = torch.rand(1, 1, 8, 8).expand(2, 1, 8, 8)
     out = augment(images, AugmentConfig(rotation=20), seeded())
     assert not torch.allclose(out[0], out[1])
+
+
+def before(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Augmentation as it was before crops, expansion and contrast: trained models depend on these very bits."""
+    n = len(images)
+
+    def draw() -> Tensor:
+        return torch.rand(n, generator=generator).mul(2).sub(1)
+
+    if config.rotation or config.translation or config.flip:
+        angle = draw() * math.radians(config.rotation)
+        shift = torch.stack([draw(), draw()], dim=1) * 2 * config.translation
+        mirror = torch.where(draw() < 0, -1.0, 1.0) if config.flip else torch.ones(n)
+        aspect = images.shape[2] / images.shape[3]
+        cos, sin = angle.cos(), angle.sin()
+        rows = [mirror * cos, -sin * aspect, shift[:, 0], mirror * sin / aspect, cos, shift[:, 1]]
+        grid = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3), list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, align_corners=False)
+    if config.brightness:
+        images = images * (1 + config.brightness * draw()).reshape(n, 1, 1, 1)
+    return images.clamp(0, 1)
+
+
+@pytest.mark.parametrize("rotation", [0, 15])
+@pytest.mark.parametrize("translation", [0, 0.1])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("brightness", [0, 0.3])
+@pytest.mark.parametrize("size", [(28, 28), (7, 12)])
+def test_without_the_newer_changes_every_bit_is_as_before(
+    rotation: float, translation: float, flip: bool, brightness: float, size: tuple[int, int]
+) -> None:
+    config = AugmentConfig(rotation=rotation, translation=translation, flip=flip, brightness=brightness)
+    images = torch.rand(5, 3, *size, generator=seeded(2))
+    draws, draws_before = seeded(1), seeded(1)
+    assert torch.equal(augment(images, config, draws), before(images, config, draws_before))
+    assert torch.equal(augment(images, config, draws, size=size), before(images, config, draws_before))
+    assert torch.equal(draws.get_state(), draws_before.get_state())
+
+
+def waves(height: int, width: int, slow: int = 1) -> Tensor:
+    """Smooth pictures, so that one interpolation more or less hardly shows."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    phases = torch.arange(3).reshape(1, 3, 1, 1)
+    return 0.5 + 0.4 * torch.sin(rows / (9 * slow) + phases) * torch.cos(columns / (7 * slow) - phases)
+
+
+@pytest.mark.parametrize("size", [(5, 8), (4, 6), (1, 1), (3, 9)])
+def test_without_random_changes_the_result_is_the_centre_crop(size: tuple[int, int]) -> None:
+    images = torch.rand(4, 3, 5, 9)
+    assert torch.equal(augment(images, AugmentConfig(), seeded(), size=size), centre_crop(images, size))
+
+
+@pytest.mark.parametrize("size", [(20, 32), (19, 32), (20, 31), (16, 24), (15, 23)])
+def test_geometry_that_changes_nothing_samples_the_centre_crop(size: tuple[int, int]) -> None:
+    images = torch.rand(3, 2, 20, 32)
+    angle, shift, mirror = still(images)
+    assert torch.allclose(_affine(images, angle, shift, mirror, size=size), centre_crop(images, size), atol=1e-5)
+    mirrored = _affine(images, angle, shift, -mirror, size=size)
+    assert torch.allclose(mirrored, centre_crop(images.flip(3), size), atol=1e-5)
+    expanded = _affine(images, angle, shift, mirror, size=size, expand=True)
+    assert torch.allclose(expanded, centre_crop(images, size), atol=1e-5)
+
+
+def box(top: int, left: int, high: int, wide: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A crop in pixels as extent and middle in grid units."""
+    middle = [2 * (left + wide / 2) / width - 1, 2 * (top + high / 2) / height - 1]
+    return torch.tensor([[wide / width, high / height]]), torch.tensor([middle])
+
+
+@pytest.mark.parametrize("crop", [(3, 5, 30, 40), (10, 24, 36, 24), (0, 0, 48, 48), (7, 0, 41, 39)])
+@pytest.mark.parametrize("shape", [(48, 48), (46, 72)])
+def test_a_crop_is_torchvisions(crop: tuple[int, int, int, int], shape: tuple[int, int]) -> None:
+    top, left, high, wide = min(crop[0], shape[0] - 40), crop[1], min(crop[2], 40), crop[3]
+    images = waves(*shape)
+    angle, shift, mirror = still(images)
+    found = _affine(images, angle, shift, mirror, box=box(top, left, high, wide, *shape))
+    wanted = functional.resized_crop(images, top, left, high, wide, list(shape), antialias=False)
+    inside = (..., slice(2, -2), slice(2, -2))  # at its edges torchvision does not look beyond the crop
+    assert (found - wanted)[inside].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("degrees", [-90, -40, -15, 10, 45])
+@pytest.mark.parametrize("shape", [(256, 256), (192, 320)])
+def test_expansion_is_torchvisions(degrees: float, shape: tuple[int, int]) -> None:
+    images = waves(*shape, slow=4)
+    _, shift, mirror = still(images)
+    found = _affine(images, torch.tensor([math.radians(degrees)]), shift, mirror, expand=True)
+    turned = functional.rotate(images, degrees, functional.InterpolationMode.BILINEAR, expand=True)
+    wanted = functional.resize(turned, list(shape), antialias=False)
+    assert (found - wanted).abs().mean() < 0.01  # its frame is of whole pixels, and its edges are hard
+    other = functional.rotate(images, -degrees, functional.InterpolationMode.BILINEAR, expand=True)
+    assert (found - functional.resize(other, list(shape), antialias=False)).abs().mean() > 0.05
+
+
+def test_an_expanded_picture_is_whole() -> None:
+    images = torch.ones(200, 1, 40, 40)
+    out = augment(images, AugmentConfig(rotation=45, expand=True), seeded())
+    assert torch.allclose(out.sum(dim=(1, 2, 3)), _shrunk_area(images, 45), rtol=0.02)
+    edge = torch.cat([out[..., 0, :], out[..., -1, :], out[..., :, 0], out[..., :, -1]], dim=2)
+    tilted = out.sum(dim=(1, 2, 3)) < 1500
+    assert float(edge[tilted].mean()) < 0.15
+
+
+def _shrunk_area(images: Tensor, degrees: float) -> Tensor:
+    """Area of turned and shrunk white squares, with the angles that the seed gives."""
+    draws = torch.rand(len(images), generator=seeded()).mul(2).sub(1)
+    angle = draws * math.radians(degrees)
+    return images.shape[-1] ** 2 / (angle.cos().abs() + angle.sin().abs()).square()
+
+
+def test_the_published_caltech_pipeline() -> None:
+    images, crop, degrees = waves(64, 64), (4, 6, 54, 58), 15.0
+    out = _affine(
+        images, torch.tensor([math.radians(degrees)]), torch.zeros(1, 2), -torch.ones(1), size=(56, 56),
+        box=box(*crop, 64, 64),
+    )  # fmt: skip
+    wanted = functional.resized_crop(images, *crop, [64, 64], antialias=False)
+    wanted = functional.rotate(wanted, degrees, functional.InterpolationMode.BILINEAR)
+    wanted = functional.center_crop(functional.hflip(wanted), [56, 56])
+    inside = (..., slice(8, -8), slice(8, -8))  # beyond the crop torchvision sees black, we see the picture
+    assert (out - wanted)[inside].abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 100), (100, 40), (30, 38)])
+@pytest.mark.parametrize("smallest", [0.2, 0.8])
+def test_crops_lie_inside_with_the_area_and_proportions_of_torchvision(
+    height: int, width: int, smallest: float
+) -> None:
+    n, draws = 4000, seeded()
+    extent, middle = _crops(lambda: torch.rand(n, generator=draws).mul(2).sub(1), smallest, height, width)
+    assert bool((middle.abs() + extent <= 1 + 1e-6).all())
+    area, aspect = extent.prod(dim=1), extent[:, 0] * width / (extent[:, 1] * height)
+    assert float(aspect.min()) >= ASPECTS[0] - 1e-4
+    assert float(aspect.max()) <= ASPECTS[1] + 1e-4
+    assert float(area.max()) <= 1 + 1e-6
+    if 0.75 < width / height < 1.33:
+        assert float(area.min()) >= smallest - 1e-4
+    with torch.random.fork_rng(devices=[]):  # torchvision takes no generator
+        torch.manual_seed(0)
+        picture = torch.zeros(3, height, width)
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(picture, [smallest, 1.0], list(ASPECTS)) for _ in range(n)]
+        ).double()  # top left high wide
+    their_area, their_aspect = theirs[:, 2] * theirs[:, 3] / (height * width), theirs[:, 3] / theirs[:, 2]
+    for ours, wanted in ((area, their_area), (aspect.log(), their_aspect.log())):
+        assert float(ours.mean()) == pytest.approx(float(wanted.mean()), abs=0.02)
+        assert float(ours.std()) == pytest.approx(float(wanted.std()), abs=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contrast_is_torchvisions(channels: int) -> None:
+    images = torch.rand(60, channels, 6, 7, generator=seeded(5))
+    factors = 1 + 0.6 * torch.rand(60, generator=seeded()).mul(2).sub(1)
+    out = augment(images, AugmentConfig(contrast=0.6), seeded())
+    for image, factor, found in zip(images, factors, out, strict=True):
+        assert torch.allclose(found, functional.adjust_contrast(image, float(factor)), atol=1e-5)
+    assert float(factors.min()) < 0.5
+    assert float(factors.max()) > 1.5
+
+
+def test_brightness_is_cut_before_contrast_as_torchvision_does() -> None:
+    images = torch.rand(50, 3, 5, 5, generator=seeded(5))
+    draws = seeded()
+    bright, contrast = (1 + 0.8 * torch.rand(50, generator=draws).mul(2).sub(1) for _ in range(2))
+    out = augment(images, AugmentConfig(brightness=0.8, contrast=0.8), seeded())
+    for i, image in enumerate(images):
+        wanted = functional.adjust_contrast(functional.adjust_brightness(image, float(bright[i])), float(contrast[i]))
+        assert torch.allclose(out[i], wanted, atol=1e-5)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    crop=st.floats(0.05, 1),
+    rotation=st.floats(0, 180),
+    expand=st.booleans(),
+    flip=st.booleans(),
+    contrast=st.floats(0, 1),
+    sides=st.tuples(*[st.integers(1, 14)] * 4),
+    channels=st.integers(1, 4),
+)
+def test_every_change_together_keeps_range_size_and_seed(
+    crop: float, rotation: float, expand: bool, flip: bool, contrast: float, sides: tuple[int, ...], channels: int
+) -> None:
+    config = AugmentConfig(crop=crop, rotation=rotation, expand=expand, flip=flip, contrast=contrast, brightness=0.2)
+    height, width = max(sides[0], sides[2]), max(sides[1], sides[3])
+    size = (min(sides[0], sides[2]), min(sides[1], sides[3]))
+    images = torch.rand(3, channels, height, width, generator=seeded(7))
+    out = augment(images, config, seeded(), size=size)
+    assert out.shape == (3, channels, *size)
+    assert 0 <= float(out.min()) <= float(out.max()) <= 1
+    assert torch.equal(out, augment(images, config, seeded(), size=size))

@@ -7,27 +7,35 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robustfpd.data.datasets import ImageSet
+from robustfpd.data.images import ImageSet, as_seen
 
 
 def batches(
-    data: ImageSet, batch_size: int, device: torch.device, generator: torch.Generator | None = None
+    data: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    *,
+    cropped: bool | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`.
+    """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
 
     Args:
         data: the images, uint8 on the CPU; they travel as uint8 and become floats on the device.
         batch_size: images a batch.
         device: where the batches are wanted.
         generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
+        cropped: whether images come at the network's size, or at the stored one, for `augment` to crop them. None:
+            at the network's size unless they are shuffled.
     """
     count = len(data)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     if generator is not None and count >= batch_size:
         order = order[: count - count % batch_size]
+    size = data.size if (generator is None if cropped is None else cropped) else data.stored_size
     for indices in torch.split(order, batch_size):
         part = data.take(indices)
-        yield part.images.to(device).float() / 255, part.labels.to(device)
+        yield as_seen(part.images.to(device), data.channels, size), part.labels.to(device)
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:

@@ -12,15 +12,16 @@ def uniform_like(images: Tensor, generator: torch.Generator) -> Tensor:
     return draws.to(images.device).mul_(2).sub_(1)
 
 
-def add_uniform_noise(images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+def add_uniform_noise(images: Tensor, eps: float, generator: torch.Generator, unit: Tensor | float = 1.0) -> Tensor:
     """Return `images` plus uniform noise of half-width `eps`.
 
     Args:
         images: N×C×H×W in [0, 1].
-        eps: half-width in pixels of [0, 1]; 0 returns the images themselves.
+        eps: half-width, in units of `unit`; 0 returns the images themselves.
         generator: source of the noise.
+        unit: pixels of [0, 1], or 1×C×1×1 standard deviations of normalised images.
 
     Returns:
         Noisy images, not clipped: clipping would make noise at black and white pixels one-sided.
     """
-    return images + eps * uniform_like(images, generator) if eps > 0 else images
+    return images + eps * unit * uniform_like(images, generator) if eps > 0 else images

@@ -3,46 +3,119 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from robustfpd.config import AugmentConfig
+from robustfpd.data.images import centre_crop, margin
+
+ASPECTS = (3 / 4, 4 / 3)
+"""Aspect ratios (width / height) of random crops."""
+ATTEMPTS = 10
+"""Crops drawn for an image until one fits into it."""
+LUMA = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in the grey picture, as torchvision has them."""
 
 
-def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Rotate, shift, mirror and brighten images at random.
+def augment(
+    images: Tensor, config: AugmentConfig, generator: torch.Generator, *, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Crop, rotate, shift, mirror, brighten images and change their contrast at random.
+
+    Geometry is one interpolation from the images to the result. Its steps, in torchvision's terms:
+    RandomResizedCrop to the images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip,
+    CenterCrop to `size`.
 
     Args:
-        images: N×C×H×W in [0, 1].
+        images: N×C×H0×W0 in [0, 1].
         config: how much of each.
         generator: source of the draws.
+        size: height and width of the result; None keeps the images' own.
 
     Returns:
-        N×C×H×W in [0, 1]; where a picture moves in from outside, black.
+        N×C×H×W in [0, 1]; where a picture moves in from outside, black. Without geometry, the centre crop itself.
     """
     n = len(images)
+    size = size or (images.shape[-2], images.shape[-1])
 
     def draw() -> Tensor:  # N numbers in [-1, 1)
         return torch.rand(n, generator=generator, device=generator.device).to(images.device).mul(2).sub(1)
 
-    if config.rotation or config.translation or config.flip:
+    if config.rotation or config.translation or config.flip or config.crop < 1:
         angle = draw() * math.radians(config.rotation)
         shift = torch.stack([draw(), draw()], dim=1) * 2 * config.translation  # grid units: the picture spans 2
         mirror = torch.where(draw() < 0, -1.0, 1.0) if config.flip else torch.ones(n, device=images.device)
-        images = _affine(images, angle, shift, mirror)
+        box = _crops(draw, config.crop, images.shape[-2], images.shape[-1]) if config.crop < 1 else None
+        images = _affine(images, angle, shift, mirror, size=size, box=box, expand=config.expand)
+    else:
+        images = centre_crop(images, size)
     if config.brightness:
         images = images * (1 + config.brightness * draw()).reshape(n, 1, 1, 1)
+    if config.contrast:
+        images = _contrast(images.clamp(0, 1), 1 + config.contrast * draw())
     return images.clamp(0, 1)
 
 
-def _affine(images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
-    """Rotate by `angle` in radians, mirror where `mirror` is -1, shift by grid units (N×2)."""
+def _crops(draw: Callable[[], Tensor], smallest: float, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Draw a crop per image: its extent and its middle, N×2 (x, y) in grid units.
+
+    As in torchvision, area and logarithm of the aspect ratio are uniform among the crops that fit; an image for which
+    none of `ATTEMPTS` did is cropped to the nearest aspect ratio only.
+    """
+    low, high = math.log(ASPECTS[0]), math.log(ASPECTS[1])
+    area = torch.stack([draw() for _ in range(ATTEMPTS)]).add(1).mul((1 - smallest) / 2).add(smallest)
+    aspect = torch.stack([draw() for _ in range(ATTEMPTS)]).add(1).mul((high - low) / 2).add(low).exp()
+    area, aspect = area * height * width, aspect
+    sides = torch.stack([(area * aspect).sqrt() / width, (area / aspect).sqrt() / height], dim=2)  # attempts N 2
+    fits = (sides <= 1).all(dim=2)
+    first = fits.int().argmax(dim=0)
+    chosen = sides[first, torch.arange(sides.shape[1], device=sides.device)]
+    uncut = [min(1.0, height * ASPECTS[1] / width), min(1.0, width / ASPECTS[0] / height)]
+    extent = torch.where(fits.any(dim=0)[:, None], chosen, chosen.new_tensor(uncut))
+    return extent, torch.stack([draw(), draw()], dim=1) * (1 - extent)
+
+
+def _affine(
+    images: Tensor, angle: Tensor, shift: Tensor, mirror: Tensor, *, size: tuple[int, int] | None = None,
+    box: tuple[Tensor, Tensor] | None = None, expand: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rotate by `angle` in radians, mirror where `mirror` is -1, shift by grid units (N×2).
+
+    The rotated picture is the crop `box` (extent and middle), shrunk with `expand` until all of it is in view; the
+    result is the centre crop to `size`.
+    """
     height, width = images.shape[-2:]
+    size = size or (height, width)
     aspect = height / width  # the grid is square; rotate in pixels
     cos, sin = angle.cos(), angle.sin()
-    rows = [mirror * cos, -sin * aspect, shift[:, 0], mirror * sin / aspect, cos, shift[:, 1]]
-    theta = torch.stack(rows, dim=1).reshape(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    zoom_x = cos.abs() + aspect * sin.abs() if expand else 1.0  # sides of the turned picture's frame, in the picture's
+    zoom_y = cos.abs() + sin.abs() / aspect if expand else 1.0
+    seen_x, seen_y = zoom_x * (size[1] / width), zoom_y * (size[0] / height)
+    # Where an odd margin is cropped, the middle of what is left lies half a pixel beside the picture's.
+    aside_x = zoom_x * ((2 * margin(width, size[1]) + size[1] - width) / width)
+    aside_y = zoom_y * ((2 * margin(height, size[0]) + size[0] - height) / height)
+    rows = [
+        [mirror * cos, -sin * aspect, shift[:, 0]],
+        [mirror * sin / aspect, cos, shift[:, 1]],
+    ]
+    rows = [[x * seen_x, y * seen_y, by + x * aside_x + y * aside_y] for x, y, by in rows]
+    if box is not None:
+        (extent, middle) = box
+        rows = [
+            [v * extent[:, i] for v in row[:2]] + [row[2] * extent[:, i] + middle[:, i]] for i, row in enumerate(rows)
+        ]
+    theta = torch.stack([v for row in rows for v in row], dim=1).reshape(-1, 2, 3)
+    grid = F.affine_grid(theta, [*images.shape[:2], *size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply each picture's differences to the mean of its grey picture by its factor."""
+    grey = images
+    if images.shape[1] == len(LUMA):
+        grey = (images * images.new_tensor(LUMA).reshape(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + factor.reshape(-1, 1, 1, 1) * (images - mean)

@@ -1,0 +1,81 @@
+"""`robustfpd datasets`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustfpd.data.inventory import Found
+
+
+def datasets(data_root: Path = Path("data"), cache: Path | None = None) -> None:
+    """List the data sets: which are there, what they hold, and how to get the others.
+
+    For example `robustfpd datasets`, or `robustfpd datasets --data-root /data`.
+
+    Args:
+        data_root: folder where torchvision keeps its data sets.
+        cache: folder for decoded images; default ROBUSTFPD_CACHE, else the user's cache folder.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from robustfpd.cli.running import program
+    from robustfpd.data.cache_images import images_folder
+    from robustfpd.data.inventory import inventory
+
+    found = inventory(data_root, cache)
+    table = Table(
+        "data set", "there", "where", "images", "classes", "on disk", "decoded", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for each in found:
+        table.add_row(*_cells(each))
+    console = Console()
+    console.print(table)
+    lines = [f"looked in {data_root.absolute()}; decoded images are kept in {images_folder(cache).absolute()}"]
+    missing = [each for each in found if not each.there and each.info.download]
+    lines += ["to get what is missing:"] if missing else []
+    lines += [f"  {_fetching(program(), each, data_root)}" for each in missing]
+    lines += [
+        "images of your own, a folder for each class:",
+        f"  {program()} train caltech101/mini data.dataset=folder --data-root FOLDER",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _cells(found: Found) -> tuple[str, ...]:
+    """A row of the table."""
+    described = found.info
+    where = described.files[0].partition("/")[0] if described.files else ""
+    if described.name == "digits":
+        where = "scikit-learn"
+    if described.name == "folder":
+        return "folder", "", "anywhere", "", "", "", _size(found.cached)
+    count = f"{found.images:,}" if found.images is not None else described.description.partition(" ")[0]
+    return (
+        described.name, "yes" if found.there else "no", where, count, str(found.classes), _size(found.size),
+        _size(found.cached),
+    )  # fmt: skip
+
+
+def _fetching(program: str, found: Found, data_root: Path) -> str:
+    """The command that fetches a data set and trains on it."""
+    from robustfpd.config import recipe, recipe_names
+
+    name = found.info.name
+    fitting = sorted((r for r in recipe_names() if recipe(r).data.dataset == name), key=lambda r: "mini" not in r)
+    words = [fitting[0]] if fitting else ["digits/mini", f"data.dataset={name}"]
+    command = shlex.join([program, "train", *words, "--data-root", str(data_root), "--download"])
+    return f"{command}   # {found.info.download}"
+
+
+def _size(count: int) -> str:
+    """Bytes as a person says them; nothing for none."""
+    if not count:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"

@@ -1,0 +1,95 @@
+"""Fetches archives of class folders through torchvision, and tells a whole folder from an interrupted one.
+
+torchvision takes any folder of the right name for the whole data set. So a note lies beside it for as long as we fetch;
+a folder without one is the user's own and is taken as it is, unless what is left of an archive lies beside it and the
+folder has fewer images than were published.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from robustfpd.config import DataConfig
+from robustfpd.data.described import DatasetInfo
+from robustfpd.errors import MissingDataError, first_line
+
+NOTE = ".robustfpd-fetching"
+"""Beside a data set while it is fetched; what an interrupt leaves behind."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """How torchvision lays out a data set that it unpacks from an archive."""
+
+    class_name: str
+    folder: str
+    """Below the data root; holds the class folders."""
+    leftovers: tuple[str, ...]
+    """What lies beside the folder while it is unpacked."""
+    images: int
+    """How many it has when whole."""
+
+
+def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Path:
+    """The folder of class folders, fetched when it is not there or not whole and `config.download` is on.
+
+    Raises:
+        MissingDataError: it is not there, not whole, or cannot be fetched.
+    """
+    folder = Path(config.root).expanduser() / archive.folder
+    doubt = _interrupted(archive, folder)
+    if folder.is_dir() and doubt is None:
+        return folder
+    if config.download:
+        _fetch(archive, described, folder)
+        return folder
+    if doubt is None:
+        raise MissingDataError(
+            f"{described.name} is not there: looked in {folder.absolute()}; add --download to fetch it "
+            f"({described.download}), or give the folder that holds {archive.folder} as --data-root"
+        )
+    raise MissingDataError(
+        f"{described.name} in {folder.absolute()} is the rest of an interrupted download ({doubt}); add --download to "
+        f"delete it and fetch it anew, or, where the images are as you want them, delete what lies beside it"
+    )
+
+
+def _interrupted(archive: Archive, folder: Path) -> str | None:
+    """Why the folder cannot be trusted to be whole; None when it can, or is not there."""
+    if (folder.parent / NOTE).exists():
+        return f"{NOTE} lies beside it"
+    left = next((name for name in archive.leftovers if (folder.parent / name).exists()), None)
+    if left is None or not folder.is_dir():
+        return None
+    found = sum(1 for path in folder.rglob("*.jpg"))
+    return f"{found:,} of {archive.images:,} images, and {left} beside them" if found < archive.images else None
+
+
+def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
+    """Let torchvision fetch and unpack; it keeps an archive whose checksum is right, and fetches any other anew."""
+    import torchvision.datasets
+
+    home, note = folder.parent, folder.parent / NOTE
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f"{NOTE}.lock"):
+            if folder.is_dir() and _interrupted(archive, folder) is None:
+                return  # another process was quicker
+            note.touch()
+            for part in (folder, *(home / name for name in archive.leftovers)):
+                if part.is_dir():
+                    shutil.rmtree(part)
+            getattr(torchvision.datasets, archive.class_name)(home.parent, download=True)
+            for name in archive.leftovers:
+                (home / name).unlink(missing_ok=True)
+            note.unlink()
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise MissingDataError(
+            f"{described.name} could not be fetched into {home.absolute()} ({first_line(error)}); run again to go on"
+        ) from None
