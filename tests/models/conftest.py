@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +41,15 @@ def chain() -> nn.Module:
 @pytest.fixture
 def chain_stages() -> tuple[str, ...]:
     return ("stem", "first", "second")
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+@pytest.fixture(params=["resnet_mnist_1-1-1-1", "resnext_svhn_1-1-1-1"])
+def published_folder(request: pytest.FixtureRequest) -> Path:
+    """Folder with a checkpoint in the authors' format and what it gives; the test is skipped where it is absent."""
+    folder = SHARED / "published" / str(request.param)
+    if not folder.is_dir():
+        pytest.skip("no published checkpoints beside the project")
+    return folder

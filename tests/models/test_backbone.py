@@ -117,6 +117,15 @@ def test_what_is_implanted_is_what_the_next_stage_gets(chain: nn.Module, chain_s
     assert asked == [(0, 4), (1, 6), (2, 8)]
 
 
+def test_raw_maps_are_those_before_the_implants(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+    double = backbone(chain, chain_stages, implant=lambda index, channels: Doubling() if index < 2 else None)
+    x = torch.rand(2, 3, 16, 16)
+    raw, implanted = double(x, raw=True), double(x)
+    assert torch.equal(implanted[0], 2 * raw[0])
+    assert torch.equal(implanted[1], 2 * raw[1])
+    assert torch.equal(implanted[2], raw[2])  # what the last stage saw was doubled either way
+
+
 def test_an_implant_in_a_timm_network_reaches_the_next_stage() -> None:
     network = from_timm("resnet_mini", 3)
     original: Any = copy.deepcopy(network.module).eval()

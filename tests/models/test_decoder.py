@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robustfpd.errors import InputError
 from robustfpd.models.decoder import RestorationDecoder
 
 CHANNELS = (4, 6, 8, 10)
@@ -73,6 +74,25 @@ def test_published_widths() -> None:
     decoder = RestorationDecoder((256, 512, 1024, 2048), 4, width=256, out_channels=3)
     shapes = [tuple(layer.weight.shape) for layer in decoder.upscale]  # type: ignore[arg-type]
     assert shapes == [(256, 64, 2, 2), (64, 16, 2, 2), (16, 3, 1, 1)]
+
+
+def test_the_published_resnexts_layers_keep_the_size_in_pairs() -> None:
+    decoder = RestorationDecoder((256, 512, 1024, 2048), 1, width=128, out_channels=3, unstrided_kernel=2)
+    shapes = [tuple(layer.weight.shape) for layer in decoder.upscale]  # type: ignore[arg-type]
+    assert shapes == [(128, 64, 2, 2), (64, 16, 2, 2), (16, 3, 1, 1)]
+    assert decoder.upscale[0](torch.zeros(1, 128, 6, 9)).shape == (1, 64, 5, 8)
+    assert decoder.upscale(torch.zeros(1, 128, 6, 9)).shape == (1, 3, 6, 9)
+
+
+def test_a_single_kernel_of_two_is_refused() -> None:
+    with pytest.raises(InputError, match="a reduction of 2 needs one such layer; take unstrided_kernel=3"):
+        RestorationDecoder(CHANNELS, 2, width=8, out_channels=3, unstrided_kernel=2)
+
+
+@pytest.mark.parametrize("reduction", [4, 8])
+def test_without_layers_that_keep_the_size_their_kernel_does_not_matter(reduction: int) -> None:
+    two, three = (RestorationDecoder(CHANNELS, reduction, 8, 3, unstrided_kernel=k) for k in (2, 3))
+    assert [t.shape for t in two.state_dict().values()] == [t.shape for t in three.state_dict().values()]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

@@ -80,15 +80,15 @@ class Backbone(nn.Module):
                 self.implants[str(index)] = layer
         self._leaves_early = not self._runs_to_the_end(image)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map images to the stages' feature maps (denoised where implanted)."""
+    def forward(self, x: Tensor, *, raw: bool = False) -> list[Tensor]:
+        """Map images to the stages' feature maps, denoised where implanted; `raw` returns them as before that."""
         height, width = x.shape[-2:]
         if self.multiple > 1:
             new_height, new_width = self.padded((height, width))
             x = F.pad(x, (0, new_width - width, 0, new_height - height), mode="replicate")
         features: list[Tensor] = []
-        outer = getattr(_thread, "features", None)  # this network may be a module inside another such
-        _thread.features = features
+        outer = getattr(_thread, "pass_", None)  # this network may be a module inside another such
+        _thread.pass_ = (features, raw)
         try:
             self.net(x)
         except _LastStageReached:
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
                 f"{first_line(error)}; build it with that image_size, or resize the images"
             ) from error
         finally:
-            _thread.features = outer
+            _thread.pass_ = outer
         return features
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -276,7 +276,7 @@ class Backbone(nn.Module):
 
 
 _thread = threading.local()
-"""`features`: the maps that this thread's forward pass has collected."""
+"""`pass_`: the maps that this thread's forward pass has collected, and whether they are those before denoising."""
 
 
 class _StageEnd:
@@ -291,10 +291,14 @@ class _StageEnd:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         feature, rebuild = _joined(output, self.backbone.stage_names[self.index], self.backbone.layout)
+        features, raw = _thread.pass_
+        if raw:
+            features.append(feature)
         if str(self.index) in self.backbone.implants:
             feature = self.backbone.implants[str(self.index)](feature)
             output = rebuild(feature)
-        _thread.features.append(feature)
+        if not raw:
+            features.append(feature)
         if self.backbone._leaves_early and self.index == len(self.backbone.stage_names) - 1:
             raise _LastStageReached
         return output

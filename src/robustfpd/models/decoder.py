@@ -11,11 +11,15 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfpd.errors import InputError
+
 
 class RestorationDecoder(nn.Module):
     """Feature maps c2…c5 → p5…p2 → an image of the input's own size."""
 
-    def __init__(self, channels: Sequence[int], reduction: int, width: int, out_channels: int) -> None:
+    def __init__(
+        self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *, unstrided_kernel: int = 3
+    ) -> None:
         """Build the decoder.
 
         Args:
@@ -23,11 +27,15 @@ class RestorationDecoder(nn.Module):
             reduction: input side over the finest map's side, rounded.
             width: channels P of the pyramid.
             out_channels: channels of the image.
+            unstrided_kernel: kernel of the transposed convolutions that keep the size, 3 or (published ResNeXt) 2.
+
+        Raises:
+            InputError: a single kernel of 2 cannot keep the size.
         """
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
         self.smooth = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.upscale = nn.Sequential(*_upscaling(reduction, width, out_channels))
+        self.upscale = nn.Sequential(*_upscaling(reduction, width, out_channels, unstrided_kernel))
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Restore an image.
@@ -50,18 +58,26 @@ class RestorationDecoder(nn.Module):
         return restored
 
 
-def _upscaling(reduction: int, width: int, out_channels: int) -> list[nn.Module]:
+def _upscaling(reduction: int, width: int, out_channels: int, unstrided_kernel: int) -> list[nn.Module]:
     """Transposed convolutions P → 64 → 16 → C that double the side until `reduction` is undone.
 
-    Published networks have reduction 4: two doublings and a 1×1. Where fewer doublings are needed a
-    3×3 of stride 1 takes their place; where more are needed, 16 → 16 doublings follow.
+    Published ResNets have reduction 4: two doublings and a 1×1. Where fewer doublings are needed a
+    3×3 of stride 1 takes their place; where more are needed, 16 → 16 doublings follow. Published ResNeXts
+    have reduction 1 and, instead of two 3×3, two 2×2, of which the first loses a row and the second gains it.
     """
     doublings = max(0, (max(reduction, 1) - 1).bit_length())
     widths = [width, min(64, width), min(16, width)] + [min(16, width)] * (doublings - 2)
+    if unstrided_kernel == 2 and doublings == 1:
+        raise InputError(
+            f"unstrided_kernel=2 keeps the size in pairs only, and a reduction of {reduction} needs one such layer; "
+            "take unstrided_kernel=3"
+        )
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
         if i < doublings:
             layers.append(nn.ConvTranspose2d(before, after, kernel_size=2, stride=2))
+        elif unstrided_kernel == 2:
+            layers.append(nn.ConvTranspose2d(before, after, kernel_size=2, padding=1 - i))
         else:
             layers.append(nn.ConvTranspose2d(before, after, kernel_size=3, padding=1))
     return [*layers, nn.ConvTranspose2d(widths[-1], out_channels, kernel_size=1)]

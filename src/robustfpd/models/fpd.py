@@ -76,10 +76,13 @@ class Defendable(nn.Module, ABC):
     def _implant(self, index: int, channels: int) -> nn.Module | None:
         return None
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        images = images.to(self.mean.dtype)  # float64 images, as numpy makes them, go through a float32 model
-        features: list[Tensor] = self.backbone((images - self.mean) / self.std)
+    def _features(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
+        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw)
         return features
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = images.to(self.mean.dtype)  # float64 images, as numpy makes them, go through a float32 model
+        return (images - self.mean) / self.std
 
     def _pooled(self, features: list[Tensor]) -> Tensor:
         pooled: Tensor = self.dropout(features[-1].mean(dim=(2, 3)))
@@ -110,8 +113,9 @@ class FPD(Defendable):
         levels = min(PYRAMID_LEVELS, len(channels))
         width = config.pyramid_channels or min(256, max(32, channels[-1] // 4))
         self.decoder = RestorationDecoder(
-            channels[-levels:], self.backbone.reductions[-levels], width, task.in_channels
-        )
+            channels[-levels:], self.backbone.reductions[-levels], width, task.in_channels,
+            unstrided_kernel=config.unstrided_kernel,
+        )  # fmt: skip
         self.affinity = affinity(config.denoise)
         self.head = classification_layer(config.head, channels[-1], task.num_classes, config.lipschitz)
 
@@ -126,10 +130,12 @@ class FPD(Defendable):
     def restore(self, images: Tensor) -> Tensor:
         """Front pass (FPD_FD) and restoration (FPD_R): images → restored images, N×C×H×W."""
         self._check(images)
-        features = self._features(images)
+        features = self._features(images, raw=self.config.pyramid_reads == "raw")
         levels = len(self.decoder.laterals)
         height, width = images.shape[-2:]
         restored: Tensor = self.decoder(features[-levels:], self.backbone.padded((height, width)))
+        if self.config.normalise == "once":
+            restored = restored * self.std + self.mean
         return restored[:, :, :height, :width]
 
     def back(self, restored: Tensor, images: Tensor) -> Tensor:
@@ -140,7 +146,10 @@ class FPD(Defendable):
         """What the back pass sees: the restored image, plus non-local means of the input or of itself."""
         if self.config.middle == "none":
             return restored
-        return restored + self.affinity(images if self.config.middle == "input" else restored)
+        source = images if self.config.middle == "input" else restored
+        if self.config.normalise == "once":  # in pixels what adding the affinity to a normalised image is
+            return restored + self.std * self.affinity(self._normalised(source))
+        return restored + self.affinity(source)
 
     def classifier(self, *, squash: bool = True) -> FPDClassifier:
         """The plain module images → logits; `squash=False` leaves out the head's squashing (adaptive attacks)."""

@@ -1,19 +1,23 @@
-"""Where backbones come from: timm by name, with `resnet_mini` beside it, or the user's own module."""
+"""Where backbones come from: timm by name, a few of our own beside it, or the user's own module."""
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from robustfpd.errors import InputError, unknown_name
+from robustfpd.models.resnext import ResNeXt
 
 MINI = "resnet_mini"
+OWN = (MINI, "published_resnet_3_4_23_3", "published_resnext_3_4_6_3")
+"""Backbones beside timm's. The numbers are blocks a stage, and others go as well."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ def from_timm(
     """Create a timm network and ask it where its stages end.
 
     Args:
-        name: a timm model name, with or without a pretrained tag, or `resnet_mini`.
+        name: a timm model name, with or without a pretrained tag, `resnet_mini`, or a published network by its
+            blocks a stage, as in `published_resnet_3_4_23_3` and `published_resnext_3_4_6_3`.
         in_channels: channels of an image; timm adapts pretrained first layers.
         pretrained: load timm's weights (network or cache needed).
         stages: module names that override timm's `feature_info`.
@@ -42,13 +47,14 @@ def from_timm(
     Raises:
         InputError: timm has no such model, or it lists no stages (it is not a convolutional family).
     """
-    if name == MINI:
+    own = _own(name, in_channels)
+    if own is not None:
         if pretrained:
-            raise InputError(f"backbone {MINI!r} has no pretrained weights; leave pretrained out")
-        mini = resnet_mini(in_channels)
-        return Network(mini, _timm_stages(mini) if stages is None else stages, (0.0,), (1.0,))
+            raise InputError(f"backbone {name!r} has no pretrained weights; leave pretrained out")
+        net, ends = own
+        return Network(net, ends if stages is None else stages, (0.0,), (1.0,))
     if not timm.is_model(name):
-        raise unknown_name("backbone", name, [MINI, *timm.list_models()])
+        raise unknown_name("backbone", name, [*OWN, *timm.list_models()])
     try:
         module = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, num_classes=0)
     except (TypeError, RuntimeError, OSError) as error:  # hard-wired inputs, unknown tags, weights out of reach
@@ -85,6 +91,21 @@ def resnet_mini(in_channels: int) -> nn.Module:
     return ResNet(BasicBlock, (1, 1, 1, 1),  # type: ignore[arg-type]
                   num_classes=0, in_chans=in_channels, stem_type="deep", stem_width=8,
                  channels=(16, 32, 64, 128))  # fmt: skip
+
+
+def _own(name: str, in_channels: int) -> tuple[nn.Module, tuple[str, ...]] | None:
+    """A backbone of our own and where its stages end; None when `name` is not one."""
+    if name == MINI:
+        mini = resnet_mini(in_channels)
+        return mini, _timm_stages(mini)
+    published = re.fullmatch(r"published_(resnet|resnext)((?:_[1-9]\d{0,2}){4})", name, re.ASCII)
+    if published is None:
+        return None
+    blocks = tuple(map(int, published[2].split("_")[1:]))
+    if published[1] == "resnext":
+        return ResNeXt(blocks, in_channels), ("conv1", "conv2", "conv3", "conv4", "conv5")
+    net = ResNet(Bottleneck, blocks, num_classes=0, in_chans=in_channels)  # type: ignore[arg-type]
+    return net, ("maxpool", "layer1", "layer2", "layer3", "layer4")  # the published stem includes the pool
 
 
 def _timm_stages(module: nn.Module, name: str = "the network") -> tuple[str, ...]:

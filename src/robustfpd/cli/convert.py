@@ -1,0 +1,51 @@
+"""`robustfpd convert`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import tyro
+
+from robustfpd.errors import InputError
+
+
+def convert(
+    published: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[Path],
+    /,
+    image_size: int | None = None,
+) -> None:
+    """Turn a checkpoint of the authors into a model of ours, without running what may be in the file.
+
+    For example `robustfpd convert bestmodel_params.pkl models/svhn-published`.
+
+    Args:
+        published: bestmodel_params.pkl or one of its siblings, ResNet or ResNeXt of any depth.
+        folder: a new or empty folder for the model.
+        image_size: pixels a side that the model states; default 64 for 10 classes and 224 for others, as published.
+    """
+    from rich.console import Console
+
+    from robustfpd.cli.running import program
+    from robustfpd.models.published import read_published
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds files; give a new or empty folder for the model")
+    found = read_published(published, image_size)
+    model, task = found.model, found.model.task
+    model.save(folder)
+    kind = "plain, without a decoder"
+    if model.config.defence == "fpd":
+        kind = f"with a Feature Pyramid Decoder, {model.config.pyramid_channels} channels wide"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    height, width = task.image_size
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{published}: {found.architecture} ({', '.join(map(str, found.blocks))} blocks), {kind}\n"
+        f"  {task.num_classes} classes, images of {task.in_channels} channels and {height}×{width} pixels, "
+        f"{millions:.1f} million parameters, {'no epoch told' if found.epoch is None else f'epoch {found.epoch}'}\n"
+        f"wrote {folder}\n"
+        f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for",
+        highlight=False, markup=False,
+    )  # fmt: skip
