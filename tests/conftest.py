@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,44 @@ def mnist_root() -> Path:
     if not (root / "MNIST" / "raw").is_dir():
         pytest.skip("no MNIST beside the project")
     return root
+
+
+@pytest.fixture(scope="session")
+def add_model() -> Callable[..., None]:
+    """`add` of models/add.py, which is no part of the package."""
+    path = Path(__file__).parents[1] / "models" / "add.py"
+    spec = importlib.util.spec_from_file_location("models_add", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    add: Callable[..., None] = module.add
+    return add
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Makes a run's folder as training leaves it, with weights that never learned, and an evaluation of 20 images."""
+    from robustfpd import data, evaluation
+    from robustfpd.config import RunConfig
+    from robustfpd.models import build
+    from robustfpd.provenance import environment, write_json
+
+    def make(folder: Path, config: RunConfig, seed: int = 0) -> Path:
+        splits = data.load(config.data)
+        model = build(splits.info.task, config.model, seed=seed)
+        model.train()(splits.train.floats()[0][:32])  # running statistics, or the logits are all alike
+        model.eval().save(folder / "checkpoints" / "best")
+        config.save(folder / "config.yaml")
+        (folder / "metrics.csv").write_text("epoch,seconds\n0,61.25\n1,60.0\n")
+        test = {"images": len(splits.test), "sha256": splits.test.digest()}
+        write_json(folder / "environment.json", {**environment(), "data": {"test": test}, "start": str(folder)})
+        images, labels = splits.test.floats()
+        record = evaluation.evaluate(
+            model.classifier(), (images, labels), suite="first-look", eps=(0.05, 8 / 255), num_images=20,
+            subject=str(folder),
+        )  # fmt: skip
+        record.save(folder / "evaluation" / "first.json")
+        return folder
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 PACKAGES = ("robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
 
@@ -20,6 +22,24 @@ def write_json(path: Path, values: Any) -> None:
     partial = path.with_name(path.name + ".new")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     partial.replace(path)
+
+
+def weights_sha256(module: nn.Module) -> str | None:
+    """SHA-256 of a module's parameters and buffers: names, types, shapes, values; None where they are not plain bytes.
+
+    Names count: compare what two classifiers give, not a model with the classifier around it.
+    """
+    digest = hashlib.sha256()
+    state = module.state_dict()
+    try:
+        for name in sorted(state):
+            if isinstance(state[name], Tensor):
+                values = state[name].detach().cpu().contiguous()
+                digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+                digest.update(values.reshape(-1).view(torch.uint8).numpy())  # bfloat16 has no numpy type of its own
+    except (RuntimeError, TypeError):  # sparse and quantised tensors
+        return None
+    return digest.hexdigest()
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

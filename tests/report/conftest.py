@@ -50,6 +50,7 @@ def history() -> list[EpochMetrics]:
     return [
         EpochMetrics(
             epoch=i, ce=1.0, restoration=0.1, second_ce=1.0, second_restoration=0.1, gate_open=1.0, train_accuracy=0.5,
+            adversarial_ce=None, train_adversarial_accuracy=None, validation_robust_accuracy=None,
             validation_accuracy=0.3 + 0.2 * i, validation_ce=1.0, validation_restoration=0.1, lr=1e-3,
             images_per_second=100.0, seconds=1.0,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,7 @@ from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     from robustfpd.config import RunConfig
-    from robustfpd.training import RunFolder
+    from robustfpd.evaluation import EvaluationRecord
 
 
 def evaluate(
@@ -34,10 +35,12 @@ def evaluate(
     """Attack a trained network: clean and worst-case accuracy over eps, with 95 % intervals.
 
     For example `robustfpd evaluate runs/digits-mini`,
-    or `robustfpd evaluate runs/mnist-mini --eps 0.05 0.1 --norm linf --data-root data`.
+    or `robustfpd evaluate runs/mnist-mini --eps 0.05 0.1 --norm linf --data-root data`,
+    or `robustfpd evaluate mnist/mini-fpd --data-root data`.
 
     Args:
-        run: a run's folder, or a folder that model.save wrote (then --dataset is needed).
+        run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
+            wrote (then --dataset is needed).
         eps: radii of the perturbation in pixels of [0, 1], for example 0.03 or 8/255; default the recipe's.
         norm: norm of the perturbation, linf, l2 or l1; default the recipe's.
         suite: which attacks; default the recipe's.
@@ -56,46 +59,79 @@ def evaluate(
     from robustfpd.attacks.norms import geometry
     from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
+    from robustfpd.evaluation.space import in_space
     from robustfpd.report.tables import evaluation_table
-    from robustfpd.training import RunFolder
 
     chosen = torch_device(device)
     radii = tuple(_radius(text) for text in eps)
-    folder = RunFolder(run)
-    config = configured(_settings(folder, dataset), data_root, download, seed)
+    trained = _trained(run)
+    config = configured(_settings(trained, dataset), data_root, download, seed)
     plan = config.evaluation
     chosen_norm = geometry(norm or plan.norm).name
     if chosen_norm != plan.norm and not radii:
         raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen_norm}")
-    model = models.load(run)
+    model = models.load(trained.folder)
     splits = data.load(config.data)
     if splits.info.task != model.task:
-        raise InputError(f"{run} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
-    images, shown = (splits.test, str(run)) if split == "test" else (splits.validation, f"{run} (validation images)")
+        raise InputError(f"{trained.name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
+    images = splits.test if split == "test" else splits.validation
+    shown = trained.name if split == "test" else f"{trained.name} (validation images)"
+    shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
+    classifier, given = in_space(model.classifier(), images, plan.space)
     console = Console(soft_wrap=True)
     with evaluation_display(console, shown) as observer:
         record = evaluation.evaluate(
-            model.classifier().to(chosen), images.floats(), suite=suite or plan.suite,
+            classifier.to(chosen), given, suite=suite or plan.suite,
             eps=radii or plan.eps, norm=chosen_norm, num_images=plan.num_images if num_images is None else num_images,
             seed=config.seed, every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
     source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
-    # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
-    results = folder.evaluation if folder.started else run.with_name(f"{run.resolve().name}-evaluation")
-    path = record.save(_new_file(results, f"{source}-{record.suite}-{record.norm}"))
+    path = record.save(_new_file(trained.results, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
+    if plan.divide_by is not None:
+        console.print(_as_divided(record, plan.divide_by), highlight=False)
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
 
 
-def _settings(folder: RunFolder, dataset: str | None) -> RunConfig:
+@dataclass(frozen=True)
+class _Trained:
+    """What is evaluated."""
+
+    name: str
+    folder: Path
+    """Where the model is read from."""
+    config: RunConfig | None
+    """How it was trained; None for a folder that model.save wrote."""
+    results: Path
+
+
+def _trained(given: Path) -> _Trained:
+    """Tell a network that comes with robustfpd, a run and a saved model apart."""
+    from robustfpd.config import load_run
+    from robustfpd.models import shipped
+    from robustfpd.training import RunFolder
+
+    folder = shipped.locate(given)
+    name = shipped.named(folder)
+    if name is not None:  # its folder is the repository's, or one that can be fetched again: results go to the user's
+        results = Path("runs") / f"{name.replace('/', '-')}-evaluation"
+        return _Trained(name, folder, load_run(folder / shipped.SETTINGS), results)
+    run = RunFolder(folder)
+    if run.started:
+        return _Trained(str(given), folder, run.config(), run.evaluation)
+    # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
+    return _Trained(str(given), folder, None, folder.with_name(f"{folder.resolve().name}-evaluation"))
+
+
+def _settings(trained: _Trained, dataset: str | None) -> RunConfig:
     """The run's settings, or a saved model's defaults; with the images of `dataset` where it is given."""
     from robustfpd import models
     from robustfpd.config import RunConfig
 
-    if not folder.started and dataset is None:
-        backbone = models.load(folder.path).config.backbone  # a clear error when there is no model either
-        raise InputError(f"{folder.path} holds a model ({backbone}) but no run; say which test images with --dataset")
-    config = folder.config() if folder.started else RunConfig()
+    if trained.config is None and dataset is None:
+        backbone = models.load(trained.folder).config.backbone  # a clear error when there is no model either
+        raise InputError(f"{trained.name} holds a model ({backbone}) but no run; say which test images with --dataset")
+    config = trained.config or RunConfig()
     if dataset is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
     return config
@@ -106,6 +142,15 @@ def _radius(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise InputError(f"eps must hold numbers such as 0.03 or 8/255, found {text!r}") from None
+
+
+def _as_divided(record: EvaluationRecord, count: int) -> str:
+    """The accuracies that the published evaluation would print: counts over a fixed number."""
+    robust = "".join(f", {100 * w.robust.count / count:.2f} % at eps {w.eps:.4g}" for w in record.worst_case)
+    return (
+        f"divided by {count:,} instead of {record.num_images:,} images, as the published evaluation does: "
+        f"{100 * record.clean.count / count:.2f} % clean{robust}"
+    )
 
 
 def _new_file(folder: Path, name: str) -> Path:

@@ -91,6 +91,8 @@ class EvaluationRecord(Config):
     ledger: tuple[LedgerRow, ...] = ()
     data_sha256: str
     """Of the images as 8-bit pixels, and the labels."""
+    weights_sha256: str | None = None
+    """Of the classifier's weights; None where they cannot be read as bytes, and in records from before this field."""
     environment: dict[str, Any]
 
     @property

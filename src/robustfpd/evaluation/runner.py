@@ -19,7 +19,7 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, LedgerRow, Proportion, WorstCase
 from robustfpd.evaluation.suite import Planned, plan
 from robustfpd.models.mode import evaluating
-from robustfpd.provenance import environment
+from robustfpd.provenance import environment, weights_sha256
 from robustfpd.seeding import generator
 
 OUTSIDE = 1e-5
@@ -130,7 +130,8 @@ class _Run:
             subject=subject, suite=suite, norm=self.norm, seed=self.seed,
             clean=Proportion.of(int(correct.sum()), len(self.labels)), worst_case=tuple(worst), attacks=tuple(results),
             ledger=tuple(self.ledger), data_sha256=_digest(self.images, self.labels), batch_size=self.batch_size,
-            every_attack=self.every_attack, environment=environment(self.device),
+            every_attack=self.every_attack, weights_sha256=weights_sha256(self.classifier),
+            environment=environment(self.device),
         )  # fmt: skip
 
     def _attack(self, planned: Planned, eps: float, tried: Tensor) -> tuple[AttackResult, Tensor]:

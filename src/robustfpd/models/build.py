@@ -17,6 +17,7 @@ from robustfpd.models.checkpoint import read_settings, read_weights, whole
 from robustfpd.models.fpd import FPD, Plain
 from robustfpd.models.mode import evaluating
 from robustfpd.models.networks import from_module, from_timm
+from robustfpd.models.shipped import locate
 from robustfpd.seeding import derive, generator
 
 
@@ -74,12 +75,13 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
     Raises:
         InputError: as `enhance` does.
     """
-    model = _assemble(task, config, net, seed)
+    model = assemble(task, config, net, seed)
     _check_finite(model)
     return model
 
 
-def _assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None, seed: int = 0) -> FPD | Plain:
+def assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0) -> FPD | Plain:
+    """Build as `build` does, without looking at what comes out."""
     if net is not None and config.pretrained:
         raise InputError("pretrained=True loads timm's weights; your own module brings its own: leave pretrained out")
     if (config.backbone == CUSTOM_BACKBONE) != (net is not None):
@@ -126,13 +128,14 @@ def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
     """Load a saved model, in evaluation mode, on the CPU.
 
     Args:
-        folder: what `model.save` wrote, or a run's folder (its best checkpoint is taken).
+        folder: what `model.save` wrote, or a run's folder (its best checkpoint is taken). Where there is no such
+            folder, the name of a network that comes with robustfpd: `mnist/mini-fpd`; it is fetched where needed.
         net: for a model around your own module, a module of the same architecture; its weights do not matter.
 
     Raises:
         InputError: no model there, damaged files, or weights that do not fit the architecture.
     """
-    path = Path(folder)
+    path = locate(folder)
     best = whole(path / "checkpoints" / "best")
     path = best if best.is_dir() else path
     task, config = read_settings(path)
@@ -141,7 +144,7 @@ def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
     weights = read_weights(path)
     # The saved weights follow; asking timm for pretrained ones would need the network.
     fixed = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
-    model = _assemble(task, config.model_copy(update=fixed), net)
+    model = assemble(task, config.model_copy(update=fixed), net)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from robustfpd.cli import main
+from robustfpd.config import recipe
+from robustfpd.models import shipped
+
+NAME = "digits/mini-plain-adversarial"
+
+
+@pytest.fixture(scope="module")
+def built(
+    make_run: Callable[..., Path], add_model: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with models/ and a manifest: an FPD, and a plain twin after its adversarial stage."""
+    root = tmp_path_factory.mktemp("shipped")
+    fpd = recipe("digits/mini", ["model.pyramid_channels=4", "evaluation.num_images=12", "evaluation.suite=first-look"])
+    plain = fpd.twin()
+    runs = {"digits/mini-fpd": make_run(root / "fpd", fpd)}
+    make_run(root / "plain", plain)
+    runs[NAME] = make_run(root / "plain" / "adversarial", plain.model_copy(update={"stage": "adversarial"}))
+    for name, run in runs.items():
+        add_model(
+            run, name, description="Tiny", record=(run / "evaluation" / "first.json",), folder=root / "models",
+            manifest=root / "manifest.json",
+        )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def places(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder; the networks lie in `models` in it, and the package takes it for the checkout."""
+    shutil.copytree(built / "models", tmp_path / "models")
+    monkeypatch.setattr(shipped, "MANIFEST", built / "manifest.json")
+    monkeypatch.setattr(shipped, "checkout", lambda: tmp_path / "models")
+    monkeypatch.setenv("ROBUSTFPD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(shipped.VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> str:
+    main(["models"])
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    return out
+
+
+def test_the_table_fits_and_says_what_was_measured(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = listed(capsys)
+    for name in ("digits/mini-fpd", NAME):
+        record = json.loads((places / "models" / name / "results" / "first.json").read_text())
+        clean, robust = record["clean"], record["worst_case"][-1]["robust"]
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        following = out.splitlines()[out.splitlines().index(line) + 1]
+        assert f"clean       {100 * clean['count'] / clean['total']:.1f} [{100 * clean['low']:.1f}, " in line
+        assert f"linf 0.05   {100 * robust['count'] / robust['total']:.1f} [{100 * robust['low']:.1f}, " in following
+        assert "kB, checkout" in following
+    assert "FPD" in out
+    for words in ("two-phase", "noise 0.2", "no defence", "adversarial", "eps 0.0314"):
+        assert words in out
+    assert 'rf.load("digits/mini-fpd")' in out
+
+
+def test_the_table_says_where_a_network_is(
+    places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "checkout", lambda: None)
+    out = listed(capsys)
+    assert out.count("to be fetched") == 2
+    assert out.count("not at hand") == 2
+    monkeypatch.setenv(shipped.VARIABLE, (places / "models").as_uri())
+    shipped.find(NAME)
+    out = listed(capsys)
+    assert out.count("kB, cache") == 1
+    assert out.count("to be fetched") == 1
+    (shipped.cached() / NAME / "model.safetensors").write_bytes(b"half")
+    assert "cache, damaged" in listed(capsys)
+
+
+def test_results_that_are_not_those_measured_are_not_shown(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = places / "models" / NAME / "results" / "first.json"
+    path.write_text(path.read_text().replace('"count": ', '"count":  '))
+    assert listed(capsys).count("not at hand") == 1
+    path.unlink()
+    assert listed(capsys).count("not at hand") == 1
+
+
+@pytest.mark.parametrize("given", ["digits/mini-fpd", "models/digits/mini-fpd"])
+def test_evaluate_takes_a_name_and_leaves_the_networks_folder_alone(
+    places: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (places / "models").rglob("*")}
+    main(["evaluate", given, "--eps", "0.05"])
+    assert "digits/mini-fpd: 12 images, linf, suite first-look" in " ".join(capsys.readouterr().out.split())
+    assert {p: p.stat().st_mtime_ns for p in (places / "models").rglob("*")} == before
+    path = places / "runs" / "digits-mini-fpd-evaluation" / "digits-first-look-linf.json"
+    assert json.loads(path.read_text())["subject"] == "digits/mini-fpd"
+    main(["evaluate", given, "--eps", "0.05", "--num-images", "5"])
+    assert path.with_name("digits-first-look-linf-2.json").is_file()
+
+
+def test_evaluate_repeats_what_the_card_says(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = (places / "models" / NAME / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith(f"robustfpd evaluate {NAME}"))
+    main(command.split()[1:])
+    folder = places / "runs" / "digits-mini-plain-adversarial-evaluation"
+    again = json.loads((folder / "digits-first-look-linf.json").read_text())
+    first = json.loads((places / "models" / NAME / "results" / "first.json").read_text())
+    for key in ("clean", "worst_case", "data_sha256", "weights_sha256", "subject", "suite", "norm", "seed"):
+        assert again[key] == first[key], key
+
+
+def test_evaluate_fetches_a_name(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "checkout", lambda: None)
+    monkeypatch.setenv(shipped.VARIABLE, (places / "models").as_uri())
+    main(["evaluate", NAME, "--eps", "0.05", "--num-images", "5"])
+    assert (places / "runs" / "digits-mini-plain-adversarial-evaluation").is_dir()
+    assert not (shipped.cached() / NAME / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["digits/mini-fdp"], "did you mean 'digits/mini-fpd'"),
+        (["../x"], "no model in ../x"),
+        (["digits/mini-fpd", "--norm", "l2"], "say with --eps which in l2"),
+    ],
+)
+def test_evaluate_tells_errors_in_one_line(
+    places: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert expected in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_evaluate_of_a_network_out_of_reach_says_what_to_do(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(places / "models")
+    with pytest.raises(SystemExit):
+        main(["evaluate", NAME])
+    error = capsys.readouterr().err
+    for part in (str(places / "models" / NAME), str(shipped.cached() / NAME), shipped.VARIABLE):
+        assert part in error

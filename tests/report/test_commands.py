@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+import pytest
+
+from robustfpd.config import RunConfig, parse, recipe, recipe_names
+from robustfpd.errors import InputError
+from robustfpd.report.commands import evaluation_command, training_command
+
+if TYPE_CHECKING:
+    from tests.report.conftest import MakeRecord
+
+
+def settings(command: str) -> list[str]:
+    return [word for word in shlex.split(command)[3:] if "=" in word]
+
+
+def adversarial(run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"stage": "adversarial"})
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_as_it_is_needs_no_settings(name: str) -> None:
+    for run in (recipe(name), recipe(name).twin()):
+        assert settings(training_command(run, "runs/x")) == []
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [], ["training.epochs=3"], ["training.noise=0.1", "model.head=spectral", "seed=4"],
+        ["training.optimizer.lr=1e-5", "data.train_limit=64", "data.augment.flip=true"],
+        ["training.second_pass=joint", "training.epochs=36"],
+        ["training.early_stop_patience=7", "training.schedule={name: plateau, patience: 3}"],
+        ["adversarial.epochs=2", "adversarial.eps=0.3", "model.denoise_after=[0]", "model.stages=[act1, layer1]"],
+    ],
+)  # fmt: skip
+def test_the_settings_lead_back_to_the_run(overrides: list[str], plain: bool) -> None:
+    run = recipe("digits/mini", overrides)
+    run = run.twin() if plain else run
+    command = training_command(run, "runs/x")
+    words = shlex.split(command)
+    assert ("--plain" in words) is plain
+    seed = [f"seed={words[words.index('--seed') + 1]}"] if "--seed" in words else []
+    again = recipe("digits/mini", [*settings(command), *seed])
+    assert (again.twin() if plain else again) == run
+
+
+def test_what_no_setting_says_is_an_error() -> None:
+    run = recipe("digits/mini").twin()
+    odd = run.model_copy(update={"training": run.training.model_copy(update={"epochs": 3})})
+    with pytest.raises(InputError, match=r"training\.epochs is 3, .*training\.epochs=1.* gives 2"):
+        training_command(odd, "runs/x")
+    with pytest.raises(InputError, match=r"recipe 'mine\.yaml' is not a packaged one"):
+        training_command(run.model_copy(update={"recipe": "mine.yaml"}), "runs/x")
+
+
+def test_stages_and_folders_become_flags() -> None:
+    run = adversarial(recipe("mnist/mini"))
+    flags = "--stages two-phase,adversarial --data-root data --download --out runs/x"
+    assert training_command(run, "runs/x") == f"robustfpd train mnist/mini {flags}"
+    elsewhere = {"root": "/somewhere/else", "cache": "/cache", "download": True}
+    moved = run.model_copy(update={"data": run.data.model_copy(update=elsewhere)})
+    assert training_command(moved, "runs/x") == training_command(run, "runs/x")
+    scratch = run.model_copy(update={"adversarial": run.adversarial.model_copy(update={"start": "scratch"})})
+    assert "adversarial.start=scratch --stages adversarial" in training_command(scratch, "runs/x")
+    assert "--data-root" not in training_command(recipe("digits/mini"), "runs/x")
+
+
+def test_the_published_protocol_is_named() -> None:
+    published = []
+    for name in recipe_names():
+        try:
+            published.append(recipe(name, protocol="published"))
+        except InputError:
+            continue
+    for run in published:
+        command = training_command(run, "runs/x")
+        assert "--protocol published" in command
+        assert settings(command) == []
+
+
+def test_an_evaluation_is_told_in_full(make_record: MakeRecord) -> None:
+    record = make_record("x")
+    first = record.worst_case[0].model_copy(update={"eps": 8 / 255})
+    record = record.model_copy(update={"worst_case": (first, *record.worst_case[1:])})
+    digits = evaluation_command(record, parse(RunConfig, {"seed": 7}), "digits/x")
+    assert digits == (
+        "robustfpd evaluate digits/x --suite quick --norm linf --eps 8/255 0.2 --num-images 200 --every-attack"
+    )
+    mnist = evaluation_command(record, recipe("mnist/mini"), "mnist/x")
+    assert mnist.endswith("--seed 7 --data-root data")

@@ -1,0 +1,273 @@
+"""What lies in models/ is what the manifest says; and models/add.py, which puts it there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import robustfpd as rf
+from robustfpd.cli import main
+from robustfpd.config import RunConfig, load_run, recipe
+from robustfpd.errors import InputError, MissingDataError
+from robustfpd.evaluation import EvaluationRecord
+from robustfpd.models import shipped
+from robustfpd.provenance import weights_sha256
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["model.pyramid_channels=4", "training.epochs=2", "adversarial.epochs=2"]
+Add = Callable[..., None]
+MakeRun = Callable[..., Path]
+
+
+def check(folder: Path, name: str, model: shipped.ShippedModel) -> None:
+    """Everything that is promised of a network in models/."""
+    home = folder / name
+    assert {p.relative_to(folder).as_posix() for p in home.rglob("*") if p.is_file()} == {f.path for f in model.files}
+    for file in model.files:
+        assert shipped.digest(folder / file.path) == file.sha256, file.path
+        assert (folder / file.path).stat().st_size == file.size <= 5_000_000
+    loaded = rf.load(home)
+    config = load_run(home / "config.yaml")
+    assert config.model == loaded.config
+    assert (config.recipe, config.data.dataset, config.model.defence) == (model.recipe, model.dataset, model.defence)
+    assert (config.data.root, config.data.cache) == ("data", None)
+    card = (home / "README.md").read_text()
+    assert card.startswith(f"# {name}\n\n{model.description}\n")
+    assert f'rf.load("{name}")' in card
+    assert f"{sum(p.numel() for p in loaded.parameters()):,}" in card
+    assert model.file("model.safetensors").sha256 in card
+    assert "MIT" in card
+    assert model.results
+    for path in model.results:
+        record = EvaluationRecord.load(folder / path)
+        assert record.weights_sha256 == weights_sha256(loaded.classifier())
+        assert record.subject == name
+        assert f"| 0 (clean) | {record.clean} |" in card
+        assert f"{record.num_images:,} test images" in card
+        for worst in record.worst_case:
+            assert f"| {worst.eps:.4g} | {worst.robust} |" in card
+        for attack in record.attacks:
+            assert f"{attack.fooled} / {attack.attacked}" in card
+    texts = [(folder / f.path).read_text() for f in model.files if not f.path.endswith(".safetensors")]
+    assert not any(str(part) in text for text in texts for part in (ROOT.parent, Path.home() / "x"))
+
+
+def test_the_checkouts_networks_are_those_of_the_manifest() -> None:
+    known = shipped.manifest().models
+    for name, model in known.items():
+        check(ROOT / "models", name, model)
+        assert shipped.find(name) == ROOT / "models" / name
+    weights = (ROOT / "models").glob("*/*/model.safetensors")
+    assert {path.parent.relative_to(ROOT / "models").as_posix() for path in weights} == known.keys()
+
+
+@pytest.fixture(scope="module")
+def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FPD's run with its adversarial stage, and the data at a place of this machine."""
+    folder = tmp_path_factory.mktemp("runs") / "digits-mini"
+    config = recipe("digits/mini", [*SMALL, "data.root=/machine/of/mine"])
+    make_run(folder, config)
+    make_run(folder / "adversarial", config.model_copy(update={"stage": "adversarial"}), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untouched(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "plain", recipe("digits/mini").twin())
+
+
+@pytest.fixture
+def plain_run(untouched: Path, tmp_path: Path) -> Path:
+    """The plain twin's run, for a test to change."""
+    return shutil.copytree(untouched, tmp_path / "plain")
+
+
+@pytest.fixture
+def add(add_model: Add, tmp_path: Path) -> Add:
+    """`add` with a folder and a manifest of its own."""
+
+    def into(run: Path, name: str, *records: Path, description: str = "Tiny", **options: Any) -> None:
+        record = records or (run / "evaluation" / "first.json",)
+        places = {"folder": tmp_path / "models", "manifest": tmp_path / "manifest.json"}
+        add_model(run, name, description=description, record=record, **places, **options)
+
+    return into
+
+
+def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, shipped.ShippedModel]:
+    monkeypatch.setattr(shipped, "MANIFEST", tmp_path / "manifest.json")
+    monkeypatch.setattr(shipped, "checkout", lambda: tmp_path / "models")
+    return shipped.manifest().models
+
+
+def test_what_is_added_keeps_the_promises(
+    add: Add, run: Path, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(run, "digits/mini-fpd")
+    add(run / "adversarial", "digits/mini-fpd-adversarial")
+    add(plain_run, "digits/mini-plain")
+    add(run, "digits/mini-fpd", description="Anew")
+    known = entered(tmp_path, monkeypatch)
+    assert list(known) == ["digits/mini-fpd", "digits/mini-fpd-adversarial", "digits/mini-plain"]
+    for name, model in known.items():
+        check(tmp_path / "models", name, model)
+        assert isinstance(rf.load(name), rf.Plain if "plain" in name else rf.FPD)
+        assert not any(part in json.dumps(model.model_dump()) for part in ("/machine", str(tmp_path)))
+    assert [m.training for m in known.values()] == ["two-phase, noise 0.2", "adversarial, eps 0.0314", "noise 0.2"]
+    assert known["digits/mini-fpd"].description == "Anew"
+
+
+def test_the_card_tells_cost_and_commands(add: Add, run: Path, tmp_path: Path) -> None:
+    add(run / "adversarial", "digits/mini-fpd-adversarial")
+    card = (tmp_path / "models" / "digits" / "mini-fpd-adversarial" / "README.md").read_text()
+    assert f"robustfpd train digits/mini {' '.join(SMALL)} --stages two-phase,adversarial --out runs/" in card
+    evaluation = "--suite first-look --norm linf --eps 8/255 0.05 --num-images 20"
+    assert f"robustfpd evaluate runs/digits-mini-fpd-adversarial/adversarial {evaluation}\n" in card
+    assert f"robustfpd evaluate digits/mini-fpd-adversarial {evaluation}\n" in card
+    for row in ("| two-phase | 2 | 121 s | cpu | ", "| adversarial | 2 | 121 s | cpu | "):
+        assert row in card
+    for words in ("upper bound", "seed 0", "Only digits", "pixels of [0, 1]", "CC BY 4.0", "PGD-40, pre-squash"):
+        assert words in card
+
+
+def test_the_cards_commands_are_understood(
+    add: Add, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(device: str) -> None:
+        seen.append(device)
+        raise KeyError
+
+    seen: list[str] = []
+    add(plain_run, "digits/mini-plain")
+    card = (tmp_path / "models" / "digits" / "mini-plain" / "README.md").read_text()
+    lines = [line for line in card.splitlines() if line.startswith("robustfpd ")]
+    assert "robustfpd train digits/mini --plain --out runs/digits-mini-plain" in lines
+    assert len(lines) == 3
+    monkeypatch.setattr("robustfpd.cli.running.torch_device", asked)  # what a command does first
+    for line in lines:
+        with pytest.raises(KeyError):
+            main(shlex.split(line)[1:])
+    assert seen == ["auto"] * 3
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"weights_sha256": "0" * 64}, "is not about the weights in .*, found 0000.*run robustfpd evaluate"),
+        ({"weights_sha256": None}, "is not about the weights in .*, found none"),
+        ({"subject": "runs/x (validation images)"}, "is about validation images"),
+        (
+            {"environment": {"note": "seen in /machine/of/mine"}},
+            "would hold a path of this machine, '/machine/of/mine'",
+        ),
+        ({"environment": {"note": "C:\\Users\\me"}}, "would hold a path of this machine"),
+    ],
+)
+def test_records_that_do_not_belong_there_are_refused(
+    add: Add, plain_run: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    _rewrite(plain_run / "evaluation" / "first.json", **changes)
+    with pytest.raises(InputError, match=expected):
+        add(plain_run, "digits/mini-plain")
+    assert not (tmp_path / "models").exists()
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_records_of_other_weights_and_other_images_are_refused(add: Add, run: Path, plain_run: Path) -> None:
+    with pytest.raises(InputError, match="is not about the weights"):
+        add(run, "digits/mini-fpd", run / "adversarial" / "evaluation" / "first.json")
+    _rewrite(plain_run / "environment.json", data={"test": {"images": 20, "sha256": "0" * 64}})
+    with pytest.raises(InputError, match="other images than the run's test set"):
+        add(plain_run, "digits/mini-plain")
+
+
+@pytest.mark.parametrize(
+    "name", ["mini-plain", "mnist/mini-plain", "digits/../x", "digits/", "digits/Mini", "digits/a/b", "/digits/x"]
+)
+def test_names_that_do_not_fit_are_refused(add: Add, plain_run: Path, name: str) -> None:
+    with pytest.raises(InputError, match="NAME must be digits/"):
+        add(plain_run, name)
+
+
+def test_what_cannot_be_told_on_a_card_is_refused(add: Add, plain_run: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--description must be one line"):
+        add(plain_run, "digits/x", description="two\nlines")
+    shutil.copy(plain_run / "evaluation" / "first.json", tmp_path / "first.json")
+    with pytest.raises(InputError, match="different names"):
+        add(plain_run, "digits/x", plain_run / "evaluation" / "first.json", tmp_path / "first.json")
+    with pytest.raises(InputError, match="path of this machine"):
+        add(plain_run, "digits/x", description=f"From {tmp_path}/runs")
+    custom = make_run(tmp_path / "custom", RunConfig(recipe="mine.yaml"))
+    with pytest.raises(InputError, match="not a packaged one"):
+        add(custom, "digits/x")
+
+
+def test_what_is_missing_is_named(add: Add, plain_run: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingDataError, match="no run in"):
+        add(tmp_path / "nowhere", "digits/x")
+    alone = shutil.copytree(run / "adversarial", tmp_path / "alone" / "adversarial")
+    with pytest.raises(MissingDataError, match="no run in"):
+        add(alone, "digits/x")
+    shutil.copytree(plain_run, tmp_path / "alone", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="does not go on from"):
+        add(alone, "digits/x")
+    (plain_run / "metrics.csv").unlink()
+    with pytest.raises(MissingDataError, match=r"no metrics\.csv"):
+        add(plain_run, "digits/x")
+    shutil.rmtree(plain_run / "checkpoints")
+    with pytest.raises(MissingDataError, match="checkpoints/best"):
+        add(plain_run, "digits/x")
+
+
+def test_weights_over_five_megabytes_are_refused(add: Add, plain_run: Path) -> None:
+    with (plain_run / "checkpoints" / "best" / "model.safetensors").open("ab") as file:
+        file.truncate(5_000_001)
+    with pytest.raises(InputError, match=r"has 5,000,001 bytes; models/ takes networks of up to 5,000,000"):
+        add(plain_run, "digits/x")
+
+
+def test_a_large_ledger_stays_behind(
+    add: Add, plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "models" / "digits" / "mini-plain" / "results"
+    add(plain_run, "digits/mini-plain")
+    assert {p.name for p in results.iterdir()} == {"first.json", "first.ledger.csv"}
+    assert "left out" not in capsys.readouterr().out
+    ledger = plain_run / "evaluation" / "first.ledger.csv"
+    heading, *rows = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([heading, *rows * (200_000 // len("\n".join(rows)) + 1)]))
+    add(plain_run, "digits/mini-plain")
+    assert {p.name for p in results.iterdir()} == {"first.json"}
+    assert "left out: the ledger of first" in capsys.readouterr().out
+    assert "ledger" not in (results.parent / "README.md").read_text()
+
+
+def test_an_earlier_network_stays_when_the_new_one_is_refused(
+    add: Add, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(plain_run, "digits/mini-plain")
+    before = (tmp_path / "manifest.json").read_text()
+    _rewrite(plain_run / "evaluation" / "first.json", weights_sha256="0" * 64)
+    with pytest.raises(InputError):
+        add(plain_run, "digits/mini-plain")
+    assert (tmp_path / "manifest.json").read_text() == before
+    known = entered(tmp_path, monkeypatch)
+    check(tmp_path / "models", "digits/mini-plain", known["digits/mini-plain"])
+
+
+def test_the_settings_that_go_along_name_no_folder(add: Add, run: Path, tmp_path: Path) -> None:
+    add(run, "digits/mini-fpd")
+    settings = yaml.safe_load((tmp_path / "models" / "digits" / "mini-fpd" / "config.yaml").read_text())
+    assert settings["data"]["root"] == "data"
+    assert settings["training"]["epochs"] == 2
