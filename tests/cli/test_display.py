@@ -19,7 +19,7 @@ def _step(gate_open: bool, plain: bool = False) -> StepResult:
     """Losses as wide as they get."""
     loss = torch.tensor(0.000123)
     second = loss if gate_open and not plain else None
-    return StepResult(loss, None if plain else loss, second, second, gate_open, torch.tensor(60))
+    return StepResult(loss, None if plain else loss, second, second, gate_open, torch.tensor(60), 64)
 
 
 def _progress(step: StepResult) -> Progress:
@@ -33,7 +33,8 @@ def _metrics(plain: bool) -> EpochMetrics:
     second = None if plain else 0.000123
     return EpochMetrics(
         epoch=98, ce=0.000123, restoration=second, second_ce=second, second_restoration=second, gate_open=1.0,
-        train_accuracy=1.0, validation_accuracy=1.0, validation_ce=0.1, validation_restoration=second, lr=0.1,
+        adversarial_ce=None, train_accuracy=1.0, train_adversarial_accuracy=None, validation_accuracy=1.0,
+        validation_robust_accuracy=None, validation_ce=0.1, validation_restoration=second, lr=0.1,
         images_per_second=12345.6, seconds=1.0,
     )  # fmt: skip
 

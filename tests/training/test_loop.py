@@ -158,11 +158,11 @@ def test_divergence_is_named(tmp_path: Path) -> None:
 
 
 def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(images: Tensor, width: float, generator: torch.Generator) -> Tensor:
+    def poisoned(images: Tensor, width: float, generator: torch.Generator, unit: float) -> Tensor:
         saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
         return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
 
-    monkeypatch.setattr("robustfpd.training.loop.add_uniform_noise", poisoned)
+    monkeypatch.setattr("robustfpd.training.perturbation.add_uniform_noise", poisoned)
     with pytest.raises(InputError, match=r"epoch 2: .* checkpoints are from before|epoch 2: .* are from before"):
         train(_config(), tmp_path / "run", device="cpu")
     weights = read_weights(tmp_path / "run" / "checkpoints" / "last")
@@ -201,12 +201,15 @@ def test_each_step_gets_augmented_images_and_the_same_with_noise(
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def watched(settings: TrainingConfig) -> Step:
-        step = two_phase_step(settings)
+    def watched(settings: TrainingConfig, unit: float) -> Step:
+        step = two_phase_step(settings, unit)
 
-        def watching(model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update) -> StepResult:
-            seen.append((clean, noisy))
-            return step(model, clean, noisy, labels, update)
+        def watching(
+            model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update
+        ) -> StepResult:
+            assert perturbed is not None
+            seen.append((clean, perturbed))
+            return step(model, clean, perturbed, labels, update)
 
         return watching
 

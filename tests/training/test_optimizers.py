@@ -63,9 +63,19 @@ def test_plateau_falls_after_its_patience() -> None:
     schedule = Schedule(optimizer, ScheduleConfig(name="plateau", patience=1, factor=0.5), 1)
     rates = []
     for accuracy in (0.5, 0.5, 0.5, 0.6, 0.6):
-        schedule.after_epoch(accuracy)
+        schedule.after_epoch(accuracy, loss=1.0)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.05])
+
+
+def test_plateau_can_follow_the_loss() -> None:
+    optimizer = _optimizer()
+    schedule = Schedule(optimizer, ScheduleConfig(name="plateau", patience=1, factor=0.5, follows="loss"), 1)
+    rates = []
+    for accuracy, loss in ((0.5, 1.0), (0.6, 1.0), (0.7, 1.1), (0.8, 0.9)):
+        schedule.after_epoch(accuracy, loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05])
 
 
 def test_early_stopping_counts_epochs_since_the_best() -> None:

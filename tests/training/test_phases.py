@@ -10,7 +10,8 @@ from torch import Tensor
 from robustfpd.config import OptimizerConfig, TrainingConfig, parse
 from robustfpd.models import FPD, Plain, build, enhance
 from robustfpd.training.optimizers import make_optimizer
-from robustfpd.training.phases import Update, parameter_groups, plain_step, two_phase_step
+from robustfpd.training.phases import GROUPS, Update, parameter_groups, plain_step, two_phase_step
+from robustfpd.training.stepping import leave_out
 
 
 def _model() -> FPD:
@@ -25,10 +26,12 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _updating(model: FPD | Plain, optimizer: torch.optim.Optimizer, losses: list[float]) -> Update:
-    def update(loss: Tensor) -> None:
+    def update(loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+        if only is not None:
+            leave_out(optimizer, only)
         optimizer.step()
 
     return update
@@ -61,7 +64,7 @@ def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone() -> None:
     expected = 0.5 * F.mse_loss(copy.deepcopy(model)(noisy).restored, clean)
     losses: list[float] = []
     config = TrainingConfig(threshold=0.0, alpha_restore=0.5)
-    two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
+    two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach())))
     assert losses == pytest.approx([float(expected.detach())])
 
 
@@ -76,7 +79,7 @@ def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
     second = twice(first.restored.detach())
     loss2 = 0.7 * F.cross_entropy(second.logits, labels) + 0.2 * F.mse_loss(second.restored, clean)
     losses: list[float] = []
-    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
+    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach())))
     assert result.gate_open
     assert losses == pytest.approx([float(loss1.detach()), float(loss2.detach())], rel=1e-5)
 
@@ -89,7 +92,7 @@ def test_the_second_phase_stops_at_the_restored_image_unless_joint() -> None:
         config = parse(TrainingConfig, {"threshold": 1e9, "second_pass": mode})
         collected: list[Tensor] = []
 
-        def backward(loss: Tensor, model: FPD = model, collected: list[Tensor] = collected) -> None:
+        def backward(loss: Tensor, model: FPD = model, collected: list[Tensor] = collected, **_: object) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             weight = model.decoder.laterals[0].weight
             assert isinstance(weight, Tensor)
@@ -112,17 +115,22 @@ def test_joint_is_the_sum_of_both_phases() -> None:
     expected = sum(F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in (first, second))
     losses: list[float] = []
     two_phase_step(TrainingConfig(threshold=1e9, second_pass="joint"))(
-        model, clean, noisy, labels, lambda loss: losses.append(float(loss.detach()))
+        model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach()))
     )
-    assert losses == pytest.approx([float(expected)], rel=1e-5)
+    assert losses == pytest.approx([float(torch.as_tensor(expected).detach())], rel=1e-5)
 
 
-def test_parameter_groups_part_the_head_from_the_rest() -> None:
+def test_parameter_groups_tell_pyramid_upscaling_and_head_apart() -> None:
     model = _model()
-    rest, head = parameter_groups(model)
-    assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
-    everything = [id(p) for group in (rest, head) for p in group["params"]]
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model)}
+    assert tuple(groups) == GROUPS
+    assert groups["head"] == {id(p) for p in model.head.parameters()}
+    assert groups["upscaling"] == {id(p) for p in model.decoder.upscale.parameters()}
+    assert groups["front_and_pyramid"] >= {id(p) for p in model.decoder.laterals.parameters()}
+    everything = [i for members in groups.values() for i in members]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
+    twin = build(model.task, model.config.twin())
+    assert [group["name"] for group in parameter_groups(twin)] == ["front_and_pyramid", "head"]
 
 
 def test_the_twin_steps_once_on_the_cross_entropy_of_noisy_images() -> None:
@@ -131,6 +139,8 @@ def test_the_twin_steps_once_on_the_cross_entropy_of_noisy_images() -> None:
     clean, noisy, labels = _batch()
     expected = F.cross_entropy(copy.deepcopy(twin)(noisy), labels)
     losses: list[float] = []
-    result = plain_step(TrainingConfig())(twin, clean, noisy, labels, lambda loss: losses.append(float(loss.detach())))
+    result = plain_step(TrainingConfig())(
+        twin, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach()))
+    )
     assert losses == pytest.approx([float(expected.detach())])
     assert result.restoration is None

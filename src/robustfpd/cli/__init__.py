@@ -6,14 +6,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from robustfpd.cli.convert import convert
+from robustfpd.cli.datasets import datasets
 from robustfpd.cli.demo import demo
 from robustfpd.cli.evaluate import evaluate
+from robustfpd.cli.models import models
 from robustfpd.cli.recipes import recipes
 from robustfpd.cli.running import settings_together
 from robustfpd.cli.train import train
 from robustfpd.errors import InputError, unknown_name
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "evaluate": evaluate, "recipes": recipes}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo, "train": train, "evaluate": evaluate, "recipes": recipes, "datasets": datasets, "models": models,
+    "convert": convert,
+}  # fmt: skip
 
 DESCRIPTION = """Harden an image classifier with a Feature Pyramid Decoder, and measure how robust it is.
 

@@ -81,6 +81,8 @@ def _phase(progress: TrainingProgress) -> str:
     """Phase and gate; the plain twin has neither."""
     if progress.step.restoration is None:
         return ""
+    if progress.step.adversarial_ce is not None:
+        return "  adversarial, gate open" if progress.step.gate_open else "  adversarial, gate shut"
     return "  phases 1+2, gate open" if progress.step.gate_open else "  phase 1, gate shut"
 
 
@@ -88,6 +90,8 @@ def _details(progress: TrainingProgress) -> str:
     step = progress.step
     accuracy = 100 * float(progress.correct) / progress.seen
     parts = [f"CE {_pair(step.ce, step.second_ce)}"]
+    if step.adversarial_ce is not None:
+        parts.append(f"adversarial CE {float(step.adversarial_ce):.2g}")
     if step.restoration is not None:
         parts.append(f"L2 {_pair(step.restoration, step.second_restoration)}")
     parts += [
@@ -112,10 +116,21 @@ def _epoch_cells(m: EpochMetrics) -> list[tuple[str, str]]:
             ("L2 restored", _pair(m.restoration, m.second_restoration)),
             ("gate open", f"{100 * m.gate_open:.0f} %"),
         ]
-    return [*cells, ("validation", f"{100 * m.validation_accuracy:.2f} %"), ("img/s", f"{m.images_per_second:.0f}")]
+    cells.append(("validation", f"{100 * m.validation_accuracy:.2f} %"))
+    if m.validation_robust_accuracy is not None:
+        cells.append(("PGD-10", f"{100 * m.validation_robust_accuracy:.1f} %"))
+    return [*cells, ("img/s", f"{m.images_per_second:.0f}")]
 
 
-COLUMNS = {"epoch": 5, "cross-entropy": 15, "L2 restored": 15, "gate open": 9, "validation": 10, "img/s": 6}
+COLUMNS = {
+    "PGD-10": 7,
+    "epoch": 5,
+    "cross-entropy": 15,
+    "L2 restored": 15,
+    "gate open": 9,
+    "validation": 10,
+    "img/s": 6,
+}
 
 
 def _row(cells: list[tuple[str, str]], heading: bool) -> str:

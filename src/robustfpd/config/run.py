@@ -55,6 +55,10 @@ class TaskConfig(Config):
             raise ValueError(f"image_size must be positive, found {self.image_size}")
         return self
 
+    def __str__(self) -> str:
+        """In words, for messages."""
+        return f"{self.num_classes} classes of {self.in_channels}×{self.image_size[0]}×{self.image_size[1]} images"
+
 
 class ModelConfig(Config):
     """A classifier: its backbone and the defence around it."""
@@ -81,6 +85,9 @@ class ModelConfig(Config):
     """
     middle: Middle = "input"
     """Between the passes: add the denoised input (published code), the denoised restoration, or nothing."""
+    pyramid_reads: Literal["denoised", "raw"] = "denoised"
+    """Of a stage that a denoising layer follows, the pyramid reads the denoised map or (published code) the map before
+    it; the next stage reads the denoised one either way."""
     pyramid_channels: int | None = Field(default=None, ge=1)
     """Width P of the pyramid; None takes a quarter of the last stage's channels, within 32 and 256."""
     unstrided_kernel: Literal[2, 3] = 3
@@ -91,6 +98,9 @@ class ModelConfig(Config):
     """L2 Lipschitz bound of the `spectral` and `orthogonal` heads."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability before the head, in training."""
+    normalise: Literal["each_pass", "once"] = "each_pass"
+    """Where mean and std apply: at the entrance of each pass, or (published CALTECH) once around everything, so that
+    the restoration and the middle denoising work on normalised images."""
     mean: tuple[float, ...] | None = None
     """Per-channel mean subtracted inside the model; None: timm's when pretrained, else 0."""
     std: tuple[float, ...] | None = None
@@ -222,8 +232,10 @@ class ProcedureConfig(Config):
 class TrainingConfig(ProcedureConfig):
     """Two-phase training (published defaults)."""
 
+    space: Literal["pixels", "normalised"] = "pixels"
+    """Units of `noise` and of the restoration loss: pixels of [0, 1], or (published CALTECH) after mean and std."""
     noise: float = Field(default=0.01, ge=0)
-    """Half-width of the uniform noise added to training images, in pixels of [0, 1]."""
+    """Half-width of the uniform noise added to training images, in units of `space`."""
     threshold: float = Field(default=3.0, ge=0)
     """T: while the restoration loss is above it, only what `gate_trains` names learns."""
     gate_trains: Literal["front_and_restoration", "upscaling"] = "front_and_restoration"
@@ -256,6 +268,8 @@ class AdversarialConfig(ProcedureConfig):
     """pgd: gradient steps."""
     step_size: float | None = Field(default=None, gt=0)
     """pgd: length of each step in `norm`; None takes the attack's own course, from eps down to 0."""
+    view: Literal["pre-squash", "logits"] = "pre-squash"
+    """What the attack differentiates: logits before the squashing, which hides gradients, or (published) after it."""
     start_epoch: int = Field(default=0, ge=0)
     """Epochs on clean images before the first adversarial ones."""
     warmup: float = Field(default=0.0, ge=0)
@@ -292,7 +306,7 @@ class EvaluationConfig(Config):
     space: Literal["pixels", "normalised"] = "pixels"
     """Where eps is measured and images are clipped to [0, 1]: pixels, or (published CALTECH) after normalisation."""
     divide_by: int | None = Field(default=None, ge=1)
-    """Count of images that the published evaluation divides by, whatever it attacked; reported beside the real one."""
+    """Count that the published evaluation divides by, whatever it attacked; shown beside the true accuracy."""
 
     @model_validator(mode="after")
     def _radii(self) -> EvaluationConfig:

@@ -29,19 +29,33 @@ class Planned:
 _FGSM = (Planned("FGSM", "fgsm"), Planned("FGSM, pre-squash", "fgsm", adaptive.UNSQUASHED))
 
 
-def _pgd(restarts: int, **options: Any) -> tuple[Planned, ...]:
-    """PGD-40 on the classifier and on its logits before squashing."""
-    settings = {"steps": 40, "restarts": restarts, **options}
-    name = f"PGD-40 {options['loss']}" if "loss" in options else "PGD-40"
+def _pgd(restarts: int, steps: int = 40, **options: Any) -> tuple[Planned, ...]:
+    """PGD on the classifier and on its logits before squashing."""
+    settings = {"steps": steps, "restarts": restarts, **options}
+    name = f"PGD-{steps} {options['loss']}" if "loss" in options else f"PGD-{steps}"
     return (
         Planned(name, "pgd", options=settings),
         Planned(f"{name}, pre-squash", "pgd", adaptive.UNSQUASHED, settings),
     )
 
 
+def _published(steps: int, step_size: float) -> tuple[Planned, ...]:
+    """FGSM and PGD as the authors ran them: on the squashed logits, no random start, steps of one length."""
+    return (
+        _FGSM[0],
+        Planned(
+            f"PGD-{steps}, no random start", "pgd",
+            options={"steps": steps, "step_size": step_size, "random_start": False},
+        ),
+    )  # fmt: skip
+
+
 _SUITES: dict[str, tuple[Planned, ...]] = {
     "first-look": (*_FGSM, *_pgd(restarts=1)),
     "quick": (*_FGSM, *_pgd(restarts=2)),
+    "published": _published(steps=40, step_size=2 / 255),  # SVHN and CALTECH
+    "published-mnist": _published(steps=100, step_size=0.1),
+    "pgd-100": (*_FGSM, *_pgd(restarts=5, steps=100)),
     "thorough": (*_FGSM, *_pgd(restarts=5), *_pgd(restarts=5, loss="margin")),
 }
 

@@ -1,6 +1,7 @@
-"""Two-phase training of an FPD and training of its plain twin."""
+"""Two-phase training of an FPD, adversarial training after it, and both for its plain twin."""
 
-from robustfpd.training.loop import EpochMetrics, Observer, Progress, TrainResult, train
+from robustfpd.training.loop import train
+from robustfpd.training.progress import EpochMetrics, Observer, Progress, TrainResult
 from robustfpd.training.run_folder import RunFolder
 
 __all__ = ["EpochMetrics", "Observer", "Progress", "RunFolder", "TrainResult", "train"]

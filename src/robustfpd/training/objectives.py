@@ -19,7 +19,9 @@ class PassLosses(NamedTuple):
     """L2: mean squared difference between restored and clean image."""
 
 
-def pass_losses(logits: Tensor, restored: Tensor, clean: Tensor, labels: Tensor) -> PassLosses:
+def pass_losses(
+    logits: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, unit: Tensor | float = 1.0
+) -> PassLosses:
     """Return both losses of a pass.
 
     Args:
@@ -27,8 +29,10 @@ def pass_losses(logits: Tensor, restored: Tensor, clean: Tensor, labels: Tensor)
         restored: N×C×H×W.
         clean: N×C×H×W, the image without noise: always the target of the restoration.
         labels: N.
+        unit: what one unit of the restoration loss is in pixels of [0, 1]; the model's std where the published code
+            compares normalised images.
     """
-    return PassLosses(F.cross_entropy(logits, labels), F.mse_loss(restored, clean))
+    return PassLosses(F.cross_entropy(logits, labels), F.mse_loss(restored / unit, clean / unit))
 
 
 def first_objective(losses: PassLosses, config: TrainingConfig) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -30,10 +30,12 @@ class Schedule:
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, batches: int) -> None:
         """Bind to an optimiser for a training of `batches` batches in all."""
         lr = optimizer.param_groups[0]["lr"]
+        self._follows = config.follows
         self._per_batch: LRScheduler | None = None
         self._per_epoch: ReduceLROnPlateau | None = None
         if config.name == "plateau":
-            self._per_epoch = ReduceLROnPlateau(optimizer, mode="max", factor=config.factor, patience=config.patience)
+            mode: Literal["min", "max"] = "max" if config.follows == "accuracy" else "min"
+            self._per_epoch = ReduceLROnPlateau(optimizer, mode=mode, factor=config.factor, patience=config.patience)
         elif config.name == "cosine":
             self._per_batch = CosineAnnealingLR(optimizer, T_max=batches)
         elif config.name == "one_cycle":
@@ -49,10 +51,10 @@ class Schedule:
         if self._per_batch is not None:
             self._per_batch.step()
 
-    def after_epoch(self, accuracy: float) -> None:
-        """Move on by one epoch, which ended with this validation accuracy."""
+    def after_epoch(self, accuracy: float, loss: float) -> None:
+        """Move on by one epoch, which ended with this validation accuracy and loss."""
         if self._per_epoch is not None:
-            self._per_epoch.step(accuracy)
+            self._per_epoch.step(accuracy if self._follows == "accuracy" else loss)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""

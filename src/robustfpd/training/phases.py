@@ -6,7 +6,6 @@ the restoration learn; below it everything learns, then once more from the resto
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,10 +14,23 @@ from torch import Tensor, nn
 
 from robustfpd.config import TrainingConfig
 from robustfpd.models import FPD, Plain
-from robustfpd.training.objectives import first_objective, pass_losses, second_objective
+from robustfpd.training.objectives import PassLosses, first_objective, pass_losses, second_objective
 
-Update = Callable[[Tensor], None]
-"""Takes a loss: clears gradients, runs the backward pass, clips, steps the optimiser."""
+GROUPS = ("front_and_pyramid", "upscaling", "head")
+"""Names of the parameter groups: FPD_FD with its pyramid, the transposed convolutions, the classification layer."""
+
+
+class Update(Protocol):
+    """Clears gradients, runs the backward pass, clips all gradients together, steps the optimiser."""
+
+    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
+        """Step on `loss`.
+
+        Args:
+            loss: a scalar.
+            only: names of the parameter groups that step; None lets all step that the loss reaches.
+            keep_graph: a later loss goes back through this loss's graph, although the weights in it have moved.
+        """
 
 
 @dataclass(frozen=True)
@@ -31,61 +43,87 @@ class StepResult:
     second_restoration: Tensor | None
     gate_open: bool
     correct: Tensor
-    """Number of noisy training images classified rightly."""
+    """Number of training images (noisy, or the clean ones of adversarial training) classified rightly."""
+    counted: int
+    """Of how many."""
+    adversarial_ce: Tensor | None = None
+    adversarial_correct: Tensor | None = None
+    """Number of adversarial training images classified rightly."""
+    adversarial_counted: int = 0
 
 
 class Step(Protocol):
     """A training step on one batch."""
 
-    def __call__(self, model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update) -> StepResult:
-        """Train `model` on a batch through `update`."""
+    def __call__(
+        self, model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update
+    ) -> StepResult:
+        """Train `model` on a batch through `update`; `perturbed` are the noisy or adversarial images."""
 
 
-def two_phase_step(config: TrainingConfig) -> Step:
-    """Return the step of two-phase training under `config`."""
+def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
+    """Return the step of two-phase training under `config`; `unit` is that of the restoration loss, in pixels."""
 
-    def step(model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update) -> StepResult:
-        first = model(noisy)
-        losses = pass_losses(first.logits, first.restored, clean, labels)
+    def step(model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update) -> StepResult:
+        assert perturbed is not None
+        first = model(perturbed)
+        losses = pass_losses(first.logits, first.restored, clean, labels, unit)
         correct = (first.logits.argmax(dim=1) == labels).sum()
+        ce, restoration = losses.ce.detach(), losses.restoration.detach()
         if bool(losses.restoration > config.threshold):
-            # The head and the back pass are not in this loss's graph: their gradients stay None,
-            # so the optimiser leaves them, weight decay and momentum included, as they are.
-            update(config.alpha_restore * losses.restoration)
-            return StepResult(losses.ce.detach(), losses.restoration.detach(), None, None, False, correct)
-        if config.second_pass == "joint":
-            again = model(first.restored)
-            second = pass_losses(again.logits, again.restored, clean, labels)
-            update(first_objective(losses, config) + second_objective(second, config))
-        else:
-            update(first_objective(losses, config))
-            again = model(first.restored.detach())
-            second = pass_losses(again.logits, again.restored, clean, labels)
-            update(second_objective(second, config))
-        return StepResult(
-            losses.ce.detach(), losses.restoration.detach(), second.ce.detach(), second.restoration.detach(), True,
-            correct,
-        )  # fmt: skip
+            update(config.alpha_restore * losses.restoration, only=gated(config))
+            return StepResult(ce, restoration, None, None, False, correct, len(labels))
+        loss = first_objective(losses, config)
+        second = second_phase(model, first.restored, clean, labels, loss, config, update, unit)
+        return StepResult(ce, restoration, second.ce.detach(), second.restoration.detach(), True, correct, len(labels))
 
     return step
+
+
+def second_phase(
+    model: nn.Module, restored: Tensor, clean: Tensor, labels: Tensor, loss: Tensor, config: TrainingConfig,
+    update: Update, unit: Tensor | float = 1.0,
+) -> PassLosses:  # fmt: skip
+    """Step on phase 1's `loss`, and on phase 2's, from the restored images, as `config.second_pass` says."""
+    if config.second_pass == "joint":
+        again = model(restored)
+        second = pass_losses(again.logits, again.restored, clean, labels, unit)
+        update(loss + second_objective(second, config))
+        return second
+    through = config.second_pass == "through"
+    update(loss, keep_graph=through)
+    again = model(restored if through else restored.detach())
+    second = pass_losses(again.logits, again.restored, clean, labels, unit)
+    update(second_objective(second, config))
+    return second
+
+
+def gated(config: TrainingConfig) -> frozenset[str]:
+    """Names of the groups that step behind the shut gate."""
+    if config.gate_trains == "upscaling":
+        return frozenset({"upscaling"})
+    return frozenset({"front_and_pyramid", "upscaling"})
 
 
 def plain_step(config: TrainingConfig) -> Step:
     """Return the twin's step: cross-entropy on the same noisy images."""
 
-    def step(model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update) -> StepResult:
-        logits = model(noisy)
+    def step(model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update) -> StepResult:
+        assert perturbed is not None
+        logits = model(perturbed)
         loss = F.cross_entropy(logits, labels)
         update(config.alpha_ce * loss)
         correct = (logits.argmax(dim=1) == labels).sum()
-        return StepResult(loss.detach(), None, None, None, True, correct)
+        return StepResult(loss.detach(), None, None, None, True, correct, len(labels))
 
     return step
 
 
 def parameter_groups(model: FPD | Plain) -> list[dict[str, Any]]:
-    """Split parameters into those the shut gate trains (front pass and restoration) and the head's."""
-    head = list(model.head.parameters())
-    in_head = {id(p) for p in head}
-    rest = [p for p in model.parameters() if id(p) not in in_head]
-    return [{"params": rest, "name": "front_and_restoration"}, {"params": head, "name": "head"}]
+    """Split parameters into GROUPS, which the gate tells apart; a plain twin has no decoder."""
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    upscaling = {id(p) for p in model.decoder.upscale.parameters()} if isinstance(model, FPD) else set()
+    head = {id(p) for p in model.head.parameters()}
+    for p in model.parameters():
+        members["upscaling" if id(p) in upscaling else "head" if id(p) in head else "front_and_pyramid"].append(p)
+    return [{"params": params, "name": name} for name, params in members.items() if params]

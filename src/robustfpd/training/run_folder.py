@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from robustfpd.config import RunConfig, load_run
+from robustfpd.data import Splits
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.models import FPD, Plain
 from robustfpd.models.checkpoint import replacing, whole, write_model_files
@@ -41,7 +42,9 @@ class RunFolder:
             raise MissingDataError(f"no run in {self.path}: looked for {self.config_file.absolute()}")
         return load_run(self.config_file)
 
-    def begin(self, config: RunConfig, resume: bool, device: torch.device) -> None:
+    def begin(
+        self, config: RunConfig, resume: bool, device: torch.device, splits: Splits, start: str | Path | None = None
+    ) -> None:
         """Claim the folder for a run, or check that `config` is the run to be resumed."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; choose another folder with --out")
@@ -58,7 +61,8 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         config.save(self.config_file)
-        write_json(self.path / "environment.json", environment(device))
+        origin = {"data": _summary(splits), "start": None if start is None else str(start)}
+        write_json(self.path / "environment.json", {**environment(device), **origin})
 
     def save_checkpoint(self, folder: Path, model: FPD | Plain, state: Mapping[str, Any] | None = None) -> None:
         """Write a loadable model, with the training state beside it when given."""
@@ -91,6 +95,13 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(history)
         partial.replace(self.metrics_file)
+
+
+def _summary(splits: Splits) -> dict[str, Any]:
+    """What a run was trained on, for the record: counts, hashes, and which files were left out."""
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    hashes = {name: {"images": len(part), "sha256": part.digest()} for name, part in parts.items()}
+    return {**hashes, "skipped": list(splits.skipped)}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

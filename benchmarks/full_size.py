@@ -1,0 +1,80 @@
+"""Trains a full-size recipe for two steps on random images of its true size, and tells time and peak memory.
+
+    python benchmarks/full_size.py svhn/resnext50
+    python benchmarks/full_size.py caltech101/resnet101 --protocol published --shallow --batch 2
+
+Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+import robustfpd as rf
+from robustfpd import data
+from robustfpd.config import RunConfig, recipe
+from robustfpd.data import ImageSet, Splits
+
+SHALLOW = {"resnet101": "published_resnet_1_1_1_1", "resnet50": "published_resnet_1_1_1_1"}
+
+
+def random_splits(config: RunConfig) -> Splits:
+    """Two batches of random training images, as large as the recipe's."""
+    described = data.info(config.data.dataset)
+    size = config.data.stored_size or config.data.image_size
+    assert size is not None
+    draws = torch.Generator().manual_seed(0)
+    count = 2 * config.training.batch_size
+    channels = config.data.channels or described.in_channels
+
+    def images(n: int) -> ImageSet:
+        pixels = torch.randint(0, 256, (n, described.in_channels, *size), dtype=torch.uint8, generator=draws)
+        labels = torch.randint(0, described.num_classes, (n,), generator=draws)
+        return ImageSet(pixels, labels, channels, config.data.image_size)
+
+    resolved = {**vars(described), "in_channels": channels, "image_size": config.data.image_size}
+    return Splits(type(described)(**resolved), images(count), images(2), images(2))
+
+
+def two_steps(name: str, protocol: str, batch: int | None, shallow: bool) -> dict[str, object]:
+    """Train for one epoch of two batches; return what was seen."""
+    words = ["training.epochs=1"] + ([f"training.batch_size={batch}"] if batch else [])
+    config = recipe(name, words, protocol=protocol)
+    if shallow:
+        shallower = SHALLOW.get(config.model.backbone) or re.sub(r"(_\d+){4}$", "_1_1_1_1", config.model.backbone)
+        model = config.model.model_copy(update={"backbone": shallower})
+        config = config.model_copy(update={"model": model})
+    splits = random_splits(config)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, patch("robustfpd.data.load", return_value=splits):
+        row = rf.train(config, Path(folder) / "run", device="cpu").history[0]
+    return {
+        "recipe": name, "protocol": protocol, "batch": config.training.batch_size, "backbone": config.model.backbone,
+        "image_size": config.data.image_size, "ce": row.ce, "restoration": row.restoration, "gate_open": row.gate_open,
+        "step_seconds": row.seconds / 2, "seconds": time.perf_counter() - start,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--protocol", default="corrected")
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--shallow", action="store_true", help="one block a stage")
+    given = parser.parse_args()
+    print(json.dumps(two_steps(given.recipe, given.protocol, given.batch, given.shallow)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""How good a network is on validation images between epochs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustfpd.attacks import pgd
+from robustfpd.config import AdversarialConfig
+from robustfpd.data import ImageSet
+from robustfpd.data.batches import batches
+from robustfpd.models import FPD, FPDOutput, Plain
+from robustfpd.models.mode import evaluating
+from robustfpd.seeding import generator
+from robustfpd.training.perturbation import attacked
+
+PGD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Accuracy, cross-entropy and restoration loss on clean images, and accuracy under PGD where it was asked for."""
+
+    accuracy: float
+    ce: float
+    restoration: float | None
+    robust_accuracy: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy plus restoration loss, what the published schedule follows."""
+        return self.ce + (self.restoration or 0.0)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> Validation:
+    """Measure a model on clean images."""
+    right, ce, restoration, restores = 0, 0.0, 0.0, False
+    with evaluating(model):
+        for clean, labels in batches(images, batch_size, device):
+            out = model(clean)
+            logits: Tensor = out.logits if isinstance(out, FPDOutput) else out
+            right += int((logits.argmax(dim=1) == labels).sum())
+            ce += float(F.cross_entropy(logits, labels, reduction="sum"))
+            if isinstance(out, FPDOutput):
+                restores = True
+                restoration += float(F.mse_loss(out.restored, clean)) * len(clean)
+    count = len(images)
+    return Validation(right / count, ce / count, restoration / count if restores else None)
+
+
+def robust_accuracy(
+    model: FPD | Plain, images: ImageSet, config: AdversarialConfig, batch_size: int, device: torch.device, seed: int
+) -> float:
+    """Accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
+
+    Adversarial images are classified by the model itself, whatever view was attacked (Rice et al., ICML 2020, on why
+    the epoch must be picked by robust accuracy).
+    """
+    chosen = torch.randperm(len(images), generator=generator(seed, "select"))[: config.select_images]
+    draws = generator(seed, "select-attack")
+    classifier, right = model.classifier(), 0
+    with evaluating(model):
+        for clean, labels in batches(images.take(chosen.sort().values), batch_size, device):
+            found = pgd(
+                attacked(model, config), clean, labels, eps=config.eps, norm=config.norm, steps=PGD_STEPS,
+                generator=draws,
+            )  # fmt: skip
+            with torch.no_grad():
+                kept = (classifier(clean).argmax(dim=1) == labels) & (classifier(found).argmax(dim=1) == labels)
+            right += int(kept.sum())
+    return right / len(chosen)
