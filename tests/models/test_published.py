@@ -209,6 +209,22 @@ def test_a_network_agrees_with_its_description(
     assert_agree(found.model, net, torch.rand(2, 3, size, size))
 
 
+def test_mean_and_std_put_the_loaders_normalisation_into_the_model(tmp_path: Path) -> None:
+    net = reference((1, 1, 1, 1), 102, 64)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = rf.load_published(checkpoint(tmp_path / "a.pkl", net.state_dict()), mean=mean, std=std)
+    assert isinstance(model, rf.FPD)
+    images = torch.rand(2, 3, 64, 64)
+    m, s = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (mean, std))
+    with torch.no_grad():
+        expected, found = net((images - m) / s), model(images)
+    assert apart(found.logits, expected["logits"]) < 1e-4
+    assert apart(found.restored, expected["restored"] * s + m) < 1e-4
+    model.save(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(rf.load(tmp_path / "saved").classifier()(images), model.classifier()(images))
+
+
 @pytest.mark.parametrize("next_", [False, True])
 def test_a_surrogate_is_a_plain_network(tmp_path: Path, next_: bool) -> None:
     net = reference((1, 2, 1, 1), 10, 256, next_=next_, plain=True)

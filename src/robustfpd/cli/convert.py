@@ -15,15 +15,20 @@ def convert(
     folder: tyro.conf.Positional[Path],
     /,
     image_size: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> None:
     """Turn a checkpoint of the authors into a model of ours, without running what may be in the file.
 
-    For example `robustfpd convert bestmodel_params.pkl models/svhn-published`.
+    For example `robustfpd convert bestmodel_params.pkl svhn-published`.
 
     Args:
         published: bestmodel_params.pkl or one of its siblings, ResNet or ResNeXt of any depth.
         folder: a new or empty folder for the model.
         image_size: pixels a side that the model states; default 64 for 10 classes and 224 for others, as published.
+        mean: what the authors subtracted from each channel before the network; the model then does it itself.
+            CALTECH: --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+        std: what they divided each channel by.
     """
     from rich.console import Console
 
@@ -32,7 +37,7 @@ def convert(
 
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} holds files; give a new or empty folder for the model")
-    found = read_published(published, image_size)
+    found = read_published(published, image_size, mean or None, std or None)
     model, task = found.model, found.model.task
     model.save(folder)
     kind = "plain, without a decoder"

@@ -15,6 +15,7 @@ from robustfpd.errors import InputError
 if TYPE_CHECKING:
     from robustfpd.config import RunConfig
     from robustfpd.evaluation import EvaluationRecord
+    from robustfpd.models import FPD, Plain
 
 
 def evaluate(
@@ -65,12 +66,12 @@ def evaluate(
     chosen = torch_device(device)
     radii = tuple(_radius(text) for text in eps)
     trained = _trained(run)
-    config = configured(_settings(trained, dataset), data_root, download, seed)
+    model = models.load(trained.folder)
+    config = configured(_settings(trained, dataset, model), data_root, download, seed)
     plan = config.evaluation
     chosen_norm = geometry(norm or plan.norm).name
     if chosen_norm != plan.norm and not radii:
         raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen_norm}")
-    model = models.load(trained.folder)
     splits = data.load(config.data)
     if splits.info.task != model.task:
         raise InputError(f"{trained.name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
@@ -123,18 +124,20 @@ def _trained(given: Path) -> _Trained:
     return _Trained(str(given), folder, None, folder.with_name(f"{folder.resolve().name}-evaluation"))
 
 
-def _settings(trained: _Trained, dataset: str | None) -> RunConfig:
+def _settings(trained: _Trained, dataset: str | None, model: FPD | Plain) -> RunConfig:
     """The run's settings, or a saved model's defaults; with the images of `dataset` where it is given."""
-    from robustfpd import models
     from robustfpd.config import RunConfig
 
     if trained.config is None and dataset is None:
-        backbone = models.load(trained.folder).config.backbone  # a clear error when there is no model either
-        raise InputError(f"{trained.name} holds a model ({backbone}) but no run; say which test images with --dataset")
+        raise InputError(
+            f"{trained.name} holds a model ({model.config.backbone}) but no run; say which test images with --dataset"
+        )
     config = trained.config or RunConfig()
-    if dataset is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"dataset": dataset})})
-    return config
+    changes: dict[str, object] = {} if dataset is None else {"dataset": dataset}
+    if trained.config is None:  # the model says how it wants its images
+        channels = model.task.in_channels
+        changes |= {"image_size": model.task.image_size, "channels": channels if channels in (1, 3) else None}
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 def _radius(text: str) -> float:

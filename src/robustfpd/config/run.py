@@ -64,7 +64,8 @@ class ModelConfig(Config):
     """A classifier: its backbone and the defence around it."""
 
     backbone: str = "resnet_mini"
-    """A timm model name, `resnet_mini`, or `custom` for a module that is handed over in Python."""
+    """A timm model name, `resnet_mini`, `custom` for a module that is handed over in Python, or the authors' networks:
+    `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`, with the number of blocks in each stage."""
     stages: tuple[str, ...] | None = None
     """Names of the modules where stages end, stem first; None asks timm."""
     defence: Literal["fpd", "none"] = "fpd"

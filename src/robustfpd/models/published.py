@@ -19,6 +19,7 @@ from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError, MissingDataError, first_line
 from robustfpd.models.build import assemble
 from robustfpd.models.fpd import FPD, Plain
+from robustfpd.models.networks import normalisation
 
 NARROWEST_PYRAMID = 64
 """Channels. Our decoder's later layers are never wider than its pyramid, the authors' next one has 64 always."""
@@ -91,25 +92,39 @@ _RESNEXT = _Family(
 )  # fmt: skip
 
 
-def load_published(path: str | Path, image_size: int | tuple[int, int] | None = None) -> FPD | Plain:
+def load_published(
+    path: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> FPD | Plain:
     """Load one of the authors' checkpoints, in evaluation mode, in float32 on the CPU.
 
     Args:
         path: `bestmodel_params.pkl` or one of its siblings; a bare state_dict that torch.save wrote will do.
         image_size: pixels a side, or (height, width), that `model.task` states; any size goes through the network.
             The file does not tell: None takes 64 for 10 classes and 224 for others, as published.
+        mean: what the authors subtracted from each channel, and
+        std: divided by, before the network saw an image; the file does not tell. The model then does it itself and
+            takes images in [0, 1]. CALTECH: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). None: as the file's
+            network takes them.
 
     Returns:
-        The FPD, or a `Plain` network for the surrogates of the black-box attacks. It takes what the authors fed
-        it: images in [0, 1], and CALTECH images less their mean over their standard deviation.
+        The FPD, or a `Plain` network for the surrogates of the black-box attacks.
 
     Raises:
         InputError: the file is missing, damaged, no such network, or refers to code (which is not run).
     """
-    return read_published(path, image_size).model
+    return read_published(path, image_size, mean, std).model
 
 
-def read_published(path: str | Path, image_size: int | tuple[int, int] | None = None) -> Published:
+def read_published(
+    path: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Published:
     """Load a checkpoint as `load_published` does, and tell what was found in it."""
     path = Path(path)
     weights, epoch = _weights(_unpickled(path), path)
@@ -117,6 +132,8 @@ def read_published(path: str | Path, image_size: int | tuple[int, int] | None = 
     blocks = tuple(_blocks(weights, stage, path) for stage in family.stages)
     _check_bottleneck(weights, family, path)
     task, config = _settings(weights, family, blocks, image_size, path)
+    if mean is not None or std is not None:  # the published restoration and middle denoising see normalised images
+        config = config.model_copy(update={"mean": mean, "std": std, "normalise": "once"})
     try:
         with torch.device("meta"):  # shapes are compared before there is memory or random weights for them
             model = assemble(task, config)
@@ -126,8 +143,9 @@ def read_published(path: str | Path, image_size: int | tuple[int, int] | None = 
     architecture = family.name.format(3 * sum(blocks) + 2)
     _check_names(weights, set(theirs.values()), config, f"{path} holds a {architecture}")
     state = {name: _converted(weights, key, model.state_dict()[name], path) for name, key in theirs.items()}
-    constants = torch.zeros(1, task.in_channels, 1, 1), torch.ones(1, task.in_channels, 1, 1)
-    model.load_state_dict({**state, **dict(zip(("mean", "std"), constants, strict=True))}, assign=True)
+    state["mean"] = normalisation(config.mean or (0.0,), task.in_channels, "mean")
+    state["std"] = normalisation(config.std or (1.0,), task.in_channels, "std")
+    model.load_state_dict(state, assign=True)
     model.to(memory_format=torch.channels_last)
     return Published(model.eval(), architecture, blocks, epoch)
 
