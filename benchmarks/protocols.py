@@ -24,9 +24,9 @@ BEGIN, END = "<!-- measured: benchmarks/protocols.py --table -->", "<!-- end -->
 
 RECIPE = "mnist/mini"
 SHORTER = (
-    "data.train_limit=5000", "training.epochs=3", "adversarial.epochs=2", "adversarial.select_images=200",
+    "data.train_limit=4000", "training.epochs=3", "adversarial.epochs=2", "adversarial.select_images=200",
 )  # fmt: skip
-NUM_IMAGES = 400
+NUM_IMAGES = 300
 EPS = {"two-phase": 0.1, "adversarial": 0.3}
 MNIST_STATISTICS = ("model.mean=[0.1307]", "model.std=[0.3081]")
 

@@ -183,12 +183,16 @@ def test_an_interrupted_download_is_noticed_and_fetched_anew(
 @pytest.mark.parametrize("dataset", ARCHIVES)
 def test_the_rest_of_another_programs_download_is_noticed(small: Path, server: list[str], dataset: str) -> None:
     (small / dataset / ARCHIVES[dataset]).write_bytes(b"half of the archive")
-    shutil.rmtree(next(folder(small, dataset).iterdir()))
+    there = folder(small, dataset)
+    shutil.rmtree(next(there.iterdir()))
+    kept = sorted(path.relative_to(there) for path in there.rglob("*.jpg"))
     with pytest.raises(MissingDataError, match=rf"interrupted download \(.*{ARCHIVES[dataset]} beside them\)"):
         load(config(small, dataset))
     splits = load(config(small, dataset, download=True))
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 2 * splits.info.num_classes
     assert server == [ARCHIVES[dataset]]
+    aside = there.with_name(f"{there.name}.incomplete")  # it may be someone's own selection
+    assert sorted(path.relative_to(aside) for path in aside.rglob("*.jpg")) == kept
 
 
 @pytest.mark.parametrize("dataset", ARCHIVES)

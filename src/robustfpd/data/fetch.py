@@ -56,7 +56,7 @@ def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Pa
         )
     raise MissingDataError(
         f"{described.name} in {folder.absolute()} is the rest of an interrupted download ({doubt}); add --download to "
-        f"delete it and fetch it anew, or, where the images are as you want them, delete what lies beside it"
+        f"fetch it anew, or, where the images are as you want them, delete what lies beside it"
     )
 
 
@@ -81,10 +81,9 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
         with FileLock(home / f"{NOTE}.lock"):
             if folder.is_dir() and _interrupted(archive, folder) is None:
                 return  # another process was quicker
+            ours = note.exists()
             note.touch()
-            for part in (folder, *(home / name for name in archive.leftovers)):
-                if part.is_dir():
-                    shutil.rmtree(part)
+            _clear(folder, home, archive, ours)
             getattr(torchvision.datasets, archive.class_name)(home.parent, download=True)
             for name in archive.leftovers:
                 (home / name).unlink(missing_ok=True)
@@ -93,3 +92,15 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
         raise MissingDataError(
             f"{described.name} could not be fetched into {home.absolute()} ({first_line(error)}); run again to go on"
         ) from None
+
+
+def _clear(folder: Path, home: Path, archive: Archive, ours: bool) -> None:
+    """Make way for a new download: what an interrupted one of ours left is deleted, anything else set aside."""
+    for part in (folder, *(home / name for name in archive.leftovers)):
+        if not part.is_dir():
+            continue
+        if ours:
+            shutil.rmtree(part)
+        else:
+            aside = (part.with_name(f"{part.name}.incomplete{suffix}") for suffix in ("", *map(str, range(2, 1000))))
+            part.rename(next(path for path in aside if not path.exists()))
