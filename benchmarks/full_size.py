@@ -9,6 +9,7 @@ Prints one line of JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import resource
@@ -23,8 +24,13 @@ import robustfpd as rf
 from robustfpd import data
 from robustfpd.config import RunConfig, recipe
 from robustfpd.data import ImageSet, Splits
+from robustfpd.training import Observer, Progress
 
 SHALLOW = {"resnet101": "published_resnet_1_1_1_1", "resnet50": "published_resnet_1_1_1_1"}
+
+
+class _Enough(Exception):
+    """Two steps are done."""
 
 
 def random_splits(config: RunConfig) -> Splits:
@@ -45,22 +51,35 @@ def random_splits(config: RunConfig) -> Splits:
     return Splits(type(described)(**resolved), images(count), images(2), images(2))
 
 
-def two_steps(name: str, protocol: str, batch: int | None, shallow: bool) -> dict[str, object]:
-    """Train for one epoch of two batches; return what was seen."""
-    words = ["training.epochs=1"] + ([f"training.batch_size={batch}"] if batch else [])
+def two_steps(name: str, protocol: str, batch: int | None, shallow: bool, gate: bool) -> dict[str, object]:
+    """Train for two batches; return what was seen. `gate=False` opens the gate, so that both phases run."""
+    words = ([] if gate else ["training.threshold=1e12"]) + ([f"training.batch_size={batch}"] if batch else [])
     config = recipe(name, words, protocol=protocol)
     if shallow:
         shallower = SHALLOW.get(config.model.backbone) or re.sub(r"(_\d+){4}$", "_1_1_1_1", config.model.backbone)
         model = config.model.model_copy(update={"backbone": shallower})
         config = config.model_copy(update={"model": model})
-    splits = random_splits(config)
+    splits, seen = random_splits(config), list[Progress]()
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 2:  # not on to validation: batch norms have not seen enough yet to be used
+            raise _Enough
+
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, patch("robustfpd.data.load", return_value=splits):
-        row = rf.train(config, Path(folder) / "run", device="cpu").history[0]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("robustfpd.data.load", return_value=splits),
+        contextlib.suppress(_Enough),
+    ):
+        rf.train(config, Path(folder) / "run", device="cpu", observer=Observer(on_batch=watch))
+    last = seen[1].step
+    assert last.restoration is not None
     return {
         "recipe": name, "protocol": protocol, "batch": config.training.batch_size, "backbone": config.model.backbone,
-        "image_size": config.data.image_size, "ce": row.ce, "restoration": row.restoration, "gate_open": row.gate_open,
-        "step_seconds": row.seconds / 2, "seconds": time.perf_counter() - start,
+        "image_size": config.data.image_size, "ce": float(last.ce), "restoration": float(last.restoration),
+        "steps": len(seen), "gates_open": sum(p.step.gate_open for p in seen),
+        "step_seconds": config.training.batch_size / seen[1].images_per_second, "seconds": time.perf_counter() - start,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }  # fmt: skip
 
@@ -72,8 +91,9 @@ def main() -> None:
     parser.add_argument("--protocol", default="corrected")
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--shallow", action="store_true", help="one block a stage")
+    parser.add_argument("--open", action="store_true", help="leave the gate open, so that both phases run")
     given = parser.parse_args()
-    print(json.dumps(two_steps(given.recipe, given.protocol, given.batch, given.shallow)))
+    print(json.dumps(two_steps(given.recipe, given.protocol, given.batch, given.shallow, not given.open)))
 
 
 if __name__ == "__main__":

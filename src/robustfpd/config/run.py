@@ -223,6 +223,9 @@ class ProcedureConfig(Config):
     """Course of the learning rate."""
     clip: float | None = Field(default=10.0, gt=0)
     """Largest L2 norm of the gradient; None does not clip."""
+    recompute: bool = False
+    """Compute the blocks' activations again in the backward pass: a third slower, a fraction of the memory. With
+    `second_pass: through` they are computed with the weights that have moved since, which the published code kept."""
     early_stop_patience: int | None = Field(default=20, ge=1)
     """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops.
 

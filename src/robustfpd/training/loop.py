@@ -30,6 +30,7 @@ from robustfpd.training.optimizers import Schedule, make_optimizer
 from robustfpd.training.perturbation import adversary, noise
 from robustfpd.training.phases import StepResult, parameter_groups, plain_step, two_phase_step
 from robustfpd.training.progress import EpochMetrics, EpochSums, Observer, Progress, TrainResult
+from robustfpd.training.recompute import recompute_blocks
 from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.stepping import Stepper
 from robustfpd.training.validation import robust_accuracy, validate
@@ -109,6 +110,8 @@ class _Training:
         self.adversarial = config.stage == "adversarial"
         self.raw_model = model
         self.frozen = [m for m in model.modules() if not m.training]
+        if settings.recompute:
+            recompute_blocks(model)
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.update = Stepper(fabric, self.model, self.optimizer, settings.clip)
