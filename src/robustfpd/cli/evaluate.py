@@ -13,7 +13,7 @@ import tyro
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    from robustfpd.config import RunConfig
+    from robustfpd.config import EvaluationConfig, RunConfig
     from robustfpd.evaluation import EvaluationRecord
     from robustfpd.models import FPD, Plain
 
@@ -57,21 +57,16 @@ def evaluate(
     from rich.console import Console
 
     from robustfpd import data, evaluation, models
-    from robustfpd.attacks.norms import geometry
     from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
     from robustfpd.evaluation.space import in_space
     from robustfpd.report.tables import evaluation_table
 
     chosen = torch_device(device)
-    radii = tuple(_radius(text) for text in eps)
     trained = _trained(run)
     model = models.load(trained.folder)
     config = configured(_settings(trained, dataset, model), data_root, download, seed)
-    plan = config.evaluation
-    chosen_norm = geometry(norm or plan.norm).name
-    if chosen_norm != plan.norm and not radii:
-        raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen_norm}")
+    plan = _plan(config.evaluation, eps, norm, suite, num_images)
     splits = data.load(config.data)
     if splits.info.task != model.task:
         raise InputError(f"{trained.name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
@@ -82,8 +77,7 @@ def evaluate(
     console = Console(soft_wrap=True)
     with evaluation_display(console, shown) as observer:
         record = evaluation.evaluate(
-            classifier.to(chosen), given, suite=suite or plan.suite,
-            eps=radii or plan.eps, norm=chosen_norm, num_images=plan.num_images if num_images is None else num_images,
+            classifier.to(chosen), given, suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images,
             seed=config.seed, every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
     source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
@@ -92,6 +86,20 @@ def evaluate(
     if plan.divide_by is not None:
         console.print(_as_divided(record, plan.divide_by), highlight=False)
     console.print(f"record: {path}, each attacked image beside it as CSV", highlight=False)
+
+
+def _plan(
+    plan: EvaluationConfig, eps: tuple[str, ...], norm: str | None, suite: str | None, num_images: int | None
+) -> EvaluationConfig:
+    """The recipe's evaluation, with what the flags change."""
+    from robustfpd.attacks.norms import geometry
+
+    radii = tuple(_radius(text) for text in eps)
+    chosen = geometry(norm or plan.norm).name
+    if chosen != plan.norm and not radii:
+        raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen}")
+    changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite}
+    return plan.model_copy(update=changes | {"num_images": plan.num_images if num_images is None else num_images})
 
 
 @dataclass(frozen=True)

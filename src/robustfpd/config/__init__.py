@@ -1,28 +1,15 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
-from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_names
-from robustfpd.config.run import (
-    CUSTOM_BACKBONE,
-    NORMS,
+from robustfpd.config.base import CUSTOM_BACKBONE, NORMS, Config, Denoise, Head, Middle, Norm, Protocol, StageName
+from robustfpd.config.procedure import (
     AdversarialConfig,
-    AugmentConfig,
-    Config,
-    DataConfig,
-    Denoise,
-    EvaluationConfig,
-    Head,
-    Middle,
-    ModelConfig,
-    Norm,
     OptimizerConfig,
     ProcedureConfig,
-    Protocol,
-    RunConfig,
     ScheduleConfig,
-    StageName,
-    TaskConfig,
     TrainingConfig,
-)  # fmt: skip
+)
+from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_names
+from robustfpd.config.run import AugmentConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
 
 __all__ = [
     "CUSTOM_BACKBONE", "NORMS", "RECIPES", "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise",
