@@ -25,7 +25,8 @@ BEGIN, END = "<!-- measured: benchmarks/protocols.py --table -->", "<!-- end -->
 RECIPE = "mnist/mini"
 SHORTER = (
     "data.train_limit=6000", "training.epochs=2", "training.batch_size=32", "training.optimizer.lr=0.005",
-    "adversarial.epochs=1", "adversarial.batch_size=32", "adversarial.warmup=0.5", "adversarial.select_images=200",
+    "adversarial.epochs=1", "adversarial.batch_size=32", "adversarial.warmup=0.5", "adversarial.start_epoch=0",
+    "adversarial.select_images=200",
 )  # fmt: skip
 NUM_IMAGES = 200
 EPS = {"two-phase": 0.1, "adversarial": 0.3}
