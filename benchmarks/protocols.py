@@ -65,6 +65,15 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def settings(variant: Variant) -> dict[str, Any]:
+    """A variant's whole settings, as its result file keeps them."""
+    from robustfpd.config import recipe
+
+    config = recipe(RECIPE, [*SHORTER, *variant.changes], protocol=variant.protocol)
+    values: dict[str, Any] = config.model_copy(update={"stage": variant.stage}).model_dump(mode="json")
+    return values
+
+
 def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
     """Train a variant (or take the network it shares), attack it, and return what was found."""
     import torch
@@ -81,16 +90,20 @@ def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
     seconds = 0.0
     if not (folder / "checkpoints" / "best").is_dir():
         begins = variant.stage == "adversarial" and config.adversarial.start == "best"
+        if begins and not (runs / "two-phase" / "corrected" / "checkpoints").is_dir():
+            measure(VARIANTS[0], data_root, runs)
         result = rf.train(config, folder, start=runs / "two-phase" / "corrected" if begins else None, device="cpu")
         seconds = sum(row.seconds for row in result.history)
     classifier, images = in_space(rf.load(folder).classifier(), data.load(config.data).test, config.evaluation.space)
-    suite = config.evaluation.suite if variant.weights or variant.protocol == "published" else "first-look"
+    named = variant.protocol == "published" or any(c.startswith("evaluation.suite=") for c in variant.changes)
+    suite = config.evaluation.suite if named else "first-look"
     record = rf.evaluate(
         classifier, images, suite=suite, eps=EPS[variant.stage], num_images=NUM_IMAGES, subject=variant.name
     )
     return {
         "variant": variant.name, "stage": variant.stage, "recipe": RECIPE, "protocol": variant.protocol,
         "shorter": SHORTER, "changes": variant.changes, "network_of": variant.weights, "train_seconds": seconds,
+        "config": settings(variant),
         "record": record.model_dump(mode="json", exclude={"ledger"}),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfpd.attacks import pgd
 from robustfpd.config import TrainingConfig
 from robustfpd.models import FPD, enhance
 from robustfpd.training.phases import two_phase_step
@@ -61,7 +62,7 @@ def test_less_is_kept_between_the_passes() -> None:
     assert kept[1] < 0.8 * kept[0]
 
 
-@pytest.mark.parametrize("second_pass", ["detached", "joint"])
+@pytest.mark.parametrize("second_pass", ["detached", "joint", "through"])
 def test_both_phases_train_the_same(second_pass: str) -> None:
     config = TrainingConfig(threshold=1e9).model_copy(update={"second_pass": second_pass})
     images, labels = _batch()
@@ -76,9 +77,29 @@ def test_both_phases_train_the_same(second_pass: str) -> None:
             loss: Tensor, *, only: object = None, keep_graph: bool = False, optimizer: torch.optim.SGD = optimizer
         ) -> None:
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+            if not keep_graph:  # with `through` the weights would be recomputed with; only the statistics are compared
+                optimizer.step()
 
         two_phase_step(config)(model, images, images, labels, update)
         ends.append(model.state_dict())
     assert all(torch.allclose(ends[0][k].float(), ends[1][k].float(), rtol=1e-3, atol=1e-5) for k in ends[0])
+    assert {int(v) for k, v in ends[1].items() if "num_batches" in k} == {4}
+
+
+def test_an_attack_in_evaluation_mode_keeps_less_too_and_finds_the_same() -> None:
+    images, labels = _batch()
+    plain, recomputed = _model().eval(), _model().eval()
+    recompute_blocks(recomputed)
+    found = [pgd(m.classifier(), images, labels, eps=0.1, steps=3) for m in (plain, recomputed)]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+
+
+def test_dense_blocks_get_their_list_as_it_was() -> None:
+    model = enhance(
+        "densenet121", num_classes=4, in_channels=1, image_size=32, pyramid_channels=8, denoise="none"
+    ).train()
+    recompute_blocks(model)
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    model(images).logits.sum().backward()
+    assert all(p.grad is not None for p in model.head.parameters())

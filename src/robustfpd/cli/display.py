@@ -81,6 +81,8 @@ def _phase(progress: TrainingProgress) -> str:
     """Phase and gate; the plain twin has neither."""
     if progress.step.restoration is None:
         return ""
+    if progress.step.second_ce is None and progress.step.gate_open and progress.step.adversarial_ce is None:
+        return "  clean epoch, gate open"
     if progress.step.adversarial_ce is not None:
         return "  adversarial, gate open" if progress.step.gate_open else "  adversarial, gate shut"
     return "  phases 1+2, gate open" if progress.step.gate_open else "  phase 1, gate shut"

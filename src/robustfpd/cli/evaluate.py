@@ -134,6 +134,7 @@ def _trained(given: Path) -> _Trained:
 
 def _settings(trained: _Trained, dataset: str | None, model: FPD | Plain) -> RunConfig:
     """The run's settings, or a saved model's defaults; with the images of `dataset` where it is given."""
+    from robustfpd import data
     from robustfpd.config import RunConfig
 
     if trained.config is None and dataset is None:
@@ -145,6 +146,8 @@ def _settings(trained: _Trained, dataset: str | None, model: FPD | Plain) -> Run
     if trained.config is None:  # the model says how it wants its images
         channels = model.task.in_channels
         changes |= {"image_size": model.task.image_size, "channels": channels if channels in (1, 3) else None}
+        known = data.info(dataset or config.data.dataset).num_classes
+        changes["background"] = model.task.num_classes == known + 1  # the authors' CALTECH networks count it
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 

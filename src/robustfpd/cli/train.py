@@ -69,7 +69,8 @@ def train(
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
         "--device": device,
     }  # fmt: skip
-    command = [program(), "train", recipe, *settings, *_words(options), *(["--plain"] if plain else [])]
+    flags = [word for word, on in (("--plain", plain), ("--download", download)) if on]
+    command = [program(), "train", recipe, *settings, *_words(options), *flags]
     console = Console(soft_wrap=True)
     for stage in planned:
         title = f"training {recipe}{' (plain twin)' if plain else ''}, stage {stage.run.stage}, into {stage.folder}"
@@ -104,6 +105,7 @@ def _stage_names(text: str) -> list[StageName]:
 
 def _plan(run: RunConfig, stages: list[StageName], folder: Path) -> list[_Planned]:
     """The stages with their folders; the adversarial one begins with what lies, or will lie, in the folder above."""
+    from robustfpd.models.checkpoint import whole
     from robustfpd.training import RunFolder
 
     planned = []
@@ -113,7 +115,7 @@ def _plan(run: RunConfig, stages: list[StageName], folder: Path) -> list[_Planne
             planned.append(_Planned(stage_run, folder, None))
             continue
         begins = folder if run.adversarial.start == "best" else None
-        if begins is not None and "two-phase" not in stages and not RunFolder(folder).best.is_dir():
+        if begins is not None and "two-phase" not in stages and not whole(RunFolder(folder).best).is_dir():
             raise InputError(
                 f"the adversarial stage begins with the two-phase run in {folder}, which holds no checkpoint; "
                 "train both with --stages two-phase,adversarial"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from robustfpd.config.base import Config, Norm
 
@@ -115,10 +115,17 @@ class AdversarialConfig(ProcedureConfig):
     restored_scale: float = Field(default=1.0, gt=0)
     """Factor on the restored clean image before it is compared; 255 in the published MNIST code."""
     gate: bool = True
-    """Whether the gate of two-phase training is at work here too."""
+    """Whether the gate of two-phase training is at work here too, on the clean images' restoration."""
     second_pass: bool = True
-    """Whether images go through once more from the adversarial images' restoration, as `training.second_pass` says."""
+    """Whether what was restored goes through once more, as `training.second_pass` says: the adversarial images'
+    restoration, with `batch: halves` that of both halves. Not in clean epochs."""
     select_by: Literal["robust", "clean"] = "robust"
     """What the best epoch is best in: validation images under PGD-10 at `eps`, or (published) clean ones."""
     select_images: int = Field(default=500, ge=1)
     """robust: how many validation images are attacked after each epoch."""
+
+    @model_validator(mode="after")
+    def _radius(self) -> AdversarialConfig:
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps must be at most 1 in linf (8/255 is 0.0314), found {self.eps}")
+        return self

@@ -221,7 +221,8 @@ class RunConfig(Config):
         """The plain twin's run: same data, noise and number of optimiser steps, no defence.
 
         Where the FPD's second pass is an optimiser step of its own, the twin runs twice the epochs, with twice the
-        patience. Where the gate was shut the FPD took one step, so the twin has a few more.
+        patience. Where the gate was shut, and in clean epochs before the first attack, the FPD took one step, so the
+        twin has a few more.
         """
         twice = self.training.second_pass != "joint"
         return self.model_copy(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from robustfpd.config import DataConfig
@@ -50,7 +52,11 @@ class Arrays:
                 f"or give the folder that holds {Path(described.files[0]).parts[0]} as --data-root"
             )
         try:
-            train, test = (self.tensors(kind(root, **choice, download=config.download)) for choice in self.choices)
+            if config.download:
+                root.mkdir(parents=True, exist_ok=True)
+            # Torchvision takes a file that another process is still unpacking for a whole one.
+            with FileLock(root / f".{self.class_name}.lock") if config.download else nullcontext():
+                train, test = (self.tensors(kind(root, **choice, download=config.download)) for choice in self.choices)
         except (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError) as error:
             what = "could not be fetched into" if config.download else "is incomplete or damaged in"
             remedy = "delete that folder and add" if place.is_dir() else "add"

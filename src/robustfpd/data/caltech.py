@@ -34,6 +34,7 @@ ARCHIVE_101 = Archive(
     9144,
 )
 ARCHIVE_256 = Archive("Caltech256", "caltech256/256_ObjectCategories", ("256_ObjectCategories.tar",), 30607)
+ARCHIVES = {"caltech101": ARCHIVE_101, "caltech256": ARCHIVE_256}
 
 
 def read_caltech101(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:

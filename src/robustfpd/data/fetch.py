@@ -7,7 +7,6 @@ folder has fewer images than were published.
 
 from __future__ import annotations
 
-import shutil
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Pa
         MissingDataError: it is not there, not whole, or cannot be fetched.
     """
     folder = Path(config.root).expanduser() / archive.folder
-    doubt = _interrupted(archive, folder)
+    doubt = interrupted(archive, folder)
     if folder.is_dir() and doubt is None:
         return folder
     if config.download:
@@ -60,7 +59,7 @@ def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Pa
     )
 
 
-def _interrupted(archive: Archive, folder: Path) -> str | None:
+def interrupted(archive: Archive, folder: Path) -> str | None:
     """Why the folder cannot be trusted to be whole; None when it can, or is not there."""
     if (folder.parent / NOTE).exists():
         return f"{NOTE} lies beside it"
@@ -79,14 +78,16 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{NOTE}.lock"):
-            if folder.is_dir() and _interrupted(archive, folder) is None:
+            if folder.is_dir() and interrupted(archive, folder) is None:
                 return  # another process was quicker
             ours = note.exists()
             note.touch()
-            _clear(folder, home, archive, ours)
+            before = set() if ours else {name for name in archive.leftovers if (home / name).is_file()}
+            _set_aside(folder, *(home / name for name in archive.leftovers))
             getattr(torchvision.datasets, archive.class_name)(home.parent, download=True)
             for name in archive.leftovers:
-                (home / name).unlink(missing_ok=True)
+                if name not in before:  # an archive that was there may be the user's
+                    (home / name).unlink(missing_ok=True)
             note.unlink()
     except (RuntimeError, OSError, ValueError, EOFError, LookupError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise MissingDataError(
@@ -94,13 +95,9 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
         ) from None
 
 
-def _clear(folder: Path, home: Path, archive: Archive, ours: bool) -> None:
-    """Make way for a new download: what an interrupted one of ours left is deleted, anything else set aside."""
-    for part in (folder, *(home / name for name in archive.leftovers)):
-        if not part.is_dir():
-            continue
-        if ours:
-            shutil.rmtree(part)
-        else:
+def _set_aside(*folders: Path) -> None:
+    """Make way for a new download without deleting: someone may have put his own images there."""
+    for part in folders:
+        if part.is_dir():
             aside = (part.with_name(f"{part.name}.incomplete{suffix}") for suffix in ("", *map(str, range(2, 1000))))
             part.rename(next(path for path in aside if not path.exists()))

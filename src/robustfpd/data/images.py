@@ -69,10 +69,12 @@ class ImageSet:
         return as_seen(part.images, self.channels, self.size), part.labels
 
     def digest(self) -> str:
-        """SHA-256 of stored images and labels, to tell whether two runs had the same."""
+        """SHA-256 of the images as the network sees them, in 8 bits, and of the labels."""
         digest = hashlib.sha256()
         for rows in torch.split(torch.arange(len(self)), 1024):  # a memory-mapped set may be larger than memory
-            digest.update(self.take(rows).images.numpy().tobytes())
+            seen = centre_crop(self.take(rows).images, self.size)
+            seen = seen if seen.shape[1] == self.channels else seen.repeat(1, self.channels, 1, 1)
+            digest.update(seen.contiguous().numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustfpd.data.cache_images import SUFFIX, images_folder
+from robustfpd.data.caltech import ARCHIVES
 from robustfpd.data.datasets import info, names
 from robustfpd.data.described import DatasetInfo
-from robustfpd.data.fetch import NOTE
+from robustfpd.data.fetch import interrupted
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -39,7 +40,9 @@ def inventory(root: str | Path, cache: str | Path | None = None) -> list[Found]:
 
 def _find(described: DatasetInfo, root: Path, cache: Path) -> Found:
     places = [root / file for file in described.files]
-    there = described.name != "folder" and all(_whole(place) for place in places)
+    archive = ARCHIVES.get(described.name)
+    partly = archive is not None and interrupted(archive, places[0]) is not None
+    there = described.name != "folder" and not partly and all(place.exists() for place in places)
     images, classes, size = 0, 0, 0
     for place in places:
         for file in _files(place):
@@ -49,10 +52,6 @@ def _find(described: DatasetInfo, root: Path, cache: Path) -> Found:
     kept = cache.glob(f"{described.name}-*{SUFFIX}")
     cached = sum(path.stat().st_size for path in kept)
     return Found(described, there, images or None, classes or described.num_classes, size, cached)
-
-
-def _whole(place: Path) -> bool:
-    return place.exists() and not (place.parent / NOTE).exists()
 
 
 def _files(place: Path) -> Iterator[os.DirEntry[str] | Path]:

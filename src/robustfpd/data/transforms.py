@@ -68,7 +68,7 @@ def _crops(draw: Callable[[], Tensor], smallest: float, height: int, width: int)
     low, high = math.log(ASPECTS[0]), math.log(ASPECTS[1])
     area = torch.stack([draw() for _ in range(ATTEMPTS)]).add(1).mul((1 - smallest) / 2).add(smallest)
     aspect = torch.stack([draw() for _ in range(ATTEMPTS)]).add(1).mul((high - low) / 2).add(low).exp()
-    area, aspect = area * height * width, aspect
+    area = area * height * width
     sides = torch.stack([(area * aspect).sqrt() / width, (area / aspect).sqrt() / height], dim=2)  # attempts N 2
     fits = (sides <= 1).all(dim=2)
     first = fits.int().argmax(dim=0)

@@ -20,7 +20,7 @@ from robustfpd import data
 from robustfpd.config import RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
-from robustfpd.errors import InputError
+from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Plain, build, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.seeding import derive, generator
@@ -90,6 +90,11 @@ def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: 
             f"{start} was trained for {source.task}, but data set {dataset} has {model.task}; "
             "start from a checkpoint of the same classes and image size, or give the data it was trained on"
         )
+    ignored = {"pretrained", "dropout"}  # they leave a trained network as it is
+    old, new = (m.config.model_dump(exclude=ignored) for m in (source, model))
+    differing = [f"{k} was {v!r}, now {new[k]!r}" for k, v in old.items() if v != new[k]]
+    if differing:
+        raise InputError(f"{start} holds another network than this run's model settings: {'; '.join(differing)}")
     try:
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:
@@ -116,7 +121,7 @@ class _Training:
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.update = Stepper(fabric, self.model, self.optimizer, settings.clip)
         # After the set-up, which may move the model to another device.
-        unit = model.std if config.training.space == "normalised" else 1.0
+        unit = self.unit = model.std if config.training.space == "normalised" else 1.0
         if self.adversarial:
             self.perturb = adversary(config.adversarial)
             self.step = adversarial_step(config.training, config.adversarial, unit)
@@ -164,7 +169,7 @@ class _Training:
                 sums.add(result)
                 self._report(epoch, index, time.perf_counter() - start, result, sums)
         seconds = time.perf_counter() - start
-        validation = validate(self.model, self.splits.validation, 2 * self.settings.batch_size, device)
+        validation = validate(self.model, self.splits.validation, 2 * self.settings.batch_size, device, self.unit)
         robust = self._robust_accuracy()
         self._check_finite(epoch, {**sums.means(), "validation_ce": validation.ce})
         metrics = EpochMetrics(
@@ -237,11 +242,19 @@ class _Training:
             )
         if state is None:
             return
-        self.raw_model.load_state_dict(read_weights(self.folder.last))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.restore(state["schedule"])
-        self.stopping = EarlyStopping(**state["stopping"])
-        self.history = [EpochMetrics(**row) for row in state["history"]]
+        try:
+            self.raw_model.load_state_dict(read_weights(self.folder.last))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.restore(state["schedule"])
+            self.stopping = EarlyStopping(**state["stopping"])
+            self.history = [EpochMetrics(**row) for row in state["history"]]
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self.folder.last} was written by another version of robustfpd and cannot be resumed "
+                f"({first_line(error)}); its weights still load; start in another folder"
+            ) from None
         self.folder.write_metrics(state["history"])  # the interrupt may have come before
 
 

@@ -5,8 +5,8 @@ Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, through torc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,26 +29,35 @@ def _recompute(block: nn.Module) -> None:
     forward = block.forward
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
 
-    def recomputed(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled() or not block.training:
-            return forward(*inputs)
+    def recomputed(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **options)
+        # Dense blocks pass on a list that grows afterwards: the recomputation needs it as it is now.
+        as_now = [list(i) if isinstance(i, list) else i for i in inputs]
         return checkpoint(
-            forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_held(norms))
+            forward, *as_now, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsHeld(norms)), **options
         )
 
     block.forward = recomputed
 
 
-@contextmanager
-def _statistics_held(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Batch norms have taken this batch in already, in the forward pass."""
-    before = [(norm, norm.momentum) for norm in norms]
-    try:
-        for norm in norms:
+class _StatisticsHeld:
+    """Batch norms have taken this batch in already, in the forward pass.
+
+    May be entered again: a graph that is kept is recomputed by each backward pass through it.
+    """
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+        self.momenta: list[float | None] = []
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
             norm.momentum = 0.0
-        yield
-    finally:
-        for norm, momentum in before:
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
             if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.sub_(1)

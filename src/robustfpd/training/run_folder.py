@@ -108,8 +108,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     found: list[str] = []
     for key, value in old.items():
         name = f"{prefix}{key}"
-        if name in ("data.root", "data.download", "evaluation"):
+        if name in ("data.root", "data.download", "data.cache", "evaluation"):
             continue  # where the images lie and what is evaluated later does not change the training
+        if name == "adversarial" and old.get("stage") == new.get("stage") == "two-phase":
+            continue  # the next stage's
         if isinstance(value, dict):
             found += _differences(value, new[key], f"{name}.")
         elif value != new[key]:

@@ -36,8 +36,10 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> Validation:
-    """Measure a model on clean images."""
+def validate(
+    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, unit: Tensor | float = 1.0
+) -> Validation:
+    """Measure a model on clean images; `unit` is that of the restoration loss, in pixels."""
     right, ce, restoration, restores = 0, 0.0, 0.0, False
     with evaluating(model):
         for clean, labels in batches(images, batch_size, device):
@@ -47,7 +49,7 @@ def validate(model: nn.Module, images: ImageSet, batch_size: int, device: torch.
             ce += float(F.cross_entropy(logits, labels, reduction="sum"))
             if isinstance(out, FPDOutput):
                 restores = True
-                restoration += float(F.mse_loss(out.restored, clean)) * len(clean)
+                restoration += float(F.mse_loss(out.restored / unit, clean / unit)) * len(clean)
     count = len(images)
     return Validation(right / count, ce / count, restoration / count if restores else None)
 
