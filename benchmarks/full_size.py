@@ -41,14 +41,15 @@ def random_splits(config: RunConfig) -> Splits:
     draws = torch.Generator().manual_seed(0)
     count = 2 * config.training.batch_size
     channels = config.data.channels or described.in_channels
+    classes = described.num_classes + config.data.background
 
     def images(n: int) -> ImageSet:
         pixels = torch.randint(0, 256, (n, described.in_channels, *size), dtype=torch.uint8, generator=draws)
-        labels = torch.randint(0, described.num_classes, (n,), generator=draws)
+        labels = torch.randint(0, classes, (n,), generator=draws)
         return ImageSet(pixels, labels, channels, config.data.image_size)
 
-    resolved = {**vars(described), "in_channels": channels, "image_size": config.data.image_size}
-    return Splits(type(described)(**resolved), images(count), images(2), images(2))
+    task = {"num_classes": classes, "in_channels": channels, "image_size": config.data.image_size}
+    return Splits(type(described)(**{**vars(described), **task}), images(count), images(2), images(2))
 
 
 def two_steps(name: str, protocol: str, batch: int | None, shallow: bool, gate: bool) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import tyro
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    shown = warnings.showwarning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
@@ -47,3 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        warnings.showwarning = shown
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """One line, without the place in our code that says it."""
+    print(f"warning: {message}", file=sys.stderr)

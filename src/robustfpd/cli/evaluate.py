@@ -26,6 +26,7 @@ def evaluate(
     suite: str | None = None,
     num_images: int | None = None,
     split: Literal["test", "validation"] = "test",
+    space: Literal["pixels", "normalised"] | None = None,
     dataset: str | None = None,
     data_root: str | None = None,
     download: bool = False,
@@ -42,11 +43,13 @@ def evaluate(
     Args:
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
             wrote (then --dataset is needed).
-        eps: radii of the perturbation in pixels of [0, 1], for example 0.03 or 8/255; default the recipe's.
+        eps: radii of the perturbation in units of the space, for example 0.03 or 8/255; default the recipe's.
         norm: norm of the perturbation, linf, l2 or l1; default the recipe's.
         suite: which attacks; default the recipe's.
         num_images: how many images; default the recipe's.
         split: test, or validation: the images held out of training, to choose settings by.
+        space: where eps is measured, pixels of [0, 1], or normalised as in the published CALTECH evaluation; default the
+            recipe's.
         dataset: images of this data set instead of the run's.
         data_root: folder where torchvision keeps its data sets.
         download: fetch the data set into data-root when it is not there.
@@ -66,7 +69,13 @@ def evaluate(
     trained = _trained(run)
     model = models.load(trained.folder)
     config = configured(_settings(trained, dataset, model), data_root, download, seed)
-    plan = _plan(config.evaluation, eps, norm, suite, num_images)
+    plan = _plan(config.evaluation, eps, norm, suite, num_images).model_copy(
+        update={"space": space or config.evaluation.space}
+    )
+    if split == "validation" and config.data.selection == "test":
+        raise InputError(
+            f"{trained.name} held no images out of training (data.selection is test); evaluate the test images"
+        )
     splits = data.load(config.data)
     if splits.info.task != model.task:
         raise InputError(f"{trained.name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")

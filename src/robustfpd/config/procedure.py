@@ -128,4 +128,9 @@ class AdversarialConfig(ProcedureConfig):
     def _radius(self) -> AdversarialConfig:
         if self.norm == "linf" and self.eps > 1:
             raise ValueError(f"eps must be at most 1 in linf (8/255 is 0.0314), found {self.eps}")
+        if self.start_epoch >= self.epochs:
+            raise ValueError(
+                f"start_epoch {self.start_epoch} leaves none of {self.epochs} epochs for adversarial images; "
+                "lower it or raise epochs"
+            )
         return self

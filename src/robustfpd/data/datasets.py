@@ -67,6 +67,11 @@ def load(config: DataConfig, on_progress: OnProgress | None = None) -> Splits:
     else:
         rest, held_out = stratified(parts.train.labels, config.validation_fraction, config.split_seed, "validation")
         validation = parts.train.take(held_out)
+        if len(validation) == 0:
+            raise InputError(
+                f"{config.dataset} has {len(parts.train)} training images of {parts.info.num_classes} classes, too few to "
+                "hold any out for validation: each class needs two"
+            )
     if config.train_limit is not None:
         rest = rest[torch.randperm(len(rest), generator=generator(config.split_seed, "limit"))][: config.train_limit]
     return Splits(parts.info, parts.train.take(rest), validation, parts.test, parts.skipped)

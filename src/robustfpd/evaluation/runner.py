@@ -93,7 +93,7 @@ def evaluate(
         classifier, images, labels, numbers, norm, seed, batch_size, every_attack, observer or EvaluationObserver()
     )
     with evaluating(classifier):
-        return run.record(plan(suite, classifier), radii, suite, subject)
+        return run.record(plan(suite, classifier, norm), radii, suite, subject)
 
 
 class _Run:

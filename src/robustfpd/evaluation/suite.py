@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from robustfpd.attacks import adaptive
-from robustfpd.errors import unknown_name
+from robustfpd.errors import InputError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,14 @@ def check_suite(name: str) -> None:
         raise unknown_name("suite", name, _SUITES)
 
 
-def plan(suite: str, classifier: nn.Module) -> list[Planned]:
-    """Return the attacks of a suite that apply to this classifier; an unknown suite is an InputError."""
+def plan(suite: str, classifier: nn.Module, norm: str = "linf") -> list[Planned]:
+    """Return the attacks of a suite that apply to this classifier.
+
+    Raises:
+        InputError: unknown suite, or one whose steps are lengths in another norm.
+    """
     check_suite(suite)
+    if suite.startswith("published") and norm != "linf":
+        raise InputError(f"suite {suite!r} has steps for linf, found norm {norm!r}; use suite quick or thorough")
     offered = adaptive.views(classifier)
     return [planned for planned in _SUITES[suite] if planned.view in offered]
