@@ -48,8 +48,8 @@ def evaluate(
         suite: which attacks; default the recipe's.
         num_images: how many images; default the recipe's.
         split: test, or validation: the images held out of training, to choose settings by.
-        space: where eps is measured, pixels of [0, 1], or normalised as in the published CALTECH evaluation; default the
-            recipe's.
+        space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
+            the recipe's.
         dataset: images of this data set instead of the run's.
         data_root: folder where torchvision keeps its data sets.
         download: fetch the data set into data-root when it is not there.
