@@ -120,7 +120,7 @@ def test_what_is_added_keeps_the_promises(
         check(tmp_path / "models", name, model)
         assert isinstance(rf.load(name), rf.Plain if "plain" in name else rf.FPD)
         assert not any(part in json.dumps(model.model_dump()) for part in ("/machine", str(tmp_path)))
-    assert [m.training for m in known.values()] == ["two-phase, noise 0.2", "adversarial, eps 0.0314", "noise 0.2"]
+    assert [m.training for m in known.values()] == ["two-phase, noise 0.2", "adversarial, eps 0.1", "noise 0.2"]
     assert known["digits/mini-fpd"].description == "Anew"
 
 

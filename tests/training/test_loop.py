@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -273,3 +274,15 @@ def test_a_network_handed_over_in_evaluation_mode_is_trained_all_the_same(tmp_pa
     model = config.model.model_copy(update={"backbone": "custom", "stages": ("norm", "block")})
     result = train(config.model_copy(update={"model": model}), tmp_path / "run", net=Partly().eval(), device="cpu")
     assert not torch.equal(result.model.state_dict()["backbone.net.norm.running_mean"], torch.zeros(4))
+
+
+def test_a_run_without_validation_images_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config()
+    splits = data.load(config.data)
+    nothing = splits.validation.take(torch.arange(0))
+    monkeypatch.setattr("robustfpd.data.load", lambda _: dataclasses.replace(splits, validation=nothing))
+    with pytest.raises(InputError, match="too few to hold any out for validation"):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

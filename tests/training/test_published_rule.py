@@ -107,7 +107,9 @@ def test_behind_the_open_gate_both_phases_step_and_the_second_goes_through_the_f
     # The corrected rule, which stops the gradient, lands elsewhere: the test above could fail.
     corrected = config.training.model_copy(update={"second_pass": "detached"})
     _ours(config.model_copy(update={"training": corrected}), detached, clean, noisy, labels)
-    gap = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), detached.parameters(), strict=True))
+    gap = max(
+        float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), detached.parameters(), strict=True)
+    )
     assert gap > 1e-4
 
 

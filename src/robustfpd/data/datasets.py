@@ -14,7 +14,7 @@ from robustfpd.data.described import DatasetInfo, OnProgress, Parts
 from robustfpd.data.folders import read_folder
 from robustfpd.data.images import ImageSet
 from robustfpd.data.splits import stratified
-from robustfpd.errors import InputError, unknown_name
+from robustfpd.errors import unknown_name
 from robustfpd.seeding import generator
 
 
@@ -67,11 +67,6 @@ def load(config: DataConfig, on_progress: OnProgress | None = None) -> Splits:
     else:
         rest, held_out = stratified(parts.train.labels, config.validation_fraction, config.split_seed, "validation")
         validation = parts.train.take(held_out)
-        if len(validation) == 0:
-            raise InputError(
-                f"{config.dataset} has {len(parts.train)} training images of {parts.info.num_classes} classes, too few "
-                "to hold any out for validation: each class needs two"
-            )
     if config.train_limit is not None:
         rest = rest[torch.randperm(len(rest), generator=generator(config.split_seed, "limit"))][: config.train_limit]
     return Splits(parts.info, parts.train.take(rest), validation, parts.test, parts.skipped)

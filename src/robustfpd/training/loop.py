@@ -73,6 +73,11 @@ def train(
             else f"adversarial.start is scratch, found start={start}; leave one of them out"
         )
     splits = data.load(config.data)
+    if len(splits.validation) == 0:
+        raise InputError(
+            f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
+            "too few to hold any out for validation: each class needs two"
+        )
     model = build(splits.info.task, config.model, net=net, seed=config.seed)
     if start is not None:
         _take_over(model, Path(start), net, config.data.dataset)
