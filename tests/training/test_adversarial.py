@@ -254,7 +254,7 @@ def test_a_start_that_does_not_fit_is_named_before_training(tmp_path: Path) -> N
         train(stage, tmp_path / "c", start=tmp_path / "four-classes", device="cpu")
     wide = enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=16)
     wide.save(tmp_path / "wide")
-    with pytest.raises(InputError, match="another network .* settings: pyramid_channels was 16, now 8"):
+    with pytest.raises(InputError, match=r"another network .* settings: pyramid_channels was 16, now 8"):
         train(stage, tmp_path / "d", start=tmp_path / "wide", device="cpu")
     assert not any((tmp_path / name).exists() for name in "abcd")
 
