@@ -132,3 +132,44 @@ def test_colour_is_not_shown_in_grey(stored: tuple[str, Path]) -> None:
     dataset, root = stored
     with pytest.raises(InputError, match=f"{dataset} has RGB images, which are not shown as grey"):
         load(config(root, dataset, channels=1))
+
+
+def _idx(path: Path, values: np.ndarray[Any, Any]) -> None:
+    """Write uint8 values as the MNIST files have them."""
+    header = (0x0800 + values.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_unpacked_files_that_are_cut_off_are_fetched_anew_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+
+    def fetch(self: torchvision.datasets.MNIST) -> None:
+        if raw.is_dir():  # as torchvision does: what is there is there
+            return
+        if not reachable:
+            raise RuntimeError("no route to host")
+        raw.mkdir(parents=True)
+        for part in ("train", "t10k"):
+            _idx(raw / f"{part}-images-idx3-ubyte", np.full((20, 28, 28), 7))
+            _idx(raw / f"{part}-labels-idx1-ubyte", np.arange(20) % 10)
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        _idx(raw / f"{part}-images-idx3-ubyte", np.full((20, 28, 28), 7))
+        _idx(raw / f"{part}-labels-idx1-ubyte", np.arange(20) % 10)
+    whole = raw / "train-images-idx3-ubyte"
+    cut = whole.read_bytes()[:5000]
+    whole.write_bytes(cut)
+    with pytest.raises(MissingDataError, match="add --download to fetch it anew"):
+        load(config(tmp_path, "mnist"))
+    if reachable:
+        assert len(load(config(tmp_path, "mnist", download=True)).test) == 20
+        assert (tmp_path / "MNIST" / "raw.incomplete" / whole.name).read_bytes() == cut
+    else:
+        with pytest.raises(MissingDataError, match="could not be fetched into"):
+            load(config(tmp_path, "mnist", download=True))
+        assert whole.read_bytes() == cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from robustfpd.config import DataConfig
 from robustfpd.data.cache_images import images_folder, kept
 from robustfpd.data.decode import Pixels, covering
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
+from robustfpd.data.fetch import alone, set_aside
 from robustfpd.data.images import ImageSet, centre_crop
 from robustfpd.data.progress import decoding_shown
 from robustfpd.data.splits import stratified
 from robustfpd.errors import InputError, MissingDataError, first_line
+
+UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError)
+"""What torchvision raises on files that are not whole, or cannot be fetched."""
 
 Pair = tuple[Tensor, Tensor]
 """Images N×C×H×W uint8 and labels N."""
@@ -52,12 +56,9 @@ class Arrays:
                 f"or give the folder that holds {Path(described.files[0]).parts[0]} as --data-root"
             )
         try:
-            if config.download:
-                root.mkdir(parents=True, exist_ok=True)
-            # Torchvision takes a file that another process is still unpacking for a whole one.
-            with FileLock(root / f".{self.class_name}.lock") if config.download else nullcontext():
-                train, test = (self.tensors(kind(root, **choice, download=config.download)) for choice in self.choices)
-        except (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError) as error:
+            with alone(root / f".{self.class_name}.lock") if config.download else nullcontext():
+                train, test = self._fetched(kind, root, place, config.download)
+        except UNREADABLE as error:
             what = "could not be fetched into" if config.download else "is incomplete or damaged in"
             remedy = "delete that folder and add" if place.is_dir() else "add"
             raise MissingDataError(
@@ -67,6 +68,25 @@ class Arrays:
         for images, labels in (train, test):
             _check(images, labels, described, place)
         return train, test
+
+    def _fetched(self, kind: Any, root: Path, place: Path, download: bool) -> list[Pair]:
+        """Both parts; torchvision knows no checksum of unpacked files, so a folder it cannot read is fetched anew."""
+
+        def read() -> list[Pair]:
+            return [self.tensors(kind(root, **choice, download=download)) for choice in self.choices]
+
+        try:
+            return read()
+        except UNREADABLE:
+            if not download or not place.is_dir():
+                raise
+        aside = set_aside(place)
+        try:
+            return read()
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            aside.rename(place)
+            raise
 
 
 def read_digits(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:

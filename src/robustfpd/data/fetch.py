@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +85,9 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
             ours = note.exists()
             note.touch()
             before = set() if ours else {name for name in archive.leftovers if (home / name).is_file()}
-            _set_aside(folder, *(home / name for name in archive.leftovers))
+            for part in (folder, *(home / name for name in archive.leftovers)):
+                if part.is_dir():
+                    set_aside(part)
             getattr(torchvision.datasets, archive.class_name)(home.parent, download=True)
             for name in archive.leftovers:
                 if name not in before:  # an archive that was there may be the user's
@@ -95,9 +99,24 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
         ) from None
 
 
-def _set_aside(*folders: Path) -> None:
+def set_aside(folder: Path) -> Path:
     """Make way for a new download without deleting: someone may have put his own images there."""
-    for part in folders:
-        if part.is_dir():
-            aside = (part.with_name(f"{part.name}.incomplete{suffix}") for suffix in ("", *map(str, range(2, 1000))))
-            part.rename(next(path for path in aside if not path.exists()))
+    names = (f"{folder.name}.incomplete{suffix}" for suffix in ("", *map(str, range(2, 1000))))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    return folder.rename(aside)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Keep other processes from fetching the same; where nothing can be written, nothing is fetched either."""
+    held = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        held.release()
