@@ -49,6 +49,7 @@ def _find(described: DatasetInfo, root: Path, cache: Path) -> Found:
             size += file.stat().st_size
             images += file.name.lower().endswith(EXTENSIONS)
         classes += sum(1 for entry in os.scandir(place) if entry.is_dir()) if images else 0
+    there = there and (size > 0 or not places)  # empty folders hold nothing
     kept = cache.glob(f"{described.name}-*{SUFFIX}")
     cached = sum(path.stat().st_size for path in kept)
     return Found(described, there, images or None, classes or described.num_classes, size, cached)
