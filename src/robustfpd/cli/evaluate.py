@@ -13,7 +13,8 @@ import tyro
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    from robustfpd.config import EvaluationConfig, RunConfig
+    from robustfpd.config import DataConfig, EvaluationConfig, RunConfig
+    from robustfpd.data import ImageSet
     from robustfpd.evaluation import EvaluationRecord
     from robustfpd.models import FPD, Plain
 
@@ -59,7 +60,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from robustfpd import data, evaluation, models
+    from robustfpd import evaluation, models
     from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
     from robustfpd.evaluation.space import in_space
@@ -69,17 +70,8 @@ def evaluate(
     trained = _trained(run)
     model = models.load(trained.folder)
     config = configured(_settings(trained, dataset, model), data_root, download, seed)
-    plan = _plan(config.evaluation, eps, norm, suite, num_images).model_copy(
-        update={"space": space or config.evaluation.space}
-    )
-    if split == "validation" and config.data.selection == "test":
-        raise InputError(
-            f"{trained.name} held no images out of training (data.selection is test); evaluate the test images"
-        )
-    splits = data.load(config.data)
-    if splits.info.task != model.task:
-        raise InputError(f"{trained.name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
-    images = splits.test if split == "test" else splits.validation
+    plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
+    images = _images(config.data, split, model, trained.name)
     shown = trained.name if split == "test" else f"{trained.name} (validation images)"
     shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
     classifier, given = in_space(model.classifier(), images, plan.space)
@@ -89,7 +81,7 @@ def evaluate(
             classifier.to(chosen), given, suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images,
             seed=config.seed, every_attack=every_attack, subject=shown, observer=observer,
         )  # fmt: skip
-    source = splits.info.name if split == "test" else f"{splits.info.name}-{split}"
+    source = config.data.dataset if split == "test" else f"{config.data.dataset}-{split}"
     path = record.save(_new_file(trained.results, f"{source}-{record.suite}-{record.norm}"))
     console.print(evaluation_table(record))
     if plan.divide_by is not None:
@@ -98,8 +90,9 @@ def evaluate(
 
 
 def _plan(
-    plan: EvaluationConfig, eps: tuple[str, ...], norm: str | None, suite: str | None, num_images: int | None
-) -> EvaluationConfig:
+    plan: EvaluationConfig, eps: tuple[str, ...], norm: str | None, suite: str | None, num_images: int | None,
+    space: str | None,
+) -> EvaluationConfig:  # fmt: skip
     """The recipe's evaluation, with what the flags change."""
     from robustfpd.attacks.norms import geometry
 
@@ -107,7 +100,7 @@ def _plan(
     chosen = geometry(norm or plan.norm).name
     if chosen != plan.norm and not radii:
         raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen}")
-    changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite}
+    changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite, "space": space or plan.space}
     return plan.model_copy(update=changes | {"num_images": plan.num_images if num_images is None else num_images})
 
 
@@ -158,6 +151,18 @@ def _settings(trained: _Trained, dataset: str | None, model: FPD | Plain) -> Run
         known = data.info(dataset or config.data.dataset).num_classes
         changes["background"] = model.task.num_classes == known + 1  # the authors' CALTECH networks count it
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def _images(config: DataConfig, split: str, model: FPD | Plain, name: str) -> ImageSet:
+    """The images to attack, which must be such as the model was trained for."""
+    from robustfpd import data
+
+    if split == "validation" and config.selection == "test":
+        raise InputError(f"{name} held no images out of training (data.selection is test); evaluate the test images")
+    splits = data.load(config)
+    if splits.info.task != model.task:
+        raise InputError(f"{name} was trained for {model.task}, {splits.info.name} has {splits.info.task}")
+    return splits.test if split == "test" else splits.validation
 
 
 def _radius(text: str) -> float:
