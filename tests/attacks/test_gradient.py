@@ -368,7 +368,7 @@ def test_a_classifier_without_gradients_is_refused(corners: Tensor) -> None:
     ("options", "message"),
     [
         ({"norm": "l7"}, "unknown norm 'l7'; did you mean 'l2' or 'l1'"),
-        ({"loss": "hinge"}, "unknown loss 'hinge'; choose from ce, margin"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; choose from ce, dlr, margin"),
         ({"steps": 0}, "steps and restarts must be at least 1, found steps=0, restarts=1"),
         ({"restarts": 0}, "steps and restarts must be at least 1, found steps=40, restarts=0"),
         ({"step_size": 0.0}, "step_size must be a positive number, found 0.0"),

@@ -9,22 +9,20 @@ zero gradient wherever a pixel sits at 0 or 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.attacks.inputs import check_eps, check_images, check_labels, check_logits
+from robustfpd.attacks.attack import attack
+from robustfpd.attacks.inputs import check_logits
+from robustfpd.attacks.losses import Loss, LossFunction, loss_function
 from robustfpd.attacks.norms import Geometry, geometry
-from robustfpd.config import NORMS, Norm
-from robustfpd.errors import InputError, unknown_name
-from robustfpd.models.mode import evaluating
-
-Loss = Literal["ce", "margin"]
+from robustfpd.config import Norm
+from robustfpd.errors import InputError
 
 
+@attack("fgsm")
 def fgsm(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", loss: Loss = "ce",
     generator: torch.Generator | None = None,
@@ -39,6 +37,7 @@ def fgsm(
     )  # fmt: skip
 
 
+@attack("bim")
 def bim(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 10,
     step_size: float | None = None, loss: Loss = "ce", generator: torch.Generator | None = None,
@@ -47,19 +46,19 @@ def bim(
 
     Arguments, result and errors as in `pgd`; `generator` is not used.
     """
-    pixels = check_images(images)[0].numel()
-    stride = geometry(norm).stride(pixels)
-    size = check_eps(eps, norm) / max(steps, 1) * stride if step_size is None else step_size
+    stride = geometry(norm).stride(images[0].numel())
+    size = eps / max(steps, 1) * stride if step_size is None else step_size
     return pgd(
         classifier, images, labels, eps=eps, norm=norm, steps=steps, step_size=size, random_start=False, loss=loss,
         generator=generator,
     )  # fmt: skip
 
 
+@attack("pgd")
 def pgd(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 40,
     step_size: float | None = None, restarts: int = 1, random_start: bool = True, loss: Loss = "ce",
-    generator: torch.Generator | None = None,
+    early_stop: bool = False,     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient descent, untargeted.
 
@@ -77,7 +76,10 @@ def pgd(
             falls to zero along half a cosine, which finds more than any constant length.
         restarts: starts per image; an image that has fallen is not attacked again.
         random_start: start from a random point of the ball instead of the image.
-        loss: `ce` (cross-entropy) or `margin` (largest wrong logit minus the true one).
+        loss: `ce` (cross-entropy), `margin` (largest wrong logit minus the true one), `dlr` (the margin in units that
+            follow the logits' scale), or a function of logits N×K and labels N that gives N.
+        early_stop: give an image up as soon as an iterate is misclassified; costs fewer passes, and returns that
+            iterate.
         generator: source of random starts; None takes a fresh one with seed 0.
 
     Returns:
@@ -87,12 +89,8 @@ def pgd(
     Raises:
         InputError: images outside [0, 1] or with NaN, labels outside the classes, an unknown norm, …
     """
-    images = check_images(images).detach()
-    labels = check_labels(labels, len(images)).to(images.device)
-    eps = check_eps(eps, norm)
-    space = geometry(norm, NORMS, "pgd")
-    if loss not in _LOSSES:
-        raise unknown_name("loss", loss, _LOSSES)
+    space = geometry(norm)
+    objective = loss_function(loss)
     if steps < 1 or restarts < 1:
         raise InputError(f"steps and restarts must be at least 1, found steps={steps}, restarts={restarts}")
     if step_size is None:
@@ -102,21 +100,20 @@ def pgd(
         sizes = [step_size] * steps
     else:
         raise InputError(f"step_size must be a positive number, found {step_size!r}")
-    draws = generator if generator is not None else torch.Generator().manual_seed(0)
+    assert generator is not None  # the decorator's
 
     best, standing = images.clone(), torch.arange(len(images), device=images.device)
     best_loss = torch.full((len(images),), -torch.inf, device=images.device)
-    with evaluating(classifier):
-        for _ in range(restarts):
-            x, y = images[standing], labels[standing]
-            delta = space.sample(x, eps, draws) if random_start else torch.zeros_like(x)
-            found = _ascend(classifier, x, y, delta, eps, space, sizes, _LOSSES[loss])
-            gained = found.fooled | (found.loss > best_loss[standing])
-            best[standing[gained]] = found.images[gained]
-            best_loss[standing] = torch.maximum(best_loss[standing], found.loss)
-            standing = standing[~found.fooled]
-            if len(standing) == 0:
-                break
+    for _ in range(restarts):
+        x, y = images[standing], labels[standing]
+        delta = space.sample(x, eps, generator) if random_start else torch.zeros_like(x)
+        found = _ascend(classifier, x, y, delta, eps, space, sizes, objective, early_stop)
+        gained = found.fooled | (found.loss > best_loss[standing])
+        best[standing[gained]] = found.images[gained]
+        best_loss[standing] = torch.maximum(best_loss[standing], found.loss)
+        standing = standing[~found.fooled]
+        if len(standing) == 0:
+            break
     return best
 
 
@@ -128,20 +125,22 @@ class _Best:
         self.loss = torch.full((len(images),), -torch.inf, device=images.device)
         self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
 
-    def update(self, images: Tensor, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
+    def update(self, rows: Tensor, images: Tensor, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
+        """Note iterates of the images at `rows`."""
         fooled = (logits.argmax(dim=1) != labels) & logits.isfinite().all(dim=1)
-        better = (fooled & ~self.fooled) | ((fooled == self.fooled) & (loss > self.loss))
-        self.images = torch.where(better.reshape(-1, 1, 1, 1), images, self.images)
-        self.loss = torch.where(better, loss, self.loss)
-        self.fooled |= fooled
+        known = self.fooled[rows]
+        better = (fooled & ~known) | ((fooled == known) & (loss > self.loss[rows]))
+        self.images[rows[better]] = images[better]
+        self.loss[rows[better]] = loss[better]
+        self.fooled[rows] |= fooled
 
 
 def _ascend(
     classifier: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, eps: float, space: Geometry,
-    sizes: Sequence[float], loss: Callable[[Tensor, Tensor], Tensor],
+    sizes: Sequence[float], loss: LossFunction, early_stop: bool,
 ) -> _Best:  # fmt: skip
     """Run projected steps of the given sizes from `delta`; one forward pass more than there are steps."""
-    best = _Best(images)
+    best, rows = _Best(images), torch.arange(len(images), device=images.device)
     for step in range(len(sizes) + 1):
         x = (images + delta).clamp(0, 1).detach()
         last = step == len(sizes)
@@ -152,11 +151,9 @@ def _ascend(
                 check_logits(logits, labels)
             losses = loss(logits, labels)
             total = losses.sum()
-        best.update(x.detach(), logits.detach(), losses.detach().float(), labels)
+        best.update(rows, x.detach(), logits.detach(), losses.detach().float(), labels)
         if last:
             break
-        if not total.requires_grad and torch.is_inference_mode_enabled():
-            raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")
         if not total.requires_grad:
             raise InputError(
                 "the classifier's logits do not depend differentiably on the images; use a black-box attack"
@@ -165,17 +162,9 @@ def _ascend(
         # A NaN would wander into the images; the point stays where it is instead.
         delta = delta + sizes[step] * space.ascent(gradient.nan_to_num(0, 0, 0))
         delta = space.project(delta, images, eps)
+        if early_stop:
+            left = ~best.fooled[rows]
+            rows, images, labels, delta = rows[left], images[left], labels[left], delta[left]
+            if len(rows) == 0:
+                break
     return best
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
-    return others.amax(dim=1) - true
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": _cross_entropy, "margin": _margin}

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfpd.errors import InputError
 
@@ -66,3 +66,20 @@ def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
             f"{name} must be at most 1 in linf (pixels lie in [0, 1]), found {eps}; 8/255 is eight grey levels"
         )
     return float(eps)
+
+
+def num_classes(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Return K, found by one forward pass of the first image; what `check_logits` refuses, and K = 1, are refused."""
+    with torch.no_grad():
+        logits = check_logits(classifier(images[:1]), labels[:1])
+    check_logits(logits.expand(len(labels), -1), labels)
+    if logits.shape[1] < 2:
+        raise InputError("classifier must tell at least two classes apart, found one")
+    return int(logits.shape[1])
+
+
+def positive(**options: float) -> None:
+    """Refuse options that are not positive numbers."""
+    for name, value in options.items():
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name} must be a positive number, found {value!r}")

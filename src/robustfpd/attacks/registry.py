@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
+from robustfpd.attacks.attack import Attack
+from robustfpd.attacks.autoattack import autoattack, autoattack_rand
+from robustfpd.attacks.carlini_wagner import cw
 from robustfpd.attacks.gradient import bim, fgsm, pgd
-from robustfpd.config import Norm
+from robustfpd.attacks.noise import noise
+from robustfpd.attacks.with_art import hopskipjump, jsma, zoo
+from robustfpd.attacks.with_foolbox import ddn, deepfool, fmn
+from robustfpd.attacks.with_pyautoattack import fab, fab_t, square
 from robustfpd.errors import unknown_name
 
-
-class Attack(Protocol):
-    """The one signature of all attacks; further keyword arguments are the attack's own."""
-
-    def __call__(
-        self, classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Return adversarial images N×C×H×W in [0, 1]."""
-
-
-_ATTACKS: dict[str, Attack] = {"bim": bim, "fgsm": fgsm, "pgd": pgd}
+_ATTACKS: dict[str, Attack[Any]] = {
+    a.name: a
+    for a in (
+        apgd_ce, apgd_dlr, apgd_t, autoattack, autoattack_rand, bim, cw, ddn, deepfool, fab, fab_t, fgsm, fmn,
+        hopskipjump, jsma, noise, pgd, square, zoo,
+    )
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -30,7 +29,7 @@ def names() -> list[str]:
     return sorted(_ATTACKS)
 
 
-def get(name: str) -> Attack:
+def get(name: str) -> Attack[Any]:
     """Return an attack; an unknown name is an InputError with the nearest ones."""
     if name not in _ATTACKS:
         raise unknown_name("attack", name, _ATTACKS)

@@ -31,7 +31,7 @@ class _CpuElu(torch.autograd.Function):
         return x.clamp(max=0).exp_().sub_(1).add_(x.clamp(min=0))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004 torch's signature
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod

@@ -1,0 +1,41 @@
+"""Counts what an attack asks of a classifier: images forward, images backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Counted(nn.Module):
+    """A classifier that counts the images which pass through it; costs are told in passes, not in seconds."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.forward_passes = 0
+        """Images that went forward."""
+        self.backward_passes = 0
+        """Images whose gradient was asked for."""
+        self.per_image: Tensor | None = None
+        """Forward passes of each image of the last attack, N, where it told them; see `tell_queries`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images N×C×H×W: logits N×K."""
+        self.forward_passes += len(images)
+        logits: Tensor = self.classifier(images)
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            logits.register_hook(self._went_back)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _went_back(self, gradient: Tensor) -> None:
+        self.backward_passes += len(gradient)
+
+    def reset(self) -> None:
+        """Start again at zero."""
+        self.forward_passes, self.backward_passes, self.per_image = 0, 0, None
+
+
+def tell_queries(classifier: nn.Module, queries: Tensor) -> None:
+    """For attacks that know how often each image was tried: queries N, kept by a classifier that counts."""
+    if isinstance(classifier, Counted):
+        classifier.per_image = queries.detach().to("cpu", torch.long)

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.attacks import adaptive, pgd
+from robustfpd.attacks.adaptive import JOINT_WEIGHT, PLAIN, UNSQUASHED, adaptive_views
+from robustfpd.attacks.attack import left_alone
+from robustfpd.errors import InputError
+from robustfpd.models.denoise import Bottleneck, NonLocal
+
+DETOURS = ["bpda-restoration", "front-pass", "back-pass", "bpda-denoising", "joint", "joint-hidden"]
+
+
+def _model(**options: Any) -> rf.FPD:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = rf.enhance(
+            "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, mean=(0.4,), std=(0.3,),
+            **options,
+        )  # fmt: skip
+        model.train()(torch.rand(16, 1, 8, 8))
+    return model.double().eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(4)).double()
+
+
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def _slope(module: nn.Module, images: Tensor) -> Tensor:
+    """Gradient of a fixed mixture of logits."""
+    x = images.clone().requires_grad_()
+    logits = module(x)
+    mixture = torch.linspace(-1, 2, logits.numel()).double().reshape(logits.shape)
+    (gradient,) = torch.autograd.grad((logits * mixture).sum(), x)
+    return gradient
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+
+
+@pytest.mark.parametrize("head", ["tanh", "spectral", "orthogonal", "linear"])
+@pytest.mark.parametrize("middle", ["input", "restored", "none"])
+@pytest.mark.parametrize("denoise_after", [(), (0, 1)])
+def test_every_view_answers_with_the_logits_before_squashing(
+    images: Tensor, head: str, middle: str, denoise_after: tuple[int, ...]
+) -> None:
+    model = _model(head=head, middle=middle, denoise_after=denoise_after)
+    views = adaptive_views(model.classifier(), images)
+    expected = [PLAIN, *([UNSQUASHED] if head == "tanh" else []), "bpda-restoration", "front-pass"]
+    expected += ["back-pass"] if middle == "input" else []
+    expected += ["bpda-denoising"] if middle != "none" or denoise_after else []
+    assert list(views) == [*expected, "joint", "joint-hidden"]
+    with torch.no_grad():
+        features = model.back(model.restore(images), images)
+        for name, view in views.items():
+            expected_logits = model.head(features) if name == PLAIN else model.head.unsquashed(features)
+            assert torch.equal(view.module(images), expected_logits)
+    assert not any(view.surrogate for view in views.values())
+    assert [n for n, v in views.items() if v.loss is not None] == ["joint", "joint-hidden"]
+
+
+@pytest.mark.parametrize("denoise", ["dot", "softmax", "gaussian", "bottleneck", "none"])
+@pytest.mark.parametrize("normalise", ["each_pass", "once"])
+def test_every_kind_of_denoising_has_views_with_gradients(images: Tensor, denoise: str, normalise: str) -> None:
+    model = _model(denoise=denoise, normalise=normalise)
+    exact = _slope(model.classifier(squash=False), images)
+    with torch.no_grad():
+        before = model.classifier(squash=False)(images)
+    for name in DETOURS:
+        view = adaptive_views(model.classifier(), images)[name]
+        assert torch.equal(view.module(images), before)
+        slope = _slope(view.module, images)
+        assert bool(slope.isfinite().all())
+        assert bool((slope != 0).flatten(1).any(1).all())
+        assert _close(slope, exact) == name.startswith("joint")  # their loss differs, their way back is whole
+
+
+@pytest.mark.parametrize("middle", ["input", "restored", "none"])
+def test_straight_through_the_restoration_is_the_identity_there(images: Tensor, middle: str) -> None:
+    model = _model(middle=middle)
+    restored = model.restore(images).detach()
+
+    def by_hand(x: Tensor) -> Tensor:
+        moved = restored + (x - images)
+        return model.head.unsquashed(model.back(moved, x))
+
+    found = _slope(adaptive_views(model.classifier(), images)["bpda-restoration"].module, images)
+    expected = _slope(_Function(by_hand), images)
+    assert _close(found, expected)
+    assert not _close(found, _slope(model.classifier(squash=False), images))
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.function(images)
+        return out
+
+
+@pytest.mark.parametrize("denoise", ["dot", "bottleneck", "none"])
+def test_front_and_back_pass_alone_add_up_to_the_whole_gradient(images: Tensor, denoise: str) -> None:
+    model = _model(denoise=denoise)
+    views = adaptive_views(model.classifier(), images)
+    front, back = (_slope(views[name].module, images) for name in ("front-pass", "back-pass"))
+    assert _close(front + back, _slope(model.classifier(squash=False), images))
+    assert float(front.abs().max()) > 0 < float(back.abs().max())
+
+
+def test_the_front_pass_alone_is_the_whole_gradient_where_the_back_pass_sees_no_input(images: Tensor) -> None:
+    model = _model(middle="none")
+    front = _slope(adaptive_views(model.classifier(), images)["front-pass"].module, images)
+    assert _close(front, _slope(model.classifier(squash=False), images))
+
+
+def test_straight_through_denoising_is_the_gradient_of_a_network_without(images: Tensor) -> None:
+    model = _model(denoise="dot")
+    view = adaptive_views(model.classifier(), images)["bpda-denoising"].module
+    found = _slope(view, images)
+    kinds = [m for m in model.modules() if isinstance(m, (NonLocal, Bottleneck))]
+    assert len(kinds) == 2
+    hooks = [m.register_forward_hook(lambda m, given, out: given[0] + (out - given[0]).detach()) for m in kinds]
+    constant = images.clone()
+    expected = _slope(
+        _Function(lambda x: model.head.unsquashed(model.back(model.restore(x), constant))), images
+    )  # fmt: skip
+    for hook in hooks:
+        hook.remove()
+    assert _close(found, expected)
+    assert not _close(found, _slope(adaptive_views(model.classifier(), images)["front-pass"].module, images))
+
+
+@pytest.mark.parametrize(("name", "sign"), [("joint", 1), ("joint-hidden", -1)])
+def test_joint_losses_are_cross_entropy_and_ten_times_the_squared_error(images: Tensor, name: str, sign: int) -> None:
+    model = _model()
+    view = adaptive_views(model.classifier(), images)[name]
+    assert view.loss is not None
+    assert JOINT_WEIGHT == 10
+    x = images.clone().requires_grad_()
+    losses = view.loss(view.module(x), LABELS)
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    z = images.clone().requires_grad_()
+    restored = model.restore(z)
+    ce = F.cross_entropy(model.head.unsquashed(model.back(restored, z)), LABELS, reduction="none")
+    error = (restored - z).square().mean(dim=(1, 2, 3))
+    expected = ce + sign * 10 * error
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
+    assert losses.shape == (5,)
+
+
+def test_joint_attacks_move_the_restoration_the_way_they_say(images: Tensor) -> None:
+    model = _model()
+    views, error = adaptive_views(model.classifier(), images), {}
+    for name in ("joint", "joint-hidden"):
+        view = views[name]
+        found = pgd(view.module, images, LABELS, eps=0.2, steps=10, loss=view.loss or "ce")
+        with torch.no_grad():
+            error[name] = float((model.restore(found) - found).square().mean())
+    assert error["joint"] > error["joint-hidden"]
+
+
+@pytest.mark.parametrize("images_dtype", [torch.float32, torch.float64])
+def test_views_take_images_in_the_precision_of_the_classifier_and_in_double(
+    images: Tensor, images_dtype: torch.dtype
+) -> None:
+    model = _model().float()
+    for name, view in adaptive_views(model.classifier(), images.float()).items():
+        found = pgd(
+            view.module, images.to(images_dtype), LABELS, eps=0.05, steps=2, loss=view.loss or "margin"
+        )  # fmt: skip
+        assert found.dtype == images_dtype, name
+        assert not torch.equal(found, images.to(images_dtype)), name
+
+
+def test_views_leave_flags_hooks_gradients_and_weights_alone(images: Tensor) -> None:
+    model = _model().train()
+    model.backbone.eval()
+    next(model.parameters()).requires_grad_(False)
+
+    def state() -> list[Any]:
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        flags = [m.training for m in model.modules()]
+        return [hooks, flags, [(p.requires_grad, p.grad is None) for p in model.parameters()]]
+
+    before, weights = state(), {k: v.clone() for k, v in model.state_dict().items()}
+    views = adaptive_views(model.classifier(), images)
+    assert state() == before
+    for view in views.values():
+        pgd(view.module, images, LABELS, eps=0.1, steps=2, loss=view.loss or "ce")
+        assert state() == before
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    with pytest.raises(InputError), left_alone(views["bpda-denoising"].module):
+        views["bpda-denoising"].module(torch.rand(1, 1, 0, 8).double())
+    assert state() == before
+
+
+class _Rounded(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return (images * 15).round() / 15
+
+
+def test_a_foreign_module_gets_a_way_round_what_stops_its_gradients(images: Tensor) -> None:
+    honest = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    assert list(adaptive_views(honest, images)) == [PLAIN]
+    rounded = nn.Sequential(_Rounded(), honest).eval()
+    views = adaptive_views(rounded, images)
+    assert list(views) == [PLAIN, "straight-through"]
+    view = views["straight-through"].module
+    assert torch.equal(view(images), rounded(images))
+    assert float(_slope(rounded, images).abs().max()) == 0
+    torch.testing.assert_close(_slope(view, images), _slope(honest, images))
+
+
+def test_models_become_classifiers(net: nn.Module) -> None:
+    model = _model()
+    assert isinstance(adaptive.as_classifier(model), nn.Module)
+    assert adaptive.as_classifier(model) is not model
+    classifier = model.classifier()
+    assert adaptive.as_classifier(classifier) is classifier
+    assert adaptive.as_classifier(net) is net
