@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PACKAGES = ("robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
+PACKAGES = (
+    "robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pyautoattack", "foolbox",
+    "adversarial-robustness-toolbox",
+)  # fmt: skip
 
 
 def write_json(path: Path, values: Any) -> None:

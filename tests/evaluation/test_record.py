@@ -57,13 +57,14 @@ def test_what_is_saved_is_what_is_loaded(record: EvaluationRecord, tmp_path: Pat
 def test_the_files_say_what_they_hold(record: EvaluationRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path / "linf.json")
     values = json.loads(path.read_text())
-    assert values["format"] == 1
+    assert values["format"] == 2
     assert values["clean"] == {"count": 50, "total": 60, "low": record.clean.low, "high": record.clean.high}
     assert [w["eps"] for w in values["worst_case"]] == [0.01, 0.1 / 3]
     assert "ledger" not in values
     with (tmp_path / "linf.ledger.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(record.ledger) == sum(a.attacked for a in record.attacks)
+    assert len(rows) == len(record.ledger) == 60 + sum(a.attacked for a in record.attacks)
+    assert [row["attack"] for row in rows[:61]] == 60 * ["clean"] + ["FGSM"]
     assert [float(row["distance"]) for row in rows] == [row.distance for row in record.ledger]
 
 
@@ -86,10 +87,11 @@ def test_a_missing_record_says_where_was_looked(tmp_path: Path) -> None:
     [
         ("", "r.json cannot be read"),
         ('{"format": 1,', "r.json cannot be read"),
-        ("[1, 2]", "r.json is not an evaluation record of format 1, found 'list'"),
-        ("{}", "r.json is not an evaluation record of format 1, found None"),
-        ('{"format": 2}', "r.json is not an evaluation record of format 1, found 2"),
+        ("[1, 2]", "r.json is not an evaluation record of format 1 or 2, found 'list'"),
+        ("{}", "r.json is not an evaluation record of format 1 or 2, found None"),
+        ('{"format": 3}', "r.json is not an evaluation record of format 1 or 2, found 3"),
         ('{"format": 1}', "subject: .*required.* in .*r.json"),
+        ('{"format": 2}', "subject: .*required.* in .*r.json"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.attacks import registry
+from robustfpd.attacks.attack import attack as make_attack
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, Stage, evaluate
+from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, LedgerRow, Stage, evaluate
+from robustfpd.evaluation.ledger import CLEAN
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import Data, Linear
 
+    from robustfpd.config import Norm
+
+LOOKED_AT = 32
 RADII = (0.005, 0.02, 0.05, 0.15)
 
 
@@ -24,7 +30,12 @@ def _counts(record: EvaluationRecord) -> list[int]:
 
 
 def _findings(record: EvaluationRecord) -> Any:
-    return record.model_dump(exclude={"environment": True, "attacks": {"__all__": {"seconds"}}})
+    seconds = {"__all__": {"seconds"}}
+    return record.model_dump(exclude={"environment": True, "attacks": seconds, "ledger": seconds})
+
+
+def _attacked(record: EvaluationRecord) -> list[LedgerRow]:
+    return [row for row in record.ledger if row.attack != CLEAN]
 
 
 @pytest.fixture
@@ -50,7 +61,7 @@ def test_worst_case_is_the_closed_form_image_by_image(
     assert _counts(record) == [int(e.sum()) for e in expected]
     assert 50 > _counts(record)[0] > _counts(record)[-1] > 0
     for eps, stands in zip(RADII, expected, strict=True):
-        turned = {r.image for r in record.ledger if r.eps <= eps and r.adversarial_prediction != r.label}
+        turned = {r.image for r in _attacked(record) if r.eps <= eps and r.adversarial_prediction != r.label}
         right = set(torch.nonzero(linear(images).argmax(1) == labels).flatten().tolist())
         assert right - turned == set(torch.nonzero(stands).flatten().tolist())
 
@@ -80,7 +91,7 @@ def test_an_image_that_fell_is_not_attacked_again(linear: Linear, data: Data) ->
         standing -= attack.fooled
     assert standing == _counts(record)[-1]
     fallen: set[int] = set()
-    for row in record.ledger:
+    for row in _attacked(record):
         assert row.image not in fallen
         if row.adversarial_prediction != row.label:
             fallen.add(row.image)
@@ -88,16 +99,22 @@ def test_an_image_that_fell_is_not_attacked_again(linear: Linear, data: Data) ->
 
 def test_no_forward_pass_is_spent_on_images_that_fell(linear: Linear, data: Data) -> None:
     images, labels = data
-    record = evaluate(linear, data, suite="first-look", eps=0.05)
+    record = evaluate(linear.eval(), data, suite="first-look", eps=0.05)
     fgsm, pgd = record.attacks
-    expected = [60] + 2 * [fgsm.attacked] + [fgsm.attacked] + 41 * [pgd.attacked] + [pgd.attacked]
-    assert linear.batches == expected
-    linear.batches.clear()
+    assert 0 < pgd.attacked < fgsm.attacked == 50
+    asked = [size for size in linear.batches if size > LOOKED_AT]  # what is smaller is of checks and of looks at parts
+    assert asked == [60] + 3 * [50]
+    assert fgsm.forward_passes == 3 * 50  # two points, and the judgement
+    assert pgd.attacked <= LOOKED_AT
+    # PGD gives an image up where it falls: those that stand are asked at 41 points, and all are judged once.
+    stands = _counts(record)[0]
+    assert 42 * stands + 2 * (pgd.attacked - stands) <= pgd.forward_passes <= 42 * pgd.attacked
     with torch.no_grad():
         wrong = linear(images).argmax(1) != labels
     linear.batches.clear()
-    evaluate(linear, (images[wrong], labels[wrong]), suite="quick", eps=RADII)
-    assert linear.batches == [10]
+    nothing = evaluate(linear, (images[wrong], labels[wrong]), suite="quick", eps=RADII)
+    assert linear.batches == [10, 4]  # the second to find submodules that stop gradients
+    assert nothing.forward_passes == 14
 
 
 def test_every_attack_tries_all_and_gives_an_accuracy_per_attack(linear: Linear, data: Data) -> None:
@@ -109,7 +126,7 @@ def test_every_attack_tries_all_and_gives_an_accuracy_per_attack(linear: Linear,
         assert attack.accuracy.total == 60
         worst = next(w for w in alone.worst_case if w.eps == attack.eps)
         assert worst.robust.count <= attack.accuracy.count
-    assert len(alone.ledger) == alone.clean.count * len(alone.attacks)
+    assert len(_attacked(alone)) == alone.clean.count * len(alone.attacks)
     assert all(a <= s for a, s in zip(_counts(alone), _counts(some), strict=True))
 
 
@@ -119,17 +136,23 @@ def test_misclassified_images_count_as_not_robust(linear: Linear, data: Data) ->
     assert record.clean.count == 50
     assert _counts(record) == [50]
     assert record.worst_case[0].robust.total == 60
-    assert all(r.clean_prediction == r.label for r in record.ledger)
+    assert all(r.clean_prediction == r.label for r in _attacked(record))
+    clean = record.ledger[:60]
+    assert [r.image for r in clean] == list(range(60))
+    assert {r.attack for r in clean} == {CLEAN}
+    assert [r.outcome for r in clean] == [("fooled", "withstood")[i % 6 > 0] for i in range(60)]
 
 
 def test_the_ledger_holds_every_try(linear: Linear, data: Data) -> None:
     labels = data[1]
     record = evaluate(linear, data, suite="first-look", eps=(0.02, 0.05), batch_size=7)
-    assert len(record.ledger) == sum(a.attacked for a in record.attacks)
+    assert len(_attacked(record)) == sum(a.attacked for a in record.attacks)
     for attack in record.attacks:
         rows = [r for r in record.ledger if (r.attack, r.eps) == (attack.attack, attack.eps)]
         assert len(rows) == attack.attacked
         assert sum(r.adversarial_prediction != r.label for r in rows) == attack.fooled
+        assert sum(r.queries for r in rows) == attack.forward_passes
+        assert sum(r.gradients for r in rows) == attack.backward_passes
     for row in record.ledger:
         assert row.label == int(labels[row.image])
         assert 0 <= row.distance <= row.eps + 1e-6
@@ -138,9 +161,16 @@ def test_the_ledger_holds_every_try(linear: Linear, data: Data) -> None:
 def test_on_a_linear_model_the_batch_size_does_not_change_what_is_found(linear: Linear, data: Data) -> None:
     a, b = (evaluate(linear, data, suite="first-look", eps=RADII, batch_size=n) for n in (60, 7))
     assert _counts(a) == _counts(b)
-    linear.batches.clear()
-    evaluate(linear, data, suite="first-look", eps=0.02, batch_size=7)
-    assert max(linear.batches) == 7
+    sizes: set[int] = set()
+
+    def spy(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        sizes.add(len(images))
+        return images.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._ATTACKS, "fgsm", _attack(spy))
+        evaluate(linear, data, suite="first-look", eps=0.02, batch_size=7)
+    assert sizes == {7, 1}
 
 
 def test_the_seed_draws_the_images(linear: Linear, data: Data) -> None:
@@ -184,6 +214,19 @@ def test_an_observer_is_told_where_it_stands(linear: Linear, data: Data) -> None
     assert [s.standing for s in stages] == [a.attacked for a in record.attacks]
 
 
+def _attack(function: Any) -> Any:
+    """An attack with the one signature."""
+
+    def attack(
+        classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
+        generator: torch.Generator | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        found: Tensor = function(classifier, images, labels, eps=eps, norm=norm, generator=generator, **options)
+        return found
+
+    return make_attack("ours")(attack)
+
+
 def _outside(classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, **options: Any) -> Tensor:
     return (images + 1.5 * eps * (0.5 - images).sign()).clamp(0, 1)
 
@@ -196,13 +239,86 @@ def _not_a_number(classifier: nn.Module, images: Tensor, labels: Tensor, **optio
     return images * torch.nan
 
 
-@pytest.mark.parametrize("attack", [_outside, _off_the_box, _not_a_number])
-def test_an_attack_that_leaves_its_ball_is_refused(
-    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data, attack: Any
+def _another_shape(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return images[:, :, 1:]
+
+
+def _raises(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    raise IndexError("index 10 is out of bounds\nand more")
+
+
+@pytest.mark.parametrize(
+    ("attack", "note"),
+    [
+        (_outside, r"it left the linf ball of radius 0\.1: distance 0\.15"),
+        (_off_the_box, r"it left the linf ball of radius 0\.1: distance 0\.1, pixels in \[-0\.1,"),
+        (_not_a_number, r"it returned no images but \(50, 1, 6, 6\) or NaN"),
+        (_another_shape, r"it returned no images but \(50, 1, 5, 6\) or NaN"),
+        (_raises, r"IndexError: index 10 is out of bounds$"),
+    ],
+)
+def test_an_attack_that_fails_turns_nothing_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data, attack: Any, note: str
 ) -> None:
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", attack)
-    with pytest.raises(InputError, match=r"attack FGSM left the linf ball of radius 0\.1: distance"):
-        evaluate(linear, data, suite="first-look", eps=0.1)
+    alone = evaluate(linear, data, suite="first-look", eps=0.1)
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(attack))
+    record = evaluate(linear, data, suite="first-look", eps=0.1)
+    fgsm, pgd = record.attacks
+    assert (fgsm.attacked, fgsm.failed, fgsm.fooled) == (50, 50, 0)
+    assert (pgd.attacked, pgd.failed) == (50, 0)
+    assert _counts(record) == _counts(alone)
+    rows = [r for r in record.ledger if r.attack == "FGSM"]
+    assert {r.outcome for r in rows} == {"failed"}
+    assert all(re.search(note, r.note) for r in rows)
+    assert record.verdict.status == "suspect"
+    assert any(r.startswith("failed-attacks: FGSM failed on 50 images") for r in record.verdict.reasons)
+
+
+def test_an_attack_that_fails_on_one_batch_fails_for_its_images_alone(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data
+) -> None:
+    def third(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        batches.append(len(images))
+        if len(batches) == 3:
+            raise RuntimeError("CUDA error")
+        return rf.attacks.fgsm(classifier, images, labels, **options)
+
+    batches: list[int] = []
+    whole = evaluate(linear, data, suite="first-look", eps=0.02, batch_size=10, every_attack=True)
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(third))
+    part = evaluate(linear, data, suite="first-look", eps=0.02, batch_size=10, every_attack=True)
+    assert batches == 5 * [10]
+    a, b = ([r for r in e.ledger if r.attack == "FGSM"] for e in (whole, part))
+    assert [r.outcome for r in b[20:30]] == 10 * ["failed"]
+    for old, new in zip(a[:20] + a[30:], b[:20] + b[30:], strict=True):
+        assert old.model_copy(update={"seconds": new.seconds}) == new
+    assert _counts(part) == _counts(whole)  # PGD finds them
+    assert part.attacks[0].failed == 10
+
+
+def test_where_no_attack_runs_the_verdict_is_broken(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data
+) -> None:
+    for name in ("fgsm", "pgd"):
+        monkeypatch.setitem(registry._ATTACKS, name, _attack(_raises))
+    record = evaluate(linear, data, suite="first-look", eps=0.1)
+    assert record.robust_accuracy == record.clean_accuracy
+    assert record.verdict.status == "broken"
+
+
+def test_an_attack_that_changes_the_classifier_is_told_of_and_undone(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data
+) -> None:
+    def spoils(classifier: Any, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        classifier.classifier.weight.data.zero_()
+        return images.clone()
+
+    before = linear.weight.detach().clone()
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(spoils))
+    record = evaluate(linear, data, suite="first-look", eps=0.1)
+    assert torch.equal(linear.weight, before)
+    assert {r.note for r in record.ledger if r.attack == "FGSM"} == {"it changed the classifier's weight"}
+    assert any(r.startswith("unchanged-state: FGSM") for r in record.verdict.reasons)
 
 
 def test_an_attack_that_changes_nothing_turns_nothing(
@@ -215,11 +331,13 @@ def test_an_attack_that_changes_nothing_turns_nothing(
     def nothing(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return images.clone()
 
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", nothing)
-    monkeypatch.setitem(registry._ATTACKS, "pgd", nothing)
+    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(nothing))
+    monkeypatch.setitem(registry._ATTACKS, "pgd", _attack(nothing))
     record = evaluate(fpd, (images, labels), suite="quick", eps=0.5, every_attack=True)
     assert record.robust_accuracy == record.clean_accuracy == 1
     assert {r.distance for r in record.ledger} == {0.0}
+    assert record.verdict.status == "suspect"
+    assert any(r.startswith("idle-attacks") for r in record.verdict.reasons)
 
 
 def test_an_fpd_gets_attacks_before_its_tanh_and_a_plain_module_none(fpd: rf.FPD, linear: Linear, small: Data) -> None:
@@ -265,7 +383,9 @@ def test_an_evaluation_leaves_the_model_as_it_was(fpd: rf.FPD, small: Data) -> N
 def test_a_model_that_raises_is_left_as_it_was(linear: Linear, small: Data) -> None:
     net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(10, 3)).train()
     net[2].eval()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        InputError, match=r"raised an error on images \(6, 1, 8, 8\) torch.float32 on cpu: RuntimeError: "
+    ):
         evaluate(net, small, eps=0.01)
     assert [m.training for m in net.modules()] == [True, True, True, False]
 

@@ -1,10 +1,13 @@
 """Robust evaluation: suites of attacks, worst case per image, records."""
 
+from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
 from robustfpd.evaluation.runner import EvaluationObserver, Stage, evaluate
-from robustfpd.evaluation.suite import plan, suite_names
+from robustfpd.evaluation.suite import suite_names
+from robustfpd.evaluation.verdict import Check, Verdict
 
 __all__ = [
-    "AttackResult", "EvaluationObserver", "EvaluationRecord", "Proportion", "Stage", "WorstCase", "evaluate", "plan",
-    "suite_names",
+    "AttackResult", "Check", "EvaluationObserver", "EvaluationRecord", "LedgerRow", "OtherEvaluation",
+    "Proportion", "Stage", "Verdict", "WorstCase",
+    "evaluate", "is_unfinished", "suite_names",
 ]  # fmt: skip

@@ -9,9 +9,14 @@ from typing import Any
 
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
+from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows, writing
+from robustfpd.evaluation.verdict import Verdict
 from robustfpd.provenance import write_json
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""What can be read: 1 had no verdict, and a ledger without passes."""
+LEDGER = ".ledger.csv"
 
 
 class Proportion(Config):
@@ -51,6 +56,16 @@ class AttackResult(Config):
     accuracy: Proportion | None = None
     """Accuracy under this attack alone; known only when it was tried on all images."""
     seconds: float
+    failed: int = 0
+    """Images for which it raised an error or left its ball: it says nothing about these."""
+    spared: int = 0
+    """Images that still stood but were left out: no closer one had fallen to it."""
+    forward_passes: int = 0
+    backward_passes: int = 0
+    median_queries: float | None = None
+    """Forward passes until an image fell, for attacks that see no gradients; None where none fell."""
+    median_distance: float | None = None
+    """Norm of the smallest perturbations, for attacks that look for these; None where they found none."""
 
 
 class WorstCase(Config):
@@ -58,20 +73,6 @@ class WorstCase(Config):
 
     eps: float
     robust: Proportion
-
-
-class LedgerRow(Config):
-    """One image under one attack at one radius."""
-
-    image: int
-    """Its place in the data that was given, before `num_images` were drawn."""
-    label: int
-    clean_prediction: int
-    attack: str
-    eps: float
-    adversarial_prediction: int
-    distance: float
-    """Norm of the perturbation."""
 
 
 class EvaluationRecord(Config):
@@ -94,6 +95,25 @@ class EvaluationRecord(Config):
     weights_sha256: str | None = None
     """Of the classifier's weights; None where they cannot be read as bytes, and in records from before this field."""
     environment: dict[str, Any]
+    verdict: Verdict = Verdict()
+    """Whether the number can be trusted."""
+    check_forward_passes: int = 0
+    """Images that the checks sent forward; those of the attacks are told with these."""
+    check_backward_passes: int = 0
+    surrogates: tuple[str, ...] = ()
+    """Networks that transferred attacks were made on."""
+    settings_sha256: str | None = None
+    """Of everything that decides the result; None in records from before this field."""
+
+    @property
+    def forward_passes(self) -> int:
+        """Images that went forward through the classifier and its views, checks and clean predictions included."""
+        return sum(row.queries for row in self.ledger) + self.check_forward_passes
+
+    @property
+    def backward_passes(self) -> int:
+        """Images whose gradient was asked for."""
+        return sum(row.gradients for row in self.ledger) + self.check_backward_passes
 
     @property
     def num_images(self) -> int:
@@ -112,36 +132,28 @@ class EvaluationRecord(Config):
 
     def save(self, path: Path) -> Path:
         """Write JSON, and the ledger as CSV beside it; return the JSON's path."""
-        ledger = path.with_suffix(".ledger.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = ledger.with_name(ledger.name + ".new")
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(LedgerRow.model_fields)
-            writer.writerows(row.model_dump().values() for row in self.ledger)
-        partial.replace(ledger)
-        write_json(path, self.model_dump(mode="json", exclude={"ledger"}))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path.with_suffix(LEDGER), self.ledger)
+            write_json(path, self.model_dump(mode="json", exclude={"ledger"}))
         return path
 
     @classmethod
     def load(cls, path: Path) -> EvaluationRecord:
         """Read what `save` wrote; a missing or damaged file is an InputError."""
-        ledger = path.with_suffix(".ledger.csv")
         if not path.is_file():
             raise MissingDataError(f"no evaluation in {path.absolute()}; run robustfpd evaluate first")
         try:
             values = json.loads(path.read_text())
-            rows = _rows(ledger)
+            ledger = path.with_suffix(LEDGER)
+            rows = read_rows(ledger) if ledger.is_file() else []
+        except InputError:
+            raise
         except (ValueError, OSError, csv.Error) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+        if not isinstance(values, dict) or values.get("format") not in FORMATS:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
-            raise InputError(f"{path} is not an evaluation record of format {FORMAT}, found {found!r}")
+            raise InputError(
+                f"{path} is not an evaluation record of format {' or '.join(map(str, FORMATS))}, found {found!r}"
+            )
         return parse(cls, {**values, "ledger": rows}, str(path))
-
-
-def _rows(ledger: Path) -> list[dict[str, str]]:
-    if not ledger.is_file():
-        return []
-    with ledger.open(newline="") as file:
-        return list(csv.DictReader(file))

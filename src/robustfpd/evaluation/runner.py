@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
-from robustfpd.attacks.inputs import check_eps, check_images, check_labels, check_logits
+from robustfpd.attacks.adaptive import View
+from robustfpd.attacks.inputs import check_eps
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
-from robustfpd.data import ImageSet
 from robustfpd.errors import InputError
-from robustfpd.evaluation.record import AttackResult, EvaluationRecord, LedgerRow, Proportion, WorstCase
-from robustfpd.evaluation.suite import Planned, plan
+from robustfpd.evaluation import checks
+from robustfpd.evaluation.bench import OUTSIDE, Bench, forward_passes
+from robustfpd.evaluation.inputs import Data, check_module, device_of, digest, exact_digest, gather
+from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow, OtherEvaluation, is_unfinished
+from robustfpd.evaluation.record import LEDGER, AttackResult, EvaluationRecord, Proportion, WorstCase
+from robustfpd.evaluation.suite import Planned, Target, plan
+from robustfpd.evaluation.suite import suite as suite_named
+from robustfpd.evaluation.verdict import Check, Verdict
 from robustfpd.models.mode import evaluating
 from robustfpd.provenance import environment, weights_sha256
-from robustfpd.seeding import generator
 
-OUTSIDE = 1e-5
-"""How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
+TRANCHE = 10
+"""Dear attacks go to this part of what stands at a time, 1/10, the closest to falling first."""
+SMALLEST_TRANCHE = 32
 
 
 @dataclass(frozen=True)
@@ -46,166 +56,244 @@ class EvaluationObserver:
 
 def evaluate(
     classifier: nn.Module,
-    data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+    data: Data,
     *,
     suite: str = "quick",
     eps: float | Sequence[float] = 8 / 255,
     norm: Norm = "linf",
     num_images: int | None = None,
     seed: int = 0,
+    out_dir: str | Path | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
     batch_size: int = 64,
     every_attack: bool = False,
     subject: str = "classifier",
+    name: str = "record",
     observer: EvaluationObserver | None = None,
 ) -> EvaluationRecord:
-    """Attack a classifier and count what withstands.
+    """Attack a classifier, count what withstands, and say whether that number can be trusted.
 
     An image that has fallen to one attack, or at a smaller radius, is not attacked again: the smaller
     perturbation lies in the larger ball. Attacks that know the defence join when the classifier is an FPD.
 
     Args:
-        classifier: images N×C×H×W in [0, 1] → logits N×K, or one of our models.
+        classifier: images N×C×H×W in [0, 1] → logits N×K, or one of our models. Attacked in evaluation mode; flags,
+            parameters, gradients and buffers are afterwards what they were.
         data: (images, labels), or a loader of such batches.
-        suite: name of a suite.
+        suite: name of a suite: `quick`, `standard`, `full`, `published`, …
         eps: radius or radii, in pixels of [0, 1].
         norm: `linf`, `l2` or `l1`.
         num_images: how many images, drawn by `seed`; None takes all.
         seed: seed of the choice of images and of the attacks.
+        out_dir: folder for `record.json` and `record.ledger.csv`. The ledger is written as the evaluation goes: one
+            that was killed goes on where it stood when it is repeated, and one that is done is read.
+        surrogates: other classifiers on which transferred attacks are made, by name.
         batch_size: images per forward pass.
-        every_attack: try every attack on every image that is classified rightly, for a curve per attack;
-            costs more. Random starts then differ, as they are drawn per batch.
+        every_attack: try every attack on every image that is classified rightly, for a curve per attack; costs
+            more.
         subject: what the record calls the classifier.
+        name: what the files in `out_dir` are called instead of `record`.
         observer: callback for a live display.
 
     Raises:
-        InputError: unusable images, labels, radii, suite or classifier, or an attack that leaves its ball.
+        InputError: unusable images, labels, radii, suite or classifier, or a folder that holds another evaluation.
     """
-    classifier = adaptive.as_classifier(classifier)
+    classifier = adaptive.as_classifier(check_module(classifier))
     several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
     radii = sorted({check_eps(e, norm) for e in several})
     if not radii:
         raise InputError("eps must hold at least one radius, found none")
     geometry(norm)
-    images, labels, numbers = _gather(data, num_images, seed)
+    for planned in plan(suite, Target(norm)):
+        attacks.get(planned.attack).check_library(norm)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
-    run = _Run(
-        classifier, images, labels, numbers, norm, seed, batch_size, every_attack, observer or EvaluationObserver()
-    )
+    images, labels, numbers = gather(data, num_images, seed)
+    others = {
+        f"{n}": adaptive.as_classifier(check_module(m, f"surrogate {n!r}")) for n, m in (surrogates or {}).items()
+    }
+    settings = {
+        "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
+        "every_attack": every_attack, "images": exact_digest(images, labels), "weights": weights_sha256(classifier),
+        "surrogates": {n: weights_sha256(m) for n, m in others.items()}, "packages": environment()["packages"],
+    }  # fmt: skip
+    path = None if out_dir is None else Path(out_dir) / f"{name}.json"
+    sha = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    if path is not None and path.is_file() and not is_unfinished(path.with_suffix(LEDGER)):
+        return _finished(path, sha, settings)
+    ledger = Ledger(path and path.with_suffix(LEDGER), settings)
+    device = device_of(classifier, images)
+    with forward_passes(classifier) as looks:
+        handed_over = checks.handed_over(classifier, images, device)
     with evaluating(classifier):
-        return run.record(plan(suite, classifier, norm), radii, suite, subject)
+        bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size)
+        run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, observer or EvaluationObserver())
+        worst, results, verdict = run.everything()
+        forward, backward = run.passes_of_checks()
+        passes = sum(looks) + forward, backward
+    record = EvaluationRecord(
+        subject=subject, suite=suite, norm=norm, seed=seed, clean=worst[0].robust, worst_case=worst[1:],
+        attacks=results, ledger=tuple(ledger.rows), data_sha256=digest(images, labels), batch_size=batch_size,
+        every_attack=every_attack, weights_sha256=weights_sha256(classifier), environment=environment(device),
+        verdict=verdict, check_forward_passes=passes[0], check_backward_passes=passes[1], surrogates=tuple(others),
+        settings_sha256=sha,
+    )  # fmt: skip
+    if path is not None:
+        record.save(path)
+        ledger.finish()
+    return record
+
+
+def _finished(path: Path, sha: str, settings: Mapping[str, Any]) -> EvaluationRecord:
+    """The record that is there, if it is of this very evaluation."""
+    record = EvaluationRecord.load(path)
+    if record.settings_sha256 != sha:
+        there = {
+            "suite": record.suite, "norm": record.norm, "eps": [repr(w.eps) for w in record.worst_case],
+            "seed": record.seed, "batch_size": record.batch_size, "every_attack": record.every_attack,
+            "weights": record.weights_sha256, "packages": record.environment.get("packages"),
+        }  # fmt: skip
+        differing = (f"{k}={v!r}, this one has {settings[k]!r}" for k, v in there.items() if v != settings[k])
+        raise OtherEvaluation(
+            f"{path} holds another evaluation ({record.subject}, {record.num_images} images) with "
+            f"{next(differing, 'other images or surrogates')}; give another out_dir or name"
+        )
+    return record
 
 
 class _Run:
     """State of one evaluation."""
 
     def __init__(
-        self, classifier: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, norm: Norm, seed: int,
-        batch_size: int, every_attack: bool, observer: EvaluationObserver,
+        self, bench: Bench, ledger: Ledger, suite: str, radii: Sequence[float], surrogates: Mapping[str, nn.Module],
+        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver,
     ) -> None:  # fmt: skip
-        self.classifier, self.images, self.labels, self.norm = classifier, images, labels, norm
-        self.numbers = numbers
-        self.seed, self.batch_size, self.every_attack, self.observer = seed, batch_size, every_attack, observer
-        parameter = next(classifier.parameters(), None)
-        self.device = parameter.device if parameter is not None else images.device
-        self.views = adaptive.views(classifier)
-        self.ledger: list[LedgerRow] = []
+        self.bench, self.ledger, self.suite, self.radii = bench, ledger, suite, radii
+        self.surrogates, self.every_attack, self.observer = surrogates, every_attack, observer
+        self.checks = handed_over
+        self.closest = torch.full((len(bench.images),), -torch.inf)
+        """How near each image has come to falling."""
+        self.smallest: dict[str, dict[int, LedgerRow]] = {}
+        """What attacks that look for the smallest perturbation found, by attack and image."""
 
-    def record(self, planned: Sequence[Planned], radii: Sequence[float], suite: str, subject: str) -> EvaluationRecord:
-        self.clean = self._predict(self.images)
-        correct = self.clean == self.labels
+    def everything(self) -> tuple[tuple[WorstCase, ...], tuple[AttackResult, ...], Verdict]:
+        """Clean images, checks, attacks, checks of these; the first worst case is that of the clean images."""
+        bench, suite = self.bench, suite_named(self.suite)
+        count = len(bench.images)
+        self._clean()
+        correct = bench.clean == bench.labels
+        with forward_passes(bench.classifier) as self.looks:
+            views = adaptive.adaptive_views(bench.classifier, bench.images[:4].to(bench.device))
+        taken = sorted({*views} & {*self.surrogates})
+        if taken:
+            raise InputError(f"a surrogate cannot be called {taken[0]!r}: a view of the classifier has that name")
+        bench.offer(views | {n: View(m, surrogate=True) for n, m in self.surrogates.items()})
+        self.subject = checks.Subject(bench, correct, self.radii, suite.probes)
+        self.checks += checks.before_attacks(self.subject)
+        doubtful = any(c.outcome in ("suspicious", "failed") for c in self.checks)
+        target = Target(bench.norm, tuple(views), tuple(self.surrogates), checks.is_random(self.checks))
+        planned = plan(self.suite, target)
         standing = correct.clone()
         results: list[AttackResult] = []
-        worst: list[WorstCase] = []
-        for eps in radii:
+        worst = [WorstCase(eps=0, robust=Proportion.of(int(correct.sum()), count))]
+        for eps in self.radii:
             for attack in planned:
-                done = len(results) + 1
-                self.observer.on_stage(Stage(attack.label, eps, done, len(radii) * len(planned), int(standing.sum())))
+                stage = Stage(attack.label, eps, len(results) + 1, len(self.radii) * len(planned), int(standing.sum()))
+                self.observer.on_stage(stage)
                 tried = torch.nonzero(correct if self.every_attack else standing).flatten()
-                result, fallen = self._attack(attack, eps, tried)
+                result, fallen = self._attack(attack, eps, tried, spare=not doubtful)
                 standing[fallen] = False
                 results.append(result)
-            worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), len(self.labels))))
-        return EvaluationRecord(
-            subject=subject, suite=suite, norm=self.norm, seed=self.seed,
-            clean=Proportion.of(int(correct.sum()), len(self.labels)), worst_case=tuple(worst), attacks=tuple(results),
-            ledger=tuple(self.ledger), data_sha256=_digest(self.images, self.labels), batch_size=self.batch_size,
-            every_attack=self.every_attack, weights_sha256=weights_sha256(self.classifier),
-            environment=environment(self.device),
+            worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), count)))
+        findings = checks.Findings(planned, tuple(self.ledger.rows), results, standing, self.closest)
+        self.checks += checks.after_attacks(self.subject, findings)
+        return tuple(worst), tuple(results), Verdict.of(self.checks)
+
+    def passes_of_checks(self) -> tuple[int, int]:
+        """Images forward and backward, but for those of attacks and of the clean predictions."""
+        forward, backward = self.bench.looks
+        own = self.subject.classifier  # it goes round the views
+        return sum(self.looks) + forward + own.forward_passes, backward + own.backward_passes
+
+    def _clean(self) -> None:
+        """Classify the images as they are."""
+        bench = self.bench
+        for indices in torch.split(torch.arange(len(bench.images)), bench.batch_size):
+            rows = self.ledger.replay(CLEAN, 0.0, bench.numbers[indices].tolist())
+            if rows is None:
+                rows = bench.ask(indices)
+                self.ledger.add(rows)
+            bench.clean[indices] = torch.tensor([r.adversarial_prediction for r in rows])
+            self.closest[indices] = torch.tensor([r.closeness for r in rows])
+
+    def _attack(self, planned: Planned, eps: float, tried: Tensor, *, spare: bool) -> tuple[AttackResult, Tensor]:
+        """Run one attack on the images `tried`; return its result and the indices that fell."""
+        rows, spared, found = [], 0, self.smallest.setdefault(planned.label, {})
+        known = torch.tensor([int(i) in found for i in tried], dtype=torch.bool)
+        rows += self._again(planned, eps, tried[known]) if bool(known.any()) else []
+        fresh = tried[~known]
+        screened = planned.screened and spare and not self.every_attack
+        if screened:
+            fresh = fresh[self.closest[fresh].argsort(descending=True, stable=True)]
+        size = max(SMALLEST_TRANCHE, math.ceil(len(fresh) / TRANCHE)) if screened else max(len(fresh), 1)
+        for tranche in torch.split(fresh, size):
+            tranche_rows = [
+                r for batch in torch.split(tranche, self.bench.batch_size) for r in self._batch(planned, eps, batch)
+            ]
+            rows += tranche_rows
+            if screened and not any(r.outcome == "fooled" for r in tranche_rows):
+                spared = len(tried) - len(rows)
+                break
+        place = {int(number): i for i, number in enumerate(self.bench.numbers)}
+        lost = torch.tensor([place[r.image] for r in rows if r.outcome == "fooled"], dtype=torch.long)
+        return self._result(planned, eps, rows, spared), lost
+
+    def _batch(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+        """One batch: as the ledger has it, or attacked now."""
+        if len(indices) == 0:
+            return []
+        rows = self.ledger.replay(planned.label, eps, self.bench.numbers[indices].tolist())
+        if rows is None:
+            rows = self.bench.run(planned, eps, indices)
+            self.ledger.add(rows)
+        # What lies outside the ball tells nothing of how near an image came to falling inside.
+        limit = eps * (1 + OUTSIDE) + OUTSIDE
+        told = [r.outcome != "failed" and r.distance <= limit for r in rows]
+        near = torch.tensor([r.closeness if t else -torch.inf for r, t in zip(rows, told, strict=True)])
+        self.closest[indices] = torch.maximum(self.closest[indices], near)
+        if attacks.get(planned.attack).minimal:
+            self.smallest[planned.label].update(
+                {i: r for i, r in zip(indices.tolist(), rows, strict=True) if r.outcome != "failed"}
+            )
+        return rows
+
+    def _again(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+        """What was found at a smaller radius by an attack that does not depend on it, judged at this one."""
+        rows = self.ledger.replay(planned.label, eps, self.bench.numbers[indices].tolist())
+        if rows is None:
+            rows = []
+            for i in indices.tolist():
+                row = self.smallest[planned.label][i]
+                fooled = row.adversarial_prediction != row.label and row.distance <= eps * (1 + OUTSIDE)
+                changes: dict[str, Any] = {"eps": eps, "outcome": "fooled" if fooled else "withstood"}
+                rows.append(row.model_copy(update={**changes, "queries": 0, "gradients": 0, "seconds": 0.0}))
+            self.ledger.add(rows)
+        return rows
+
+    def _result(self, planned: Planned, eps: float, rows: Sequence[LedgerRow], spared: int) -> AttackResult:
+        attack, total = attacks.get(planned.attack), len(self.bench.labels)
+        fooled = [r for r in rows if r.outcome == "fooled"]
+        blind = attack.access != "gradients" and bool(fooled)
+        found = [r.distance for r in rows if r.distance > 0 and r.outcome != "failed"] if attack.minimal else []
+        return AttackResult(
+            attack=planned.label, eps=eps, attacked=len(rows), fooled=len(fooled),
+            accuracy=Proportion.of(len(rows) - len(fooled), total) if self.every_attack else None,
+            seconds=sum(r.seconds for r in rows), failed=sum(r.outcome == "failed" for r in rows), spared=spared,
+            forward_passes=sum(r.queries for r in rows), backward_passes=sum(r.gradients for r in rows),
+            median_queries=_median([r.queries for r in fooled]) if blind else None,
+            median_distance=_median(found) if found else None,
         )  # fmt: skip
 
-    def _attack(self, planned: Planned, eps: float, tried: Tensor) -> tuple[AttackResult, Tensor]:
-        """Run one attack on the images `tried`; return its result and the indices that fell."""
-        start, fallen = time.perf_counter(), []
-        attack, view = attacks.get(planned.attack), self.views[planned.view]
-        draws = generator(self.seed, planned.label, repr(eps))
-        for indices in torch.split(tried, self.batch_size):
-            if len(indices) == 0:
-                continue
-            x, y = self.images[indices].to(self.device), self.labels[indices].to(self.device)
-            adversarial = attack(view, x, y, eps=eps, norm=self.norm, generator=draws, **planned.options)
-            distance = geometry(self.norm).size(adversarial - x).cpu()
-            self._check_ball(planned, eps, adversarial, distance)
-            prediction = self._predict(adversarial)
-            fallen.append(indices[prediction != self.labels[indices]])
-            self._note(planned, eps, indices, prediction, distance)
-        lost = torch.cat(fallen) if fallen else torch.empty(0, dtype=torch.long)
-        alone = Proportion.of(len(tried) - len(lost), len(self.labels)) if self.every_attack else None
-        seconds = time.perf_counter() - start
-        return AttackResult(
-            attack=planned.label, eps=eps, attacked=len(tried), fooled=len(lost), accuracy=alone, seconds=seconds
-        ), lost
 
-    def _check_ball(self, planned: Planned, eps: float, adversarial: Tensor, distance: Tensor) -> None:
-        rounding = max(OUTSIDE, torch.finfo(adversarial.dtype).eps)
-        inside = float(distance.max()) <= eps * (1 + rounding) + rounding
-        if not inside or float(adversarial.min()) < 0 or float(adversarial.max()) > 1:
-            raise InputError(
-                f"attack {planned.label} left the {self.norm} ball of radius {eps}: "
-                f"distance {float(distance.max()):.6g}, "
-                f"pixels in [{float(adversarial.min()):.4g}, {float(adversarial.max()):.4g}]; it does not count"
-            )
-
-    def _note(self, planned: Planned, eps: float, indices: Tensor, prediction: Tensor, distance: Tensor) -> None:
-        for i, p, d in zip(indices.tolist(), prediction.tolist(), distance.tolist(), strict=True):
-            self.ledger.append(
-                LedgerRow(
-                    image=int(self.numbers[i]), label=int(self.labels[i]), clean_prediction=int(self.clean[i]),
-                    attack=planned.label, eps=eps, adversarial_prediction=p, distance=d,
-                )
-            )  # fmt: skip
-
-    @torch.no_grad()
-    def _predict(self, images: Tensor) -> Tensor:
-        """Classes the classifier itself gives, whatever view was attacked."""
-        parts = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size].to(self.device)
-            logits = self.classifier(batch)
-            parts.append(check_logits(logits, self.labels.max().expand(len(batch))).argmax(dim=1).cpu())
-        return torch.cat(parts)
-
-
-def _gather(
-    data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]], num_images: int | None, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and their places in `data`, checked; `num_images` drawn by the seed, in their own order."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
-        images, labels = data
-    else:
-        pairs = [(x, y) for x, y in data]
-        if not pairs:
-            raise InputError("data must hold at least one image, found none")
-        images, labels = torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-    images = check_images(images).detach().cpu()
-    labels = check_labels(labels, len(images)).cpu()
-    if num_images is None or num_images >= len(images):
-        return images, labels, torch.arange(len(images))
-    if num_images < 1:
-        raise InputError(f"num_images must be at least 1, found {num_images}")
-    chosen = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
-    return images[chosen], labels[chosen], chosen
-
-
-def _digest(images: Tensor, labels: Tensor) -> str:
-    return ImageSet((images * 255).round().to(torch.uint8), labels).digest()
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from robustfpd import attacks
+from robustfpd.attacks.adaptive import PLAIN, UNSQUASHED
+from robustfpd.config import Norm
+from robustfpd.errors import unknown_name
 
-from robustfpd.attacks import adaptive
-from robustfpd.errors import InputError, unknown_name
+EOT = 20
+"""How often a random classifier is asked at each step."""
 
 
 @dataclass(frozen=True)
@@ -20,43 +23,162 @@ class Planned:
     """How records and tables call it, unique in a suite."""
     attack: str
     """Name in the registry."""
-    view: str = adaptive.PLAIN
-    """Which of `attacks.adaptive.views` it differentiates."""
+    view: str = PLAIN
+    """Which of the views it differentiates."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the attack."""
+    screened: bool = False
+    """It is dear: images go to it closest to falling first, and the rest is spared when none of these falls."""
 
 
-_FGSM = (Planned("FGSM", "fgsm"), Planned("FGSM, pre-squash", "fgsm", adaptive.UNSQUASHED))
+@dataclass(frozen=True)
+class Target:
+    """What a plan depends on."""
+
+    norm: Norm = "linf"
+    views: Collection[str] = (PLAIN,)
+    surrogates: Collection[str] = ()
+    random: bool = False
+    """The classifier answers the same question differently: gradients are averaged."""
+
+    @property
+    def best(self) -> str:
+        """The view with the clearest gradients."""
+        return UNSQUASHED if UNSQUASHED in self.views else PLAIN
+
+    @property
+    def own(self) -> list[str]:
+        """The classifier and its logits before squashing."""
+        return [v for v in (PLAIN, UNSQUASHED) if v in self.views]
+
+    @property
+    def detours(self) -> list[str]:
+        """Views with another way back for gradients."""
+        return [v for v in self.views if v not in (PLAIN, UNSQUASHED, *self.surrogates)]
 
 
-def _pgd(restarts: int, steps: int = 40, **options: Any) -> tuple[Planned, ...]:
+@dataclass(frozen=True)
+class Suite:
+    """Attacks, and how many images the checks may attack for themselves."""
+
+    attacks: Callable[[Target], list[Planned]]
+    probes: int
+    """0: only the checks that need no attack."""
+
+
+def _named(label: str, attack: str, views: Iterable[str], *, screened: bool = False, **options: Any) -> list[Planned]:
+    """One attack on several views."""
+    return [Planned(label if v == PLAIN else f"{label}, {v}", attack, v, options, screened) for v in views]
+
+
+def _pgd(target: Target, restarts: int, steps: int = 40, **options: Any) -> list[Planned]:
     """PGD on the classifier and on its logits before squashing."""
-    settings = {"steps": steps, "restarts": restarts, **options}
     name = f"PGD-{steps} {options['loss']}" if "loss" in options else f"PGD-{steps}"
-    return (
-        Planned(name, "pgd", options=settings),
-        Planned(f"{name}, pre-squash", "pgd", adaptive.UNSQUASHED, settings),
-    )
+    return _named(name, "pgd", target.own, steps=steps, restarts=restarts, early_stop=True, **options)
 
 
-def _published(steps: int, step_size: float) -> tuple[Planned, ...]:
-    """FGSM and PGD as the authors ran them: on the squashed logits, no random start, steps of one length."""
-    return (
-        _FGSM[0],
-        Planned(
-            f"PGD-{steps}, no random start", "pgd",
-            options={"steps": steps, "step_size": step_size, "random_start": False},
-        ),
-    )  # fmt: skip
+def _adaptive(target: Target, steps: int = 40) -> list[Planned]:
+    """What an attacker tries who knows the defence: ways round its parts, and other networks' weaknesses."""
+    transfers = [Planned(f"PGD-40, transfer from {name}", "pgd", name) for name in target.surrogates]
+    detours = _named(f"PGD-{steps} margin", "pgd", target.detours, steps=steps, loss="margin", early_stop=True)
+    return [*detours, *transfers]
 
 
-_SUITES: dict[str, tuple[Planned, ...]] = {
-    "first-look": (*_FGSM, *_pgd(restarts=1)),
-    "quick": (*_FGSM, *_pgd(restarts=2)),
-    "published": _published(steps=40, step_size=2 / 255),  # SVHN and CALTECH
-    "published-mnist": _published(steps=100, step_size=0.1),
-    "pgd-100": (*_FGSM, *_pgd(restarts=5, steps=100)),
-    "thorough": (*_FGSM, *_pgd(restarts=5), *_pgd(restarts=5, loss="margin")),
+def _averaged(target: Target, steps: int) -> list[Planned]:
+    """AutoAttack `rand` for a classifier that answers differently each time; nothing for others."""
+    if not target.random:
+        return []
+    return [
+        *_named(f"APGD-CE, EOT {EOT}", "apgd-ce", target.own, steps=steps, eot=EOT),
+        *_named(f"APGD-DLR, EOT {EOT}", "apgd-dlr", target.own, steps=steps, eot=EOT),
+    ]
+
+
+def _first_look(target: Target) -> list[Planned]:
+    return [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=1)]
+
+
+def _quick(target: Target) -> list[Planned]:
+    averaged = _averaged(target, steps=20)
+    return [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=2), *_adaptive(target, steps=20), *averaged]
+
+
+def _pgd_100(target: Target) -> list[Planned]:
+    found = [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=5, steps=100), *_adaptive(target)]
+    return [*found, *_averaged(target, steps=100)]
+
+
+def _standard(target: Target) -> list[Planned]:
+    """AutoAttack's members and the adaptive attacks; what needs no gradients comes last."""
+    cheap = [
+        *_named("FGSM", "fgsm", target.own),
+        *_named("PGD-20 margin", "pgd", [target.best], steps=20, loss="margin", early_stop=True),
+        *_adaptive(target),
+    ]
+    if target.random:
+        return [*cheap, *_averaged(target, steps=100), *_named("Square", "square", [PLAIN], screened=True)]
+    first, targets = (5, 5) if target.norm == "l1" else (1, 9)  # as AutoAttack has it
+    return [
+        *cheap,
+        *_named("APGD-CE", "apgd-ce", target.own, restarts=first),
+        *_named("APGD-T", "apgd-t", [target.best], targets=targets),
+        *_named("APGD-T", "apgd-t", [v for v in target.own if v != target.best], screened=True, targets=targets),
+        *_named("FAB-T", "fab-t", [target.best], screened=True),
+        *_named("Square", "square", [PLAIN], screened=True),
+    ]
+
+
+def _full(target: Target) -> list[Planned]:
+    """`standard` with nothing spared, more starts, the smallest perturbations, and attacks on decisions."""
+    standard = [Planned(p.label, p.attack, p.view, p.options) for p in _standard(target)]
+    more = [
+        *_pgd(target, restarts=5, steps=100),
+        *_named("APGD-DLR", "apgd-dlr", target.own),
+        *_named("FMN", "fmn", target.own),
+        *_named("DeepFool", "deepfool", target.own),
+        *_named("DDN", "ddn", target.own),
+        *_named("C&W", "cw", target.own),
+        *_named("JSMA", "jsma", [target.best]),
+        *_named("ZOO", "zoo", [PLAIN], screened=True),
+        *_named("HopSkipJump", "hopskipjump", [PLAIN], screened=True),
+    ]
+    return [*standard, *more]
+
+
+def _published(steps: int, step_size: float) -> Callable[[Target], list[Planned]]:
+    """The paper's attacks, on the squashed logits as the authors ran them; made to work where theirs did nothing.
+
+    FGSM and PGD have the authors' steps and start at the image; in L2 and L1 theirs were .1 × 100. BIM follows eps and
+    norm, JSMA has wrong classes as targets, C&W, ZOO and HopSkipJump run until they find something.
+    """
+
+    def planned(target: Target) -> list[Planned]:
+        count, size = (steps, step_size) if target.norm == "linf" else (100, 0.1)
+        fixed = {"steps": count, "step_size": size, "random_start": False}
+        return [
+            Planned("FGSM", "fgsm"),
+            Planned(f"PGD-{count}, no random start", "pgd", options=fixed),
+            Planned("BIM", "bim", options={"steps": 100}),
+            *(Planned(f"FGSM, transfer from {name}", "fgsm", name) for name in target.surrogates),
+            *(Planned(f"PGD-{count}, transfer from {name}", "pgd", name, fixed) for name in target.surrogates),
+            Planned("DeepFool", "deepfool"),
+            Planned("C&W", "cw"),
+            Planned("JSMA", "jsma"),
+            Planned("ZOO", "zoo"),
+            Planned("HopSkipJump", "hopskipjump"),
+        ]
+
+    return planned
+
+
+_SUITES: dict[str, Suite] = {
+    "first-look": Suite(_first_look, probes=0),
+    "quick": Suite(_quick, probes=16),
+    "standard": Suite(_standard, probes=64),
+    "full": Suite(_full, probes=64),
+    "published": Suite(_published(steps=40, step_size=2 / 255), probes=24),  # SVHN and CALTECH
+    "published-mnist": Suite(_published(steps=100, step_size=0.1), probes=24),
+    "pgd-100": Suite(_pgd_100, probes=24),
 }
 
 
@@ -65,20 +187,18 @@ def suite_names() -> list[str]:
     return sorted(_SUITES)
 
 
-def check_suite(name: str) -> None:
-    """Raise an InputError for a name that is no suite."""
+def suite(name: str) -> Suite:
+    """Return a suite; an unknown name is an InputError with the nearest ones."""
     if name not in _SUITES:
         raise unknown_name("suite", name, _SUITES)
+    return _SUITES[name]
 
 
-def plan(suite: str, classifier: nn.Module, norm: str = "linf") -> list[Planned]:
-    """Return the attacks of a suite that apply to this classifier.
+def plan(name: str, target: Target) -> list[Planned]:
+    """Return the attacks of a suite for a target: those that its norm and its views allow.
 
     Raises:
-        InputError: unknown suite, or one whose steps are lengths in another norm.
+        InputError: unknown suite.
     """
-    check_suite(suite)
-    if suite.startswith("published") and norm != "linf":
-        raise InputError(f"suite {suite!r} has steps for linf, found norm {norm!r}; use suite quick or thorough")
-    offered = adaptive.views(classifier)
-    return [planned for planned in _SUITES[suite] if planned.view in offered]
+    offered = {*target.views, *target.surrogates}
+    return [p for p in suite(name).attacks(target) if p.view in offered and target.norm in attacks.get(p.attack).norms]

@@ -1,0 +1,186 @@
+"""The bench: one attack, one batch, what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from robustfpd import attacks
+from robustfpd.attacks.adaptive import View
+from robustfpd.attacks.attack import reproducible
+from robustfpd.attacks.counting import Counted
+from robustfpd.attacks.inputs import check_logits
+from robustfpd.attacks.losses import dlr
+from robustfpd.attacks.norms import geometry
+from robustfpd.config import Norm
+from robustfpd.errors import InputError, first_line
+from robustfpd.evaluation.ledger import CLEAN, LedgerRow, Outcome
+from robustfpd.evaluation.suite import Planned
+from robustfpd.seeding import generator
+
+OUTSIDE = 1e-5
+"""How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
+
+
+class Bench:
+    """A classifier in evaluation mode, images, and what is attacked of it; images and labels are on the CPU."""
+
+    def __init__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, device: torch.device,
+        norm: Norm, seed: int, batch_size: int,
+    ) -> None:  # fmt: skip
+        self.classifier, self.images, self.labels, self.numbers = classifier, images, labels, numbers
+        self.device, self.norm, self.seed, self.batch_size = device, norm, seed, batch_size
+        self.views: dict[str, View] = {}
+        self._counters: dict[str, Counted] = {}
+        self._looks = 0, 0
+        self._state = {name: value.detach().clone() for name, value in _tensors(classifier).items()}
+        self.clean = torch.zeros(len(images), dtype=torch.long)
+
+    def offer(self, views: Mapping[str, View]) -> None:
+        """Set what attacks may differentiate."""
+        self._counters = {name: Counted(view.module) for name, view in views.items()}
+        self.views = {name: replace(view, module=self._counters[name]) for name, view in views.items()}
+
+    @property
+    def looks(self) -> tuple[int, int]:
+        """Images that went forward and backward through the views, but in no attack of the bench's own."""
+        unsettled = self._counters.values()
+        forward = self._looks[0] + sum(c.forward_passes for c in unsettled)
+        return forward, self._looks[1] + sum(c.backward_passes for c in unsettled)
+
+    def ask(self, indices: Tensor) -> list[LedgerRow]:
+        """Rows of images as they are; an InputError where the classifier cannot be asked at all."""
+        start = time.perf_counter()
+        x = self.images[indices].to(self.device)
+        draws = generator(self.seed, CLEAN, *self.numbers[indices].tolist())
+        try:
+            logits = self._logits(x, draws)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        logits = check_logits(logits, self.labels.max().expand(len(x)))
+        if logits.shape[1] < 2:
+            raise InputError(f"the classifier must tell at least 2 classes apart, found {logits.shape[1]}")
+        self.clean[indices] = logits.argmax(dim=1).cpu()
+        ones = torch.ones(len(x), dtype=torch.long)
+        return self._rows(
+            CLEAN, 0.0, indices, logits.cpu(), torch.zeros(len(x)), ones, 0 * ones, time.perf_counter() - start
+        )
+
+    def run(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+        """Run one attack on one batch; whatever it raises is noted and costs only this batch."""
+        start = time.perf_counter()
+        x, y = self.images[indices].to(self.device), self.labels[indices].to(self.device)
+        attack, view, counter = attacks.get(planned.attack), self.views[planned.view], self._counters[planned.view]
+        options = dict(planned.options) if view.loss is None else {**planned.options, "loss": view.loss}
+        draws = generator(self.seed, planned.label, repr(eps), *self.numbers[indices].tolist())
+        self._looks = self._looks[0] + counter.forward_passes, self._looks[1] + counter.backward_passes
+        counter.reset()
+        note, distance, found = "", torch.zeros(len(x)), x
+        try:
+            found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
+            distance, note = self._measure(found, x, eps, minimal=attack.minimal)
+        except Exception as error:
+            note = f"{type(error).__name__}: {first_line(error)}"
+        logits = torch.zeros(0)
+        if not note:
+            try:
+                logits = check_logits(self._logits(found, draws), y).cpu()
+            except Exception as error:
+                note = f"adversarial images cannot be classified: {first_line(error)}"
+        changed = self._restore()
+        if changed and not note:
+            note = f"it changed the classifier's {changed}"
+        asked = int(logits.numel() > 0)
+        told = torch.zeros(len(x), dtype=torch.long) if counter.per_image is None else counter.per_image
+        queries = told + _shares(max(counter.forward_passes - int(told.sum()), 0), len(x))
+        gradients = _shares(counter.backward_passes, len(x))
+        counter.reset()
+        return self._rows(
+            planned.label, eps, indices, logits if asked else None, distance, queries + asked, gradients,
+            time.perf_counter() - start, note=note, minimal=attack.minimal,
+        )  # fmt: skip
+
+    def _measure(self, found: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, str]:
+        """Distances, and what is wrong with these images if anything is."""
+        if found.shape != images.shape or not bool(found.isfinite().all()):
+            return torch.zeros(len(images)), f"it returned no images but {tuple(found.shape)} or NaN"
+        distance = geometry(self.norm).size(found.double() - images.double()).float().cpu()
+        rounding = max(OUTSIDE, torch.finfo(found.dtype).eps)
+        furthest, low, high = float(distance.max()), float(found.min()), float(found.max())
+        inside = minimal or furthest <= eps * (1 + rounding) + rounding
+        if inside and low >= 0 and high <= 1:
+            return distance, ""
+        return distance, (
+            f"it left the {self.norm} ball of radius {eps:.4g}: distance {furthest:.6g}, "
+            f"pixels in [{low:.4g}, {high:.4g}]"
+        )
+
+    @torch.no_grad()
+    def _logits(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        with reproducible(draws):
+            logits: Tensor = self.classifier(images)
+        return logits
+
+    def _restore(self) -> str:
+        """Put back what an attack changed in the classifier, and name the first of it; "" where nothing is."""
+        changed = ""
+        for name, value in _tensors(self.classifier).items():
+            if not torch.equal(value, self._state[name]):
+                value.copy_(self._state[name])
+                changed = changed or name
+        return changed
+
+    def _rows(
+        self, label: str, eps: float, indices: Tensor, logits: Tensor | None, distance: Tensor, queries: Tensor,
+        gradients: Tensor, seconds: float, *, note: str = "", minimal: bool = False,
+    ) -> list[LedgerRow]:  # fmt: skip
+        """One row per image; without logits, or with a note, nothing was found."""
+        labels, rows = self.labels[indices], []
+        prediction = self.clean[indices] if logits is None else logits.argmax(dim=1)
+        near = torch.zeros(len(indices)) if logits is None else dlr(logits.float(), labels)
+        broken = logits is None or (bool(note) and not note.startswith("it changed"))
+        limit = eps * (1 + OUTSIDE) if minimal else float("inf")
+        for row, index in enumerate(indices.tolist()):
+            wrong = int(prediction[row]) != int(labels[row]) and float(distance[row]) <= limit
+            outcome: Outcome = "failed" if broken else "fooled" if wrong else "withstood"
+            rows.append(
+                LedgerRow(
+                    image=int(self.numbers[index]), label=int(labels[row]), clean_prediction=int(self.clean[index]),
+                    attack=label, eps=eps, adversarial_prediction=int(prediction[row]), distance=float(distance[row]),
+                    outcome=outcome, closeness=float(near[row].nan_to_num(0)), queries=int(queries[row]),
+                    gradients=int(gradients[row]), seconds=seconds / len(indices), seed=self.seed, note=note,
+                )
+            )  # fmt: skip
+        return rows
+
+
+@contextmanager
+def forward_passes(classifier: nn.Module) -> Iterator[list[int]]:
+    """Sizes of the batches that a classifier is asked meanwhile."""
+    sizes: list[int] = []
+    hook = classifier.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def _tensors(classifier: nn.Module) -> dict[str, Tensor]:
+    """Weights and statistics; quantised modules also keep what is no tensor."""
+    return {name: value for name, value in classifier.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _shares(total: int, count: int) -> Tensor:
+    """`total` passes split evenly over `count` images, the first ones taking what is left over."""
+    return torch.full((count,), total // count) + (torch.arange(count) < total % count).long()

@@ -1,0 +1,101 @@
+"""What the checks look at, and how they say what they saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustfpd.attacks.adaptive import UNSQUASHED
+from robustfpd.attacks.counting import Counted
+from robustfpd.errors import first_line
+from robustfpd.evaluation.bench import Bench
+from robustfpd.evaluation.ledger import LedgerRow
+from robustfpd.evaluation.record import AttackResult
+from robustfpd.evaluation.suite import Planned
+from robustfpd.evaluation.verdict import Check
+from robustfpd.seeding import generator
+
+LOOKED_AT = 32
+"""Images for the checks that attack nothing."""
+
+
+class Subject:
+    """The classifier under evaluation, with images that it classifies rightly."""
+
+    def __init__(self, bench: Bench, correct: Tensor, radii: Sequence[float], probes: int) -> None:
+        self.bench, self.radii, self.norm, self.seed = bench, radii, bench.norm, bench.seed
+        self.classifier = Counted(bench.classifier)
+        self.squashed = UNSQUASHED in bench.views
+        """Its logits before squashing are attacked too."""
+        self.white = Counted(bench.views[UNSQUASHED].module) if self.squashed else self.classifier
+        """What gradients are asked of: the logits before squashing where they can be had."""
+        right = torch.nonzero(correct).flatten()
+        chosen = right[torch.randperm(len(right), generator=generator(bench.seed, "probes"))]
+        self.images, self.labels = self._take(chosen[:LOOKED_AT].sort().values)
+        self.probes, self.probe_labels = self._take(chosen[:probes].sort().values)
+
+    def at(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels, on the classifier's device."""
+        return self._take(indices)
+
+    def draws(self, purpose: str) -> torch.Generator:
+        """A generator for one check."""
+        return generator(self.seed, "check", purpose)
+
+    @property
+    def forward_passes(self) -> int:
+        """Images that checks sent forward."""
+        return sum(c.forward_passes for c in self._counters)
+
+    @property
+    def backward_passes(self) -> int:
+        """Images whose gradient checks asked for."""
+        return sum(c.backward_passes for c in self._counters)
+
+    @property
+    def _counters(self) -> set[Counted]:
+        return {self.classifier, self.white}
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        bench = self.bench
+        return bench.images[indices].to(bench.device), bench.labels[indices].to(bench.device)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the attacks found."""
+
+    planned: Sequence[Planned]
+    rows: Sequence[LedgerRow]
+    results: Sequence[AttackResult]
+    standing: Tensor
+    """Which images withstood everything, N."""
+    closest: Tensor
+    """How near each came to falling, N."""
+
+
+def guarded(name: str, check: Callable[[], Check]) -> Check:
+    """What a check says; one that the classifier makes impossible is suspicious, and the others go on."""
+    try:
+        return check()
+    except Exception as error:  # a classifier may raise anything
+        evidence = f"it cannot be made: {type(error).__name__}: {first_line(error)}"
+        return Check(name=name, outcome="suspicious", evidence=evidence)
+
+
+def passed(name: str, evidence: str, **values: float) -> Check:
+    """Nothing wrong was seen."""
+    return Check(name=name, outcome="passed", evidence=evidence, values=values)
+
+
+def skipped(name: str, why: str) -> Check:
+    """There was nothing to look at."""
+    return Check(name=name, outcome="skipped", evidence=why)
+
+
+def judged(name: str, bad: bool, evidence: str, **values: float) -> Check:
+    """Passed, or suspicious when `bad`."""
+    return Check(name=name, outcome="suspicious" if bad else "passed", evidence=evidence, values=values)
