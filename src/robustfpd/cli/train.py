@@ -56,11 +56,11 @@ def train(
 
     from robustfpd import config as configuration
     from robustfpd.cli.running import configured, program, torch_device
-    from robustfpd.evaluation.suite import check_suite
+    from robustfpd.evaluation.suite import suite
 
     chosen = torch_device(device)
     run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
-    check_suite(run.evaluation.suite)  # now, not after hours of training
+    suite(run.evaluation.suite)  # now, not after hours of training
     run = run.twin() if plain else run
     variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
     folder = out or Path("runs") / (recipe_slug(recipe) + variant)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
-from robustfpd.evaluation import EvaluationRecord
+from robustfpd.evaluation import AttackResult, EvaluationRecord
+
+STYLES = {"trusted": "green", "suspect": "yellow", "broken": "red", "unchecked": "default"}
 
 
 def evaluation_table(record: EvaluationRecord) -> Table:
@@ -15,7 +18,7 @@ def evaluation_table(record: EvaluationRecord) -> Table:
     table = Table("eps", "accuracy [95 % interval]", "attacks: images turned / tried", title=title)
     table.add_row("0", str(record.clean), "clean")
     for worst in record.worst_case:
-        found = [f"{a.attack} {a.fooled}/{a.attacked}" for a in record.attacks if a.eps == worst.eps]
+        found = [_found(a) for a in record.attacks if a.eps == worst.eps]
         table.add_row(f"{worst.eps:.4g}", str(worst.robust), "\n".join(found), end_section=True)
     return table
 
@@ -31,6 +34,25 @@ def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
         cells = [r.worst_case[i].robust for r in records]
         table.add_row(f"{worst.eps:.3g}", *(_cell(c.value, c.low, c.high) for c in cells))
     return table
+
+
+def verdict_text(record: EvaluationRecord) -> Text:
+    """What the checks say, a line per reason, and what everything cost."""
+    verdict = record.verdict
+    text = Text("verdict: ").append(verdict.status, style=f"bold {STYLES[verdict.status]}")
+    passed = sum(c.outcome == "passed" for c in verdict.checks)
+    text.append(f" ({passed} of {len(verdict.checks)} checks passed)" if verdict.checks else "")
+    for reason in verdict.reasons:
+        text.append(f"\n  {reason}")
+    text.append(f"\npasses: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
+    return text
+
+
+def _found(result: AttackResult) -> str:
+    """What an attack did, on one line."""
+    left_out = [f"{result.spared} spared"] if result.spared else []
+    left_out += [f"{result.failed} failed"] if result.failed else []
+    return f"{result.attack} {result.fooled}/{result.attacked}" + (f" ({', '.join(left_out)})" if left_out else "")
 
 
 def _cell(value: float, low: float, high: float) -> str:

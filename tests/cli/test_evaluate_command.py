@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from robustfpd.cli import main
+from robustfpd.cli.subjects import foreign, surrogates, trained
+from robustfpd.evaluation import EvaluationRecord, Verdict
+from robustfpd.evaluation.ledger import Ledger, LedgerRow
+from robustfpd.report.tables import verdict_text
+
+MODULE = """
+import torch
+from torch import nn
+
+def _net(outputs=10):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)).eval()
+
+def make():
+    return _net()
+
+def seven():
+    return _net(7)
+
+class _Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = _net()
+    def forward(self, images):
+        return 1e4 * self.net(images)
+
+def scaled():
+    return _Scaled().eval()
+
+def raises():
+    raise RuntimeError("no weights here")
+
+class _Large(nn.Module):
+    def forward(self, images):
+        return images.reshape(len(images), 1, 99)
+
+large = _Large().eval()
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's in the folder one is in."""
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mynets", raising=False)
+    (tmp_path / "mynets.py").write_text(MODULE)
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+FAST = ("--dataset", "digits", "--eps", "0.05", "--num-images", "40", "--suite", "first-look")
+
+
+def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--model", "mynets:make", *FAST])
+    out = capsys.readouterr().out
+    assert "mynets:make: 40 images, linf, suite first-look" in out
+    assert "verdict: " in out
+    assert "images forward" in out
+    record = EvaluationRecord.load(Path("runs/mynets-make-evaluation/digits-first-look-linf.json"))
+    assert record.num_images == 40
+    assert {row.attack for row in record.ledger} == {"clean", "FGSM", "PGD-40"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name what to attack"),
+        (("runs/x", "--model", "mynets:make"), "name what to attack"),
+        (("--model", "mynets"), "--model must be package.module:factory, found 'mynets'"),
+        (("--model", "nonets:make"), "nonets cannot be imported from here: ModuleNotFoundError"),
+        (("--model", "mynets:mak"), "unknown name in mynets 'mak'; did you mean 'make'"),
+        (("--model", "mynets:number"), "must be a torch.nn.Module or a function that gives one, found int"),
+        (("--model", "mynets:raises"), r"mynets:raises\(\) raised RuntimeError: no weights here"),
+        (("--model", "builtins:dict"), r"builtins:dict\(\) must give a torch.nn.Module, found dict"),
+        (("--model", "mynets:make"), "mynets:make is no run; say which test images with --dataset"),
+        (("--model", "mynets:seven", *FAST), "mynets:seven gives 7 logits, digits has 10 classes"),
+        (("--model", "mynets:large", *FAST), "mynets:large raised RuntimeError on an image .*--image-size"),
+        (("--model", "mynets:make", *FAST, "--image-size", "0"), "--image-size must be at least 1, found 0"),
+        (("--model", "mynets:make", *FAST, "--surrogate", "mynets:none"), "unknown name in mynets 'none'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_attacked_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+) -> None:
+    import re
+
+    assert re.search(message, _fails(capsys, *arguments))
+    assert not Path("runs").exists()
+
+
+def test_strict_ends_with_3_unless_the_number_can_be_trusted(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--model", "mynets:make", *FAST, "--strict"])
+    assert "verdict: trusted" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--model", "mynets:scaled", *FAST, "--strict"])
+    assert ended.value.code == 3
+    out = capsys.readouterr().out
+    assert "verdict: suspect" in out
+    assert "vanishing-gradients: no gradient for" in out
+    main(["evaluate", "--model", "mynets:scaled", *FAST])
+    assert "verdict: suspect" in capsys.readouterr().out
+
+
+def test_surrogates_join_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FAST[:-1], "quick"]
+    main(["evaluate", "--model", "mynets:make", *words, "--surrogate", "mynets:scaled"])
+    record = EvaluationRecord.load(Path("runs/mynets-make-evaluation/digits-quick-linf.json"))
+    assert record.surrogates == ("mynets:scaled",)
+    assert [a.attack for a in record.attacks if "transfer" in a.attack] == ["PGD-40, transfer from mynets:scaled"]
+
+
+def test_the_twin_of_a_trained_network_joins_by_itself() -> None:
+    found = trained(Path("mnist/mini-fpd"))
+    assert found.twin == "mnist/mini-plain"
+    assert list(surrogates((), found.twin)) == ["mnist/mini-plain"]
+    assert trained(Path("mnist/mini-plain")).twin is None
+    assert trained(Path("digits/mini-fpd")).twin is None
+
+
+def test_a_module_is_taken_as_it_is() -> None:
+    assert isinstance(foreign("mynets:large"), nn.Module)
+    assert foreign("mynets:large") is foreign("mynets:large")
+    assert torch.equal(foreign("mynets:make").state_dict()["1.weight"], foreign("mynets:make").state_dict()["1.weight"])
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ["evaluate", "--model", "mynets:make", *FAST]
+    folder = Path("runs/mynets-make-evaluation")
+    add, calls = Ledger.add, [0]
+
+    def interrupted(self: Ledger, rows: Sequence[LedgerRow]) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        add(self, rows)
+
+    monkeypatch.setattr(Ledger, "add", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(whole)
+    assert ended.value.code == 130
+    assert "is kept in runs/mynets-make-evaluation" in capsys.readouterr().out
+    assert not (folder / "digits-first-look-linf.json").exists()
+    kept = (folder / "digits-first-look-linf.ledger.csv").read_text()
+    monkeypatch.setattr(Ledger, "add", add)
+    main(whole)
+    assert "went on with the unfinished evaluation" in capsys.readouterr().out
+    assert (folder / "digits-first-look-linf.ledger.csv").read_text().startswith(kept)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "digits-first-look-linf.json",
+        "digits-first-look-linf.ledger.csv",
+    ]
+    before = (folder / "digits-first-look-linf.json").read_bytes()
+    main(whole)
+    assert "measured before" in capsys.readouterr().out
+    assert (folder / "digits-first-look-linf.json").read_bytes() == before
+
+
+def test_the_verdict_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--model", "mynets:scaled", *FAST])
+    record = EvaluationRecord.load(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json"))
+    text = str(verdict_text(record))
+    assert text.splitlines()[0].startswith("verdict: suspect (")
+    assert text.splitlines()[1:-1] == [f"  {reason}" for reason in record.verdict.reasons]
+    assert text.splitlines()[-1] == (
+        f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward"
+    )
+    old: dict[str, Any] = {"verdict": Verdict()}
+    assert str(verdict_text(record.model_copy(update=old))).startswith("verdict: unchecked\n")
+    values = json.loads(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json").read_text())
+    assert values["verdict"]["status"] == "suspect"
