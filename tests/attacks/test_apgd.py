@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.attacks import Attack, apgd_ce, apgd_dlr, apgd_t, pgd
 from robustfpd.attacks.counting import Counted
-from robustfpd.attacks.norms import geometry
+from robustfpd.attacks.norms import L2, Geometry, geometry
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError
 
@@ -344,21 +344,33 @@ def _mnist(root: Path) -> tuple[nn.Module, Tensor, Tensor]:
     return model.classifier(), images[:200], labels[:200]
 
 
+def _in_turn(self: Geometry, delta: Tensor, images: Tensor, eps: float) -> Tensor:
+    """Cut off at the ball, then at the box, as pyautoattack does; ours goes to the nearest point of both."""
+    length = self.size(delta).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+    return (images + delta * (eps / length).clamp_max(1)).clamp(0, 1) - images
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.5)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0), ("l2", 1.5)])
 @pytest.mark.parametrize(("name", "options"), [("apgd-ce", {}), ("apgd-t", {"targets": 3})])
 def test_agrees_with_pyautoattack_on_mnist(
-    mnist_root: Path, name: str, options: dict[str, Any], norm: Norm, eps: float
+    monkeypatch: pytest.MonkeyPatch, mnist_root: Path, name: str, options: dict[str, Any], norm: Norm, eps: float
 ) -> None:
     net, images, labels = _mnist(mnist_root)
-    own, theirs = [], []
-    for seed in range(2):  # a single start turns up to two of 200 images more or fewer
+
+    def ours(seed: int) -> float:
         draws = torch.Generator().manual_seed(seed)
         found = OURS[name](net, images, labels, eps=eps, norm=norm, generator=draws, **options)
-        own.append(_accuracy(net, found, labels))
-        theirs.append(_theirs(name, net, images, labels, eps, norm, seed=seed, **options))
-    assert 0.2 < np.mean(theirs) < 0.95
-    assert abs(np.mean(own) - np.mean(theirs)) <= 0.01 + 1e-6, (own, theirs)
+        return _accuracy(net, found, labels)
+
+    # A single start turns up to two of 200 images more or fewer.
+    own = float(np.mean([ours(seed) for seed in range(2)]))
+    theirs = float(np.mean([_theirs(name, net, images, labels, eps, norm, seed=s, **options) for s in range(2)]))
+    assert own <= theirs + 0.01 + 1e-6
+    if eps == 1.5:  # where many pixels reach the box the nearest point turns more: 1 to 2 points
+        monkeypatch.setattr(L2, "project", _in_turn)
+        own = float(np.mean([ours(seed) for seed in range(2)]))
+    assert abs(own - theirs) <= 0.01 + 1e-6
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ from robustfpd.attacks import adaptive, registry
 from robustfpd.attacks.attack import attack as make_attack
 from robustfpd.attacks.counting import tell_queries
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord, evaluate
+from robustfpd.evaluation import evaluate, screening
 from robustfpd.evaluation import suite as suites
 from robustfpd.evaluation.ledger import CLEAN
+from robustfpd.evaluation.screening import tranches
 from robustfpd.evaluation.suite import Planned, Suite, Target
+from robustfpd.seeding import generator
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import Data, Linear
@@ -112,7 +114,7 @@ def test_passes_of_every_view_of_an_fpd_are_counted(monkeypatch: pytest.MonkeyPa
     record = evaluate(model, (images, labels), suite="ours", eps=0.02, batch_size=3, every_attack=True)
     hook.remove()
     assert [a.attack for a in record.attacks] == names
-    assert all(a.forward_passes == 4 * 4 for a in record.attacks)
+    assert all(a.forward_passes == 4 * (4 + 1) for a in record.attacks)  # and the logits before squashing
     assert record.forward_passes == sum(seen)
 
 
@@ -177,10 +179,10 @@ class _Tries:
         return out.clamp(0, 1)
 
 
-def _standing(record: EvaluationRecord) -> list[int]:
-    """Rightly classified images, the closest to falling first."""
-    rows = [r for r in record.ledger if r.attack == CLEAN and r.outcome == "withstood"]
-    return [r.image for r in sorted(rows, key=lambda r: -r.closeness)]
+def _order(label: str, eps: float, standing: list[int]) -> list[list[int]]:
+    """Tranches of images on the places `standing`, none of which an attack has seen yet."""
+    draws, images = generator(0, "tranches", label, repr(eps)), torch.tensor(standing)
+    return [part.tolist() for part in tranches(images, torch.full((len(images),), -torch.inf), draws)]
 
 
 @pytest.fixture
@@ -190,13 +192,12 @@ def many(linear: Linear) -> Data:
     return images, linear(images).argmax(1)
 
 
-@pytest.mark.parametrize(("falls", "tried"), [([], 32), ([3], 64), ([3, 40], 96), ([40], 32), ([3, 40, 70], 128)])
+@pytest.mark.parametrize(("falls", "tried"), [([], 64), ([3], 128), ([70], 64), ([3, 70], 130)])
 def test_a_dear_attack_goes_on_for_as_long_as_something_falls(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data, falls: list[int], tried: int
 ) -> None:
     images, _ = many
-    _install(monkeypatch)
-    order = _standing(evaluate(linear, many, suite="ours", eps=0.5))
+    order = [i for part in _order("Square", 0.5, list(range(130))) for i in part]
     attack = _Tries(images[[order[i] for i in falls]] if falls else images[:0])
     monkeypatch.setitem(registry._ATTACKS, "square", _spy(attack))
     _install(monkeypatch, Planned("Square", "square", screened=True))
@@ -205,9 +206,26 @@ def test_a_dear_attack_goes_on_for_as_long_as_something_falls(
     assert (result.attacked, result.spared) == (tried, 130 - tried)
     rows = [r for r in record.ledger if r.attack == "Square"]
     assert [r.image for r in rows] == order[:tried]
-    assert [len(b) for b in attack.batches] == (tried // 32) * [20, 12]
+    assert [len(b) for b in attack.batches] == (tried // 64) * [20, 20, 20, 4] + [2] * (tried == 130)
     assert result.fooled == len([f for f in falls if f < tried])
     assert record.worst_case[0].robust.count == 130 - result.fooled
+
+
+def test_an_attack_that_fails_on_a_tranche_spares_nothing(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
+) -> None:
+    calls = [0]
+
+    def raises_once(classifier: Any, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise RuntimeError("once")
+        return images.clone()
+
+    monkeypatch.setitem(registry._ATTACKS, "square", _spy(raises_once))
+    _install(monkeypatch, Planned("Square", "square", screened=True))
+    (result,) = evaluate(linear, many, suite="ours", eps=0.1).attacks
+    assert (result.attacked, result.failed, result.spared) == (128, 64, 2)
 
 
 def test_nothing_is_spared_under_every_attack(monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data) -> None:
@@ -242,12 +260,13 @@ def test_what_a_smallest_perturbation_found_outside_the_ball_does_not_say_who_is
     fell = [r.image for r in smallest if r.outcome == "fooled"]
     assert len(fell) < 20
     assert all(r.closeness > 0 for r in smallest)
-    order = [i for i in _standing(record) if i not in fell]
-    assert [r.image for r in record.ledger if r.attack == "Square"] == order[:32]
+    (first, *_) = _order("Square", 0.003, [i for i in range(130) if i not in fell])
+    assert [r.image for r in record.ledger if r.attack == "Square"] == first
 
 
 def test_screening_changes_nothing_for_an_honest_classifier(monkeypatch: pytest.MonkeyPatch, digits: Digits) -> None:
     net, images, labels = digits
+    monkeypatch.setattr(screening, "SMALLEST_TRANCHE", 16)
     records = []
     for screened in (True, False):
         _install(
@@ -374,7 +393,7 @@ def test_a_classifier_that_answers_no_logits_is_refused_at_the_first_batch(kind:
     images, labels = torch.rand(20, 1, 6, 6), torch.zeros(20, dtype=torch.long)
     with pytest.raises(InputError, match=message):
         evaluate(seen, (images, labels), suite="quick", eps=0.1, batch_size=7)
-    assert seen.forward_images == 7
+    assert seen.forward_images == 4 + 7  # a first look, and the first batch
 
 
 def test_labels_beyond_the_classes_are_refused_at_the_first_batch_wherever_they_are(linear: Linear) -> None:
@@ -382,7 +401,7 @@ def test_labels_beyond_the_classes_are_refused_at_the_first_batch_wherever_they_
     labels[19] = 2
     with pytest.raises(InputError, match="labels must be below the classifier's 2 classes, found 2"):
         evaluate(linear.eval(), (images, labels), suite="quick", eps=0.1, batch_size=7)
-    assert linear.batches == [7]
+    assert linear.batches == [4, 7]  # a first look, and the first batch
 
 
 @pytest.mark.parametrize("classifier", [lambda x: x, None, nn.Linear, "resnet18", torch.zeros(3)])
@@ -435,7 +454,7 @@ def test_data_that_are_none_are_refused(linear: Linear, data: Any, message: str)
         (float("nan"), "linf", "eps must be a positive number, found nan"),
         (float("inf"), "l2", "eps must be a positive number, found inf"),
         (8.0, "linf", "eps must be at most 1 in linf .* found 8.0; 8/255 is eight grey levels"),
-        ("0.1", "linf", "eps must be a positive number, found '0'"),
+        ("0.1", "linf", "eps must be a number or several, found the text '0.1'"),
     ],
 )
 def test_radii_that_are_none_are_refused(linear: Linear, data: Data, eps: Any, norm: Norm, message: str) -> None:

@@ -256,16 +256,16 @@ def test_gradients_that_vanish_only_off_the_images_are_seen(honest: defences.Net
 
 def test_gradient_agreement(honest: defences.Net) -> None:
     found = gradients.agreement(_subject(defences.BAD["misleading gradients"].make(honest)))
-    assert (found.outcome, found.values["median_error"] > 0.5) == ("suspicious", True)
+    assert (found.outcome, found.values["error"] > 0.5) == ("suspicious", True)
     good = gradients.agreement(_subject(honest))
-    assert (good.outcome, good.values["median_error"] < 0.01) == ("passed", True)
+    assert (good.outcome, good.values["error"] < 0.01) == ("passed", True)
 
 
 def test_gradient_stability(honest: defences.Net) -> None:
     found = gradients.stability(_subject(Before(honest, lambda x: x + 0.01 * (5000 * x).sin())))
-    assert (found.outcome, found.values["median_cosine_around"] < 0.3) == ("suspicious", True)
+    assert (found.outcome, found.values["cosine_around"] < 0.3) == ("suspicious", True)
     good = gradients.stability(_subject(honest))
-    assert (good.outcome, good.values["median_cosine"] > 0.8) == ("passed", True)
+    assert (good.outcome, good.values["cosine"] > 0.8) == ("passed", True)
 
 
 # How attacks behave

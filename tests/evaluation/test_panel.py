@@ -58,8 +58,9 @@ def _rightly_judged(record: EvaluationRecord, undefended: float) -> bool:
 
 def test_the_honest_networks_classify_and_the_plain_one_falls() -> None:
     images, labels = defences.sample(300)
+    nets = {name: make() for name, make in HONEST.items()}
     with torch.no_grad():
-        clean = {n: float((make()(images).argmax(1) == labels).float().mean()) for n, make in HONEST.items()}
+        clean = {n: float((net(images).argmax(1) == labels).float().mean()) for n, net in nets.items()}
     assert min(clean.values()) > 0.93, clean
     assert _undefended(FEW) < 0.3
 
@@ -100,3 +101,22 @@ def test_a_plain_network_is_trusted_where_it_withstands(seed: int, batch: int) -
     record = _evaluate(defences.plain(seed), MANY, eps=0.03, seed=seed, batch=batch)
     assert record.robust_accuracy > 0.8
     assert record.verdict.status == "trusted", record.verdict.reasons
+
+
+class _PartlyReversed(torch.nn.Module):
+    """True logits, but for two classes a gradient that leads the wrong way."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(images)
+        masked = logits.argmax(dim=1, keepdim=True) < 2
+        return torch.where(masked, 2 * logits.detach() - logits, logits)
+
+
+def test_gradients_that_are_wrong_for_a_few_classes_are_not_trusted() -> None:
+    record = _evaluate(_PartlyReversed(defences.plain()).eval(), 150, eps=0.12)
+    assert record.verdict.status != "trusted"
+    assert _flagged(record) & {"gradient-agreement", "black-box"}

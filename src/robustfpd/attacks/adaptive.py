@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,7 +57,10 @@ def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
     found = {name: View(module) for name, module in views(classifier).items()}
     if isinstance(classifier, FPDClassifier):
         return found | _fpd_views(classifier.fpd)
-    dead = passing(classifier, images)
+    try:
+        dead = passing(classifier, images)
+    except Exception:  # one that takes batches of one size only, say; the checks tell what attacks cannot do
+        dead = []
     if dead:
         found["straight-through"] = View(StraightThrough(classifier, dead))
     return found
@@ -80,7 +82,7 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
     if denoising or fpd.config.middle != "none":
         found["bpda-denoising"] = View(StraightThrough(_Through(fpd, input_detached=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
-        module = _Through(fpd)
+        module = _Through(fpd, joint=True)
         found[name] = View(module, _joint(module, sign))
     return found
 
@@ -88,17 +90,18 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
 class _Through(nn.Module):
     """An FPD's unsquashed logits with another way back for gradients; what goes forward is the same."""
 
-    def __init__(self, fpd: FPD, *, restored: str = "exact", input_detached: bool = False) -> None:
+    def __init__(self, fpd: FPD, *, restored: str = "exact", input_detached: bool = False, joint: bool = False) -> None:
         super().__init__()
         self.fpd = fpd
-        self.restored, self.input_detached = restored, input_detached
-        self.restoration = torch.zeros(0)
-        """Restoration loss of each image of the last batch, N."""
+        self.restored, self.input_detached, self.joint = restored, input_detached, joint
+        self.restoration: Tensor | None = None
+        """Restoration loss of each image of the last batch, N, until the loss has taken it: it holds the graph."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images N×C×H×W: logits N×K before squashing."""
         restored = self.fpd.restore(images)
-        self.restoration = F.mse_loss(restored, images, reduction="none").flatten(1).mean(dim=1)
+        if self.joint:
+            self.restoration = F.mse_loss(restored, images, reduction="none").flatten(1).mean(dim=1)
         if self.restored == "detached":
             restored = restored.detach()
         elif self.restored == "identity":
@@ -112,6 +115,8 @@ def _joint(module: _Through, sign: float) -> LossFunction:
     """Cross-entropy plus the restoration loss (spoil the restoration too), or minus it (stay inconspicuous)."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="none") + sign * JOINT_WEIGHT * module.restoration
+        restoration, module.restoration = module.restoration, None
+        assert restoration is not None  # of the forward pass that gave these logits
+        return F.cross_entropy(logits, labels, reduction="none") + sign * JOINT_WEIGHT * restoration
 
     return loss

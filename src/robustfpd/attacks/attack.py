@@ -58,7 +58,8 @@ class Attack(Generic[P]):
         given: dict[str, Any] = bound.arguments
         geometry(given["norm"], self.norms, self.name)
         given["eps"] = check_eps(given["eps"], given["norm"])
-        given["images"] = images = check_images(given["images"]).detach()
+        # A copy: a classifier that normalises in place would overwrite the caller's images.
+        given["images"] = images = check_images(given["images"]).detach().clone()
         given["labels"] = check_labels(given["labels"], len(images)).to(images.device)
         if given["generator"] is None:
             given["generator"] = torch.Generator().manual_seed(0)
@@ -66,7 +67,13 @@ class Attack(Generic[P]):
         if self.access == "gradients" and torch.is_inference_mode_enabled():
             raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")
         with left_alone(given["classifier"]), reproducible(given["generator"]):
-            return self.function(*bound.args, **bound.kwargs)
+            found = self.function(*bound.args, **bound.kwargs)
+        if bool(((found < 0) | (found > 1)).any()):
+            raise InputError(
+                f"attack {self.name} ended outside [0, 1]; does the classifier change its input in place? "
+                "Let it work on a copy"
+            )
+        return found
 
     def check_library(self, norm: str) -> None:
         """Raise an InputError, which names the command that installs it, where the package is missing."""
@@ -116,13 +123,15 @@ def left_alone(classifier: nn.Module) -> Iterator[None]:
 def reproducible(generator: torch.Generator) -> Iterator[None]:
     """Seed the global random states from the generator's, without drawing from it; then put them back.
 
-    Libraries draw from them, and so does a classifier that is random.
+    Libraries draw from them, and so does a classifier that is random. They are the process's: run attacks in one
+    thread at a time.
     """
     import numpy as np
 
     seed = int.from_bytes(hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:4], "big")
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - libraries use this one
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)

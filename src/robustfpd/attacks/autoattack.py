@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from robustfpd.attacks.attack import attack
+from robustfpd.attacks.counting import tell_queries
 from robustfpd.attacks.norms import geometry
 from robustfpd.attacks.with_pyautoattack import fab_t, square
 from robustfpd.config import Norm
@@ -69,4 +70,5 @@ def _in_turn(
         standing = standing[~fell]
         if len(standing) == 0:
             break
+    tell_queries(classifier, None)
     return best

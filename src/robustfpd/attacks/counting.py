@@ -35,7 +35,10 @@ class Counted(nn.Module):
         self.forward_passes, self.backward_passes, self.per_image = 0, 0, None
 
 
-def tell_queries(classifier: nn.Module, queries: Tensor) -> None:
-    """For attacks that know how often each image was tried: queries N, kept by a classifier that counts."""
+def tell_queries(classifier: nn.Module, queries: Tensor | None) -> None:
+    """For attacks that know how often each image was tried: queries N, kept by a classifier that counts.
+
+    None takes back what a part of an attack told of a part of the images.
+    """
     if isinstance(classifier, Counted):
-        classifier.per_image = queries.detach().to("cpu", torch.long)
+        classifier.per_image = None if queries is None else queries.detach().to("cpu", torch.long)

@@ -41,18 +41,27 @@ def check_labels(labels: Any, count: int, name: str = "labels") -> Tensor:
     return labels.long()
 
 
-def check_logits(logits: Any, labels: Tensor) -> Tensor:
-    """Return a classifier's output if it is N×K, finite, and K covers the labels."""
+def check_shape(logits: Any, labels: Tensor) -> Tensor:
+    """Return a classifier's output if it is N×K."""
     if not isinstance(logits, Tensor):
         hint = "; attack model.classifier()" if hasattr(logits, "logits") else ""
         raise InputError(f"classifier must return logits N×K, found {type(logits).__name__}{hint}")
     if logits.ndim != 2 or len(logits) != len(labels):
         raise InputError(f"classifier must return logits N×K with N={len(labels)}, found {tuple(logits.shape)}")
-    if not bool(logits.isfinite().all()):
+    if logits.is_complex() or logits.layout != torch.strided:
+        raise InputError(f"classifier must return real, dense logits, found {logits.dtype}, {logits.layout}")
+    found: Tensor = logits
+    return found
+
+
+def check_logits(logits: Any, labels: Tensor) -> Tensor:
+    """Return a classifier's output if it is N×K, finite, and K covers the labels."""
+    found = check_shape(logits, labels)
+    if not bool(found.isfinite().all()):
         raise InputError("classifier returned NaN or infinite logits")
-    if int(labels.max()) >= logits.shape[1]:
-        raise InputError(f"labels must be below the classifier's {logits.shape[1]} classes, found {int(labels.max())}")
-    return logits
+    if int(labels.max()) >= found.shape[1]:
+        raise InputError(f"labels must be below the classifier's {found.shape[1]} classes, found {int(labels.max())}")
+    return found
 
 
 def check_eps(eps: Any, norm: str, name: str = "eps") -> float:

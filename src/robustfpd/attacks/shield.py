@@ -74,7 +74,7 @@ class Watch(Shield):
         self.queries += len(images)
         logits = super().forward(images)
         self._look(images.detach().to(self.dtype), logits.detach())
-        return self.answer(logits, images)
+        return self.answer(logits, images).to(inputs.device)  # ART's seeds of gradients lie where its images do
 
     def _look(self, images: Tensor, logits: Tensor) -> None:
         inside = ((images >= 0) & (images <= 1)).flatten(1).all(dim=1)

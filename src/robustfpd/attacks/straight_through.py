@@ -22,7 +22,17 @@ class StraightThrough(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images N×C×H×W: logits N×K."""
-        hooks = [m.register_forward_hook(_hook) for m in self.submodules]
+        given: list[Tensor] = []
+
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+            given.append(arguments[0])
+            return (arguments[0].clone(), *arguments[1:])  # a module in place would overwrite it
+
+        def after(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+            return straight(given.pop(), out)
+
+        hooks: list[Any] = [m.register_forward_pre_hook(before) for m in self.submodules]
+        hooks += [m.register_forward_hook(after) for m in self.submodules]
         try:
             logits: Tensor = self.classifier(images)
         finally:
@@ -47,7 +57,7 @@ def passing(classifier: nn.Module, images: Tensor) -> list[nn.Module]:
         if module in given and isinstance(out, Tensor) and given[module].shape == out.shape:
             seen[module] = given[module]
 
-    inner = [m for m in classifier.modules() if m is not classifier]
+    inner = [m for m in classifier.modules() if m is not classifier and not isinstance(m, torch.jit.ScriptModule)]
     hooks: list[Any] = [m.register_forward_pre_hook(before) for m in inner]
     hooks += [m.register_forward_hook(after) for m in inner]
     try:
@@ -95,7 +105,3 @@ def straight(x: Tensor, out: Tensor) -> Tensor:
     """Return `out`, whose gradient goes to `x` as it is; both have one shape."""
     passed: Tensor = _Identity.apply(x, out.detach())
     return passed
-
-
-def _hook(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
-    return straight(given[0], out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd import attacks
-from robustfpd.attacks.adaptive import View
+from robustfpd.attacks.adaptive import UNSQUASHED, View
 from robustfpd.attacks.attack import reproducible
 from robustfpd.attacks.counting import Counted
-from robustfpd.attacks.inputs import check_logits
+from robustfpd.attacks.inputs import check_logits, check_shape
 from robustfpd.attacks.losses import dlr
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
@@ -23,6 +23,8 @@ from robustfpd.evaluation.ledger import CLEAN, LedgerRow, Outcome
 from robustfpd.evaluation.suite import Planned
 from robustfpd.seeding import generator
 
+CHANGED = "it changed the classifier's"
+"""How the note begins where an attack did what it must not, and what it found counts all the same."""
 OUTSIDE = 1e-5
 """How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
 
@@ -32,14 +34,15 @@ class Bench:
 
     def __init__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, device: torch.device,
-        norm: Norm, seed: int, batch_size: int,
+        norm: Norm, seed: int, batch_size: int, classes: int = 0,
     ) -> None:  # fmt: skip
         self.classifier, self.images, self.labels, self.numbers = classifier, images, labels, numbers
         self.device, self.norm, self.seed, self.batch_size = device, norm, seed, batch_size
         self.views: dict[str, View] = {}
         self._counters: dict[str, Counted] = {}
         self._looks = 0, 0
-        self._state = {name: value.detach().clone() for name, value in _tensors(classifier).items()}
+        self._state = {name: value.detach().clone() for name, value in tensors(classifier).items()}
+        self.classes = classes
         self.clean = torch.zeros(len(images), dtype=torch.long)
 
     def offer(self, views: Mapping[str, View]) -> None:
@@ -60,7 +63,7 @@ class Bench:
         x = self.images[indices].to(self.device)
         draws = generator(self.seed, CLEAN, *self.numbers[indices].tolist())
         try:
-            logits = self._logits(x, draws)
+            logits = self._logits(self.classifier, x, draws)
         except InputError:
             raise
         except Exception as error:
@@ -86,80 +89,86 @@ class Bench:
         draws = generator(self.seed, planned.label, repr(eps), *self.numbers[indices].tolist())
         self._looks = self._looks[0] + counter.forward_passes, self._looks[1] + counter.backward_passes
         counter.reset()
-        note, distance, found = "", torch.zeros(len(x)), x
+        faults, distance = [""] * len(x), torch.zeros(len(x))
+        logits, open_logits = None, None
         try:
             found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
-            distance, note = self._measure(found, x, eps, minimal=attack.minimal)
+            distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
+            logits = check_shape(self._logits(self.classifier, found, draws), y).cpu()
+            if UNSQUASHED in self.views:  # saturated logits are all alike
+                open_logits = self._logits(self._counters[UNSQUASHED].classifier, found, draws).cpu()
         except Exception as error:
-            note = f"{type(error).__name__}: {first_line(error)}"
-        logits = torch.zeros(0)
-        if not note:
-            try:
-                logits = check_logits(self._logits(found, draws), y).cpu()
-            except Exception as error:
-                note = f"adversarial images cannot be classified: {first_line(error)}"
+            faults = [f"{type(error).__name__}: {first_line(error)}"] * len(x)
         changed = self._restore()
-        if changed and not note:
-            note = f"it changed the classifier's {changed}"
-        asked = int(logits.numel() > 0)
+        asked = sum(answers is not None for answers in (logits, open_logits))
         told = torch.zeros(len(x), dtype=torch.long) if counter.per_image is None else counter.per_image
         queries = told + _shares(max(counter.forward_passes - int(told.sum()), 0), len(x))
         gradients = _shares(counter.backward_passes, len(x))
         counter.reset()
         return self._rows(
-            planned.label, eps, indices, logits if asked else None, distance, queries + asked, gradients,
-            time.perf_counter() - start, note=note, minimal=attack.minimal,
+            planned.label, eps, indices, logits, distance, queries + asked, gradients, time.perf_counter() - start,
+            faults=faults, changed=changed, open_logits=open_logits, minimal=attack.minimal,
         )  # fmt: skip
 
-    def _measure(self, found: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, str]:
-        """Distances, and what is wrong with these images if anything is."""
-        if found.shape != images.shape or not bool(found.isfinite().all()):
-            return torch.zeros(len(images)), f"it returned no images but {tuple(found.shape)} or NaN"
-        distance = geometry(self.norm).size(found.double() - images.double()).float().cpu()
+    def _measure(self, found: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, list[str]]:
+        """Distances, and what is wrong with each image if anything is."""
+        if found.shape != images.shape:
+            raise InputError(f"it returned no images but {tuple(found.shape)}")
+        found, images = found.cpu(), images.cpu()  # not all devices have float64
+        delta = (found.double() - images.double()).nan_to_num(torch.inf)
+        distance = geometry(self.norm).size(delta).float().cpu()
         rounding = max(OUTSIDE, torch.finfo(found.dtype).eps)
-        furthest, low, high = float(distance.max()), float(found.min()), float(found.max())
-        inside = minimal or furthest <= eps * (1 + rounding) + rounding
-        if inside and low >= 0 and high <= 1:
-            return distance, ""
-        return distance, (
-            f"it left the {self.norm} ball of radius {eps:.4g}: distance {furthest:.6g}, "
-            f"pixels in [{low:.4g}, {high:.4g}]"
-        )
+        low, high = found.flatten(1).amin(dim=1), found.flatten(1).amax(dim=1)
+        inside = (distance <= eps * (1 + rounding) + rounding) | (minimal & distance.isfinite())
+        right = inside & (low >= 0) & (high <= 1)
+        ball = f"it left the {self.norm} ball of radius {eps:.4g}"
+        faults = [
+            "" if fine else f"{ball}: distance {d:.6g}, pixels in [{least:.4g}, {most:.4g}]"
+            for fine, d, least, most in zip(*(v.tolist() for v in (right, distance, low, high)), strict=True)
+        ]
+        return distance.nan_to_num(0, 0, 0), faults
 
     @torch.no_grad()
-    def _logits(self, images: Tensor, draws: torch.Generator) -> Tensor:
+    def _logits(self, module: nn.Module, images: Tensor, draws: torch.Generator) -> Tensor:
         with reproducible(draws):
-            logits: Tensor = self.classifier(images)
+            logits: Tensor = module(images)
         return logits
 
     def _restore(self) -> str:
         """Put back what an attack changed in the classifier, and name the first of it; "" where nothing is."""
         changed = ""
-        for name, value in _tensors(self.classifier).items():
-            if not torch.equal(value, self._state[name]):
+        for name, value in tensors(self.classifier).items():
+            if not torch.equal(value.nan_to_num(), self._state[name].nan_to_num()):
                 value.copy_(self._state[name])
                 changed = changed or name
         return changed
 
     def _rows(
         self, label: str, eps: float, indices: Tensor, logits: Tensor | None, distance: Tensor, queries: Tensor,
-        gradients: Tensor, seconds: float, *, note: str = "", minimal: bool = False,
+        gradients: Tensor, seconds: float, *, faults: Sequence[str] = (), changed: str = "",
+        open_logits: Tensor | None = None, minimal: bool = False,
     ) -> list[LedgerRow]:  # fmt: skip
-        """One row per image; without logits, or with a note, nothing was found."""
+        """One row per image; where something went wrong, nothing was found."""
         labels, rows = self.labels[indices], []
-        prediction = self.clean[indices] if logits is None else logits.argmax(dim=1)
-        near = torch.zeros(len(indices)) if logits is None else dlr(logits.float(), labels)
-        broken = logits is None or (bool(note) and not note.startswith("it changed"))
+        notes = list(faults) or [""] * len(indices)
+        if logits is not None:
+            finite = logits.isfinite().all(dim=1).tolist()
+            lost = "adversarial image cannot be classified: NaN or infinite logits"
+            notes = [note or ("" if fine else lost) for note, fine in zip(notes, finite, strict=True)]
+        prediction = self.clean[indices] if logits is None else logits.nan_to_num().argmax(dim=1)
+        told = logits if open_logits is None else open_logits
+        near = torch.zeros(len(indices)) if told is None else dlr(told.float(), labels)
         limit = eps * (1 + OUTSIDE) if minimal else float("inf")
         for row, index in enumerate(indices.tolist()):
             wrong = int(prediction[row]) != int(labels[row]) and float(distance[row]) <= limit
-            outcome: Outcome = "failed" if broken else "fooled" if wrong else "withstood"
+            outcome: Outcome = "failed" if notes[row] else "fooled" if wrong else "withstood"
             rows.append(
                 LedgerRow(
                     image=int(self.numbers[index]), label=int(labels[row]), clean_prediction=int(self.clean[index]),
                     attack=label, eps=eps, adversarial_prediction=int(prediction[row]), distance=float(distance[row]),
-                    outcome=outcome, closeness=float(near[row].nan_to_num(0)), queries=int(queries[row]),
-                    gradients=int(gradients[row]), seconds=seconds / len(indices), seed=self.seed, note=note,
+                    outcome=outcome, closeness=float(near[row].nan_to_num(0, 0, 0)), queries=int(queries[row]),
+                    gradients=int(gradients[row]), seconds=seconds / len(indices), seed=self.seed,
+                    note=notes[row] or (f"{CHANGED} {changed}" if changed else ""),
                 )
             )  # fmt: skip
         return rows
@@ -169,6 +178,11 @@ class Bench:
 def forward_passes(classifier: nn.Module) -> Iterator[list[int]]:
     """Sizes of the batches that a classifier is asked meanwhile."""
     sizes: list[int] = []
+    if isinstance(
+        classifier, torch.jit.ScriptModule
+    ):  # takes no hooks: what is looked at beside attacks goes uncounted
+        yield sizes
+        return
     hook = classifier.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
     try:
         yield sizes
@@ -176,7 +190,7 @@ def forward_passes(classifier: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def _tensors(classifier: nn.Module) -> dict[str, Tensor]:
+def tensors(classifier: nn.Module) -> dict[str, Tensor]:
     """Weights and statistics; quantised modules also keep what is no tensor."""
     return {name: value for name, value in classifier.state_dict().items() if isinstance(value, Tensor)}
 

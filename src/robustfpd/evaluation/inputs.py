@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustfpd.attacks.attack import reproducible
 from robustfpd.attacks.inputs import check_images, check_labels
 from robustfpd.data import ImageSet
 from robustfpd.errors import InputError, first_line
+from robustfpd.models.mode import evaluating
 from robustfpd.seeding import generator
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
@@ -37,12 +39,46 @@ def gather(data: Data, num_images: int | None, seed: int) -> tuple[Tensor, Tenso
         raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
     images = check_images(images).detach().cpu()
     labels = check_labels(labels, len(images)).cpu()
+    if num_images is not None:
+        check_count("num_images", num_images)
     if num_images is None or num_images >= len(images):
         return images, labels, torch.arange(len(images))
-    if num_images < 1:
-        raise InputError(f"num_images must be at least 1, found {num_images}")
     chosen = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
     return images[chosen], labels[chosen], chosen
+
+
+def look(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[str, int]:
+    """What identifies a classifier beside its weights, and its number of classes; "" and 0 where it cannot be asked.
+
+    Its kind and its answers to the first images: code and plain attributes are no weights.
+
+    Raises:
+        InputError: its weights are not real, or it changes the images that it is given.
+    """
+    if device.type == "meta" or any(isinstance(p, nn.UninitializedParameter) for p in classifier.parameters()):
+        raise InputError("the classifier's weights hold no values yet (meta device, lazy modules); load them first")
+    x = images[:4].to(device, copy=True)
+    before = x.clone()
+    try:
+        with evaluating(classifier), reproducible(torch.Generator().manual_seed(0)), torch.no_grad():
+            logits = classifier(x)
+    except Exception:  # told by name when the images are classified
+        return "", 0
+    if not torch.equal(x, before):
+        raise InputError(
+            "the classifier changes its input in place, so attacks lose their images; let it work on a copy"
+        )
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.is_complex() or logits.layout != torch.strided:
+        return "", 0
+    said = " ".join(f"{value:.3e}" for value in logits.float().flatten().tolist())
+    kind = f"{type(classifier).__module__}.{type(classifier).__qualname__}"
+    return hashlib.sha256(f"{kind} {said}".encode()).hexdigest(), logits.shape[1]
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse what is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be at least {least}, found {value!r}")
 
 
 def check_module(classifier: Any, name: str = "classifier") -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -63,17 +64,18 @@ class Ledger:
         self.rows: list[LedgerRow] = []
         self.path = path
         self._known: list[LedgerRow] = []
+        self._next = 0
         if path is not None:
             self._known = self._open(path, settings or {})
 
     def replay(self, attack: str, eps: float, images: Sequence[int]) -> list[LedgerRow] | None:
         """Rows of a batch that was finished before; None where it was not, and whatever followed is dropped."""
-        known = self._known[: len(images)]
+        known = self._known[self._next : self._next + len(images)]
         asked = [(attack, eps, image) for image in images]
         if [(r.attack, r.eps, r.image) for r in known] != asked:
             self._cut()
             return None
-        self._known = self._known[len(images) :]
+        self._next += len(images)
         self.rows.extend(known)
         return known
 
@@ -110,7 +112,8 @@ class Ledger:
             return self._begin(path, asked)
         if not isinstance(found, dict):
             raise InputError(f"{marker} is damaged; delete it and {path} to start anew")
-        differing = sorted(k for k in {*asked, *found} if asked.get(k) != found.get(k))
+        differing = [k for k in {*asked, *found} if asked.get(k) != found.get(k)]
+        differing.sort(key=lambda k: (k == "behaviour", k))  # which tells nobody anything, where others differ as well
         if differing:
             name = differing[0]
             raise OtherEvaluation(
@@ -128,9 +131,9 @@ class Ledger:
         return []
 
     def _cut(self) -> None:
-        if self._known and self.path is not None:
+        if self._next < len(self._known) and self.path is not None:
             write_rows(self.path, self.rows)
-        self._known = []
+        self._known, self._next = [], 0
 
 
 def _settings_file(path: Path) -> Path:
@@ -156,10 +159,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {first_line(error)}; what it holds is kept: make room and repeat the "
-            "evaluation, it goes on from there"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; what it holds is kept: make room and repeat the evaluation, it goes on from there" if full else ""
+        raise InputError(f"{path} cannot be written: {first_line(error)}{advice}") from error
 
 
 def read_rows(path: Path, *, cut_off: bool = False) -> list[LedgerRow]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,24 +15,32 @@ from torch import Tensor, nn
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.attacks.adaptive import View
+from robustfpd.attacks.attack import reproducible
 from robustfpd.attacks.inputs import check_eps
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 from robustfpd.evaluation import checks
 from robustfpd.evaluation.bench import OUTSIDE, Bench, forward_passes
-from robustfpd.evaluation.inputs import Data, check_module, device_of, digest, exact_digest, gather
+from robustfpd.evaluation.inputs import (
+    Data,
+    check_count,
+    check_module,
+    device_of,
+    digest,
+    exact_digest,
+    gather,
+    look,
+)  # fmt: skip
 from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import LEDGER, AttackResult, EvaluationRecord, Proportion, WorstCase
+from robustfpd.evaluation.screening import fruitless, tranches
 from robustfpd.evaluation.suite import Planned, Target, plan
 from robustfpd.evaluation.suite import suite as suite_named
 from robustfpd.evaluation.verdict import Check, Verdict
 from robustfpd.models.mode import evaluating
 from robustfpd.provenance import environment, weights_sha256
-
-TRANCHE = 10
-"""Dear attacks go to this part of what stands at a time, 1/10, the closest to falling first."""
-SMALLEST_TRANCHE = 32
+from robustfpd.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -99,22 +106,36 @@ def evaluate(
         InputError: unusable images, labels, radii, suite or classifier, or a folder that holds another evaluation.
     """
     classifier = adaptive.as_classifier(check_module(classifier))
+    if isinstance(eps, str):
+        raise InputError(f"eps must be a number or several, found the text {eps!r}")
     several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
     radii = sorted({check_eps(e, norm) for e in several})
+    if torch.is_inference_mode_enabled():
+        raise InputError("evaluations cannot run inside torch.inference_mode(): gradients are off for good; leave it")
     if not radii:
         raise InputError("eps must hold at least one radius, found none")
     geometry(norm)
     for planned in plan(suite, Target(norm)):
         attacks.get(planned.attack).check_library(norm)
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, least=0)
+    if not isinstance(surrogates, (Mapping, type(None))):
+        raise InputError(f"surrogates must be modules by name, found {type(surrogates).__name__}")
     images, labels, numbers = gather(data, num_images, seed)
-    others = {
-        f"{n}": adaptive.as_classifier(check_module(m, f"surrogate {n!r}")) for n, m in (surrogates or {}).items()
-    }
+    device = device_of(classifier, images)
+    with forward_passes(classifier) as first_looks:
+        behaviour, classes = look(classifier, images, device)
+    others = {n: adaptive.as_classifier(check_module(m, f"surrogate {n!r}")) for n, m in (surrogates or {}).items()}
+    for n, m in others.items():
+        with forward_passes(m) as looks:
+            fits = device_of(m, images) == device and look(m, images, device)[1] == classes
+        first_looks += looks
+        if not fits:
+            raise InputError(f"surrogate {n!r} must lie on {device} and give {classes} logits, as the classifier does")
     settings = {
         "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
-        "every_attack": every_attack, "images": exact_digest(images, labels), "weights": weights_sha256(classifier),
+        "every_attack": every_attack, "behaviour": behaviour, "images": exact_digest(images, labels),
+        "weights": weights_sha256(classifier),
         "surrogates": {n: weights_sha256(m) for n, m in others.items()}, "packages": environment()["packages"],
     }  # fmt: skip
     path = None if out_dir is None else Path(out_dir) / f"{name}.json"
@@ -122,15 +143,14 @@ def evaluate(
     if path is not None and path.is_file() and not is_unfinished(path.with_suffix(LEDGER)):
         return _finished(path, sha, settings)
     ledger = Ledger(path and path.with_suffix(LEDGER), settings)
-    device = device_of(classifier, images)
     with forward_passes(classifier) as looks:
         handed_over = checks.handed_over(classifier, images, device)
     with evaluating(classifier):
-        bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size)
+        bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size, classes)
         run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, observer or EvaluationObserver())
         worst, results, verdict = run.everything()
         forward, backward = run.passes_of_checks()
-        passes = sum(looks) + forward, backward
+        passes = sum(first_looks) + sum(looks) + forward, backward
     record = EvaluationRecord(
         subject=subject, suite=suite, norm=norm, seed=seed, clean=worst[0].robust, worst_case=worst[1:],
         attacks=results, ledger=tuple(ledger.rows), data_sha256=digest(images, labels), batch_size=batch_size,
@@ -182,7 +202,7 @@ class _Run:
         count = len(bench.images)
         self._clean()
         correct = bench.clean == bench.labels
-        with forward_passes(bench.classifier) as self.looks:
+        with forward_passes(bench.classifier) as self.looks, reproducible(generator(bench.seed, "views")):
             views = adaptive.adaptive_views(bench.classifier, bench.images[:4].to(bench.device))
         taken = sorted({*views} & {*self.surrogates})
         if taken:
@@ -224,7 +244,6 @@ class _Run:
                 rows = bench.ask(indices)
                 self.ledger.add(rows)
             bench.clean[indices] = torch.tensor([r.adversarial_prediction for r in rows])
-            self.closest[indices] = torch.tensor([r.closeness for r in rows])
 
     def _attack(self, planned: Planned, eps: float, tried: Tensor, *, spare: bool) -> tuple[AttackResult, Tensor]:
         """Run one attack on the images `tried`; return its result and the indices that fell."""
@@ -233,15 +252,14 @@ class _Run:
         rows += self._again(planned, eps, tried[known]) if bool(known.any()) else []
         fresh = tried[~known]
         screened = planned.screened and spare and not self.every_attack
-        if screened:
-            fresh = fresh[self.closest[fresh].argsort(descending=True, stable=True)]
-        size = max(SMALLEST_TRANCHE, math.ceil(len(fresh) / TRANCHE)) if screened else max(len(fresh), 1)
-        for tranche in torch.split(fresh, size):
+        draws = generator(self.bench.seed, "tranches", planned.label, repr(eps))
+        parts = tranches(fresh, self.closest[fresh], draws) if screened else [fresh]
+        for tranche in parts:
             tranche_rows = [
                 r for batch in torch.split(tranche, self.bench.batch_size) for r in self._batch(planned, eps, batch)
             ]
             rows += tranche_rows
-            if screened and not any(r.outcome == "fooled" for r in tranche_rows):
+            if screened and fruitless(tranche_rows):
                 spared = len(tried) - len(rows)
                 break
         place = {int(number): i for i, number in enumerate(self.bench.numbers)}

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.attack import left_alone, reproducible
 from robustfpd.evaluation.checks import gradients, outputs, probing, results
-from robustfpd.evaluation.checks.handed_over import eps_units, images_in_range, stays_in_evaluation, training_mode
+from robustfpd.evaluation.checks.handed_over import (
+    clean_accuracy,
+    eps_units,
+    images_in_range,
+    stays_in_evaluation,
+    training_mode,
+)
 from robustfpd.evaluation.checks.subject import Findings, Subject, guarded, skipped
 from robustfpd.evaluation.verdict import Check
 
@@ -33,7 +39,8 @@ _PROBING = (
 )
 _RESULTS = ("black-box", "failed-attacks", "unchanged-state", "idle-attacks")
 NAMES = (
-    "training-mode", "images-in-range", "stays-in-evaluation-mode", "eps-units", *_LOOKING, *_PROBING, *_RESULTS,
+    "training-mode", "images-in-range", "stays-in-evaluation-mode", "clean-accuracy", "eps-units", *_LOOKING,
+    *_PROBING, *_RESULTS,
 )  # fmt: skip
 """All checks, in the order of the verdict."""
 
@@ -45,7 +52,7 @@ def handed_over(classifier: nn.Module, images: Tensor, device: torch.device) -> 
 
 def before_attacks(subject: Subject) -> list[Check]:
     """Check answers and gradients of the classifier."""
-    found = [stays_in_evaluation(subject), eps_units(subject)]
+    found = [stays_in_evaluation(subject), clean_accuracy(subject), eps_units(subject)]
     if len(subject.images) == 0:
         return [*found, *(skipped(name, "no image is classified rightly") for name in _LOOKING)]
     with left_alone(subject.bench.classifier), reproducible(subject.draws("before attacks")):

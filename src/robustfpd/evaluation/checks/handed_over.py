@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.attack import reproducible
+from robustfpd.evaluation.bench import tensors
 from robustfpd.evaluation.checks.subject import Subject, judged, passed
 from robustfpd.evaluation.verdict import Check
 from robustfpd.models.mode import evaluating
 
 ONE_LEVEL = 1 / 255
+MANY = 20
+"""Fewer images do not tell an accuracy from chance."""
 
 
 def training_mode(classifier: nn.Module, images: Tensor, device: torch.device) -> Check:
@@ -20,12 +23,12 @@ def training_mode(classifier: nn.Module, images: Tensor, device: torch.device) -
     if not training:
         return passed(name, "all modules were handed over in evaluation mode", training=0)
     counted = f"{len(training)} of {len(modules)} modules were handed over in training mode"
-    state = {key: value.detach().clone() for key, value in classifier.state_dict().items()}
-    x = images[:8].to(device)
+    state = {key: value.detach().clone() for key, value in tensors(classifier).items()}
+    x = images[:8].to(device, copy=True)
     try:
         with reproducible(torch.Generator().manual_seed(0)), torch.no_grad():
             as_given = classifier(x)
-        for key, value in classifier.state_dict().items():
+        for key, value in tensors(classifier).items():
             value.copy_(state[key])
         with reproducible(torch.Generator().manual_seed(0)), evaluating(classifier), torch.no_grad():
             evaluated = classifier(x)
@@ -33,7 +36,7 @@ def training_mode(classifier: nn.Module, images: Tensor, device: torch.device) -
     except Exception as error:  # whatever it is, asking in evaluation mode tells it properly
         return judged(name, True, f"{counted} and raise {type(error).__name__} there", training=len(training))
     finally:
-        for key, value in classifier.state_dict().items():
+        for key, value in tensors(classifier).items():
             value.copy_(state[key])
     if same:
         return passed(name, f"{counted}, which changes nothing in what it answers", training=len(training))
@@ -59,6 +62,17 @@ def stays_in_evaluation(subject: Subject) -> Check:
     left = [n for n, m in subject.bench.classifier.named_modules() if m.training]
     evidence = f"{len(left)} modules stay in training mode after .eval()" + (f", first {left[0]!r}" if left else "")
     return judged("stays-in-evaluation-mode", bool(left), evidence, modules=len(left))
+
+
+def clean_accuracy(subject: Subject) -> Check:
+    """Does it classify better than chance when nobody attacks? Else there is nothing to defend."""
+    bench = subject.bench
+    count, right = len(bench.labels), int((bench.clean == bench.labels).sum())
+    classes = max(bench.classes, int(bench.labels.max()) + 1)
+    chance = count / classes + 2 * (count / classes) ** 0.5  # two standard deviations of a Poisson count
+    evidence = f"{right} of {count} images are classified rightly, of {classes} classes"
+    bad = right == 0 or (count >= MANY and right <= chance)
+    return judged("clean-accuracy", bad, evidence + (": no better than chance" if bad else ""), right=right)
 
 
 def eps_units(subject: Subject) -> Check:

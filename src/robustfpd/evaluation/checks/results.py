@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import View
+from robustfpd.evaluation.bench import CHANGED
 from robustfpd.evaluation.checks.subject import Findings, Subject, judged, skipped
+from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.verdict import Check
 
 BLIND = 0.02
@@ -28,7 +32,7 @@ def failures(findings: Findings) -> Check:
 
 def state_changes(findings: Findings) -> Check:
     """Did an attack change the classifier's weights or statistics?"""
-    changed = [r for r in findings.rows if r.note.startswith("it changed")]
+    changed = [r for r in findings.rows if r.note.startswith(CHANGED)]
     if not changed:
         return judged("unchanged-state", False, "weights and statistics are what they were after every attack")
     labels = ", ".join(dict.fromkeys(r.attack for r in changed))
@@ -55,7 +59,11 @@ def blind(subject: Subject, findings: Findings) -> Check:
     tried = [r for r in findings.rows if r.attack in without and r.eps > 0]
     if not tried:
         return skipped(name, "no attack without gradients was run on what the others left")
-    turned = [r for r in tried if r.outcome == "fooled" and not _also_seen(r.image, r.eps, without, findings)]
+    seen: dict[int, list[LedgerRow]] = {}
+    for row in findings.rows:
+        if row.eps > 0 and row.attack not in without:
+            seen.setdefault(row.image, []).append(row)
+    turned = [r for r in tried if r.outcome == "fooled" and _withstood_before(r, seen.get(r.image, []))]
     labels = ", ".join(dict.fromkeys(r.attack for r in turned))
     evidence = (
         f"of {len({r.image for r in tried})} images tried, {len({r.image for r in turned})} fell to attacks that do "
@@ -69,7 +77,7 @@ def _sees_nothing(attack: str, view: View) -> bool:
     return view.surrogate or attacks.get(attack).access != "gradients"
 
 
-def _also_seen(image: int, eps: float, without: set[str], findings: Findings) -> bool:
-    """Whether an attack with gradients turned the image too, or was never tried on it, at this radius or below."""
-    seen = [r for r in findings.rows if r.image == image and 0 < r.eps <= eps and r.attack not in without]
-    return not seen or any(r.outcome == "fooled" for r in seen)
+def _withstood_before(row: LedgerRow, seen: Sequence[LedgerRow]) -> bool:
+    """Whether attacks with gradients were tried on the image at this radius or below, and none turned it."""
+    before = [r for r in seen if r.eps <= row.eps]
+    return bool(before) and all(r.outcome != "fooled" for r in before)
