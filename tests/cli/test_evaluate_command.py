@@ -87,7 +87,11 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         ((), "name what to attack"),
-        (("runs/x", "--model", "mynets:make"), "name what to attack"),
+        (("runs/x", "--model", "mynets:make"), "name one thing to attack: runs/x, or --model mynets:make"),
+        (
+            ("mnist/mini-fpd", "--surrogate", "mynets:make", "--space", "normalised"),
+            "--surrogate networks take pixels",
+        ),
         (("--model", "mynets"), "--model must be package.module:factory, found 'mynets'"),
         (("--model", "nonets:make"), "nonets cannot be imported from here: ModuleNotFoundError"),
         (("--model", "mynets:mak"), "unknown name in mynets 'mak'; did you mean 'make'"),

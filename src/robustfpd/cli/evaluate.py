@@ -88,7 +88,10 @@ def evaluate(
     found = subject(run, model)
     config = configured(_settings(found, dataset, image_size), data_root, download, seed)
     plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
+    if surrogate and plan.space == "normalised":
+        raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
     others = surrogates(surrogate, found.twin if plan.space == "pixels" else None)
+    found.classifier.to(chosen)
     images = _images(config.data, split, found)
     shown = found.name if split == "test" else f"{found.name} (validation images)"
     shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
@@ -203,9 +206,10 @@ def _check_classes(found: Subject, images: ImageSet, classes: int, name: str) ->
     """A module of the user's must tell the data set's classes apart."""
     import torch
 
+    from robustfpd.evaluation.inputs import device_of
     from robustfpd.models.mode import evaluating
 
-    one = images.take(torch.tensor([0])).floats()[0]
+    one = images.take(torch.tensor([0])).floats()[0].to(device_of(found.classifier, torch.zeros(1)))
     try:
         with evaluating(found.classifier), torch.no_grad():
             logits = found.classifier(one)

@@ -33,7 +33,9 @@ class Subject:
 
 def subject(run: Path | None, model: str | None) -> Subject:
     """Find what the user named, by a path or by `package.module:factory`."""
-    if (run is None) == (model is None):
+    if run is not None and model is not None:
+        raise InputError(f"name one thing to attack: {run}, or --model {model}")
+    if run is None and model is None:
         raise InputError(
             "name what to attack: a run, a trained network or a saved model, or --model package.module:factory"
         )
