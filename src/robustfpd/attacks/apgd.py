@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.attack import attack
 from robustfpd.attacks.inputs import check_logits
-from robustfpd.attacks.losses import SMALL, loss_function, targeted_dlr
+from robustfpd.attacks.losses import loss_function, targeted_dlr
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
@@ -66,17 +66,8 @@ def apgd_t(
 
     As `apgd_ce` otherwise; at most K-1 classes are tried, and any misclassification counts.
     """
-    search = _Search(classifier, eps, norm, steps, eot, _towards, generator)
+    search = _Search(classifier, eps, norm, steps, eot, targeted_dlr, generator)
     return search.all(images, labels, restarts, targets)
-
-
-def _towards(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Targeted DLR. With three classes its denominator would be its numerator where the target comes third."""
-    if logits.shape[1] != 3:
-        return targeted_dlr(logits, labels, targets)
-    true, target = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (labels, targets))
-    top = logits.topk(3, dim=1).values
-    return (target - true) / (top[:, 0] - top[:, 1:].mean(dim=1) + SMALL)
 
 
 def _untargeted(loss: str) -> Objective:

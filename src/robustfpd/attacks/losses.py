@@ -44,13 +44,15 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """DLR towards `targets`, N wrong classes (Croce & Hein, ICML 2020, section 5).
 
-    Three classes have no fourth logit: the third alone stands below then; two classes: the margin.
+    Three classes have no fourth logit: the mean of the second and the third stands below then, because with the third
+    alone the ratio would be constant where that is the target. Two classes: the margin.
     """
     true, target = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (labels, targets))
     if logits.shape[1] < 3:
         return target - true
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
-    return (target - true) / (top[:, 0] - top[:, 2:].mean(dim=1) + SMALL)
+    below = top[:, 1:] if logits.shape[1] == 3 else top[:, 2:]
+    return (target - true) / (top[:, 0] - below.mean(dim=1) + SMALL)
 
 
 _LOSSES: dict[str, LossFunction] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +13,7 @@ from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from robustfpd.cli.subjects import Subject
     from robustfpd.config import DataConfig, EvaluationConfig, RunConfig
@@ -78,11 +77,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from robustfpd.cli.display import evaluation_display
     from robustfpd.cli.running import configured, torch_device
     from robustfpd.cli.subjects import subject, surrogates
     from robustfpd.evaluation.space import in_space
-    from robustfpd.report.tables import evaluation_table, verdict_text
 
     chosen = torch_device(device)
     found = subject(run, model)
@@ -93,58 +90,59 @@ def evaluate(
     others = surrogates(surrogate, found.twin if plan.space == "pixels" else None)
     found.classifier.to(chosen)
     images = _images(config.data, split, found)
+    console = Console(soft_wrap=True)
     shown = found.name if split == "test" else f"{found.name} (validation images)"
     shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
     classifier, given = in_space(found.classifier, images, plan.space)
     source = config.data.dataset if split == "test" else f"{config.data.dataset}-{split}"
-    console = Console(soft_wrap=True)
-    with evaluation_display(console, shown) as observer, _kept(console, found.results):
-        record, path = _evaluated(
-            console, found.results, f"{source}-{plan.suite}-{plan.norm}", classifier.to(chosen), given,
-            suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images, seed=config.seed,
-            every_attack=every_attack,
-            surrogates={n: m.to(chosen) for n, m in others.items()}, subject=shown, observer=observer,
-        )  # fmt: skip
+    others = {name: other.to(chosen) for name, other in others.items()}
+    record, path = _evaluated(
+        console, found.results, f"{source}-{plan.suite}-{plan.norm}", shown, classifier.to(chosen), given,
+        suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images, seed=config.seed,
+        every_attack=every_attack, surrogates=others,
+    )  # fmt: skip
+    _show(console, record, plan, path)
+    if strict and record.verdict.status != "trusted":
+        raise SystemExit(NOT_TRUSTED)
+
+
+def _evaluated(
+    console: Console, folder: Path, name: str, shown: str, classifier: nn.Module, data: Any, **options: Any
+) -> tuple[EvaluationRecord, Path]:
+    """Go on with, read, or make the evaluation; another one of that name stays, and this one gets a number."""
+    from robustfpd import evaluation
+    from robustfpd.cli.display import evaluation_display
+
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+        path = folder / f"{name}{suffix}.json"
+        unfinished = evaluation.is_unfinished(path)
+        done = path.is_file() and not unfinished
+        try:
+            with evaluation_display(console, shown) as observer:
+                record = evaluation.evaluate(
+                    classifier, data, out_dir=folder, name=path.stem, subject=shown, observer=observer, **options
+                )
+        except evaluation.OtherEvaluation:
+            continue
+        except KeyboardInterrupt:
+            console.print(f"what was found is kept in {folder}; repeat the command to go on", highlight=False)
+            raise
+        if done:
+            console.print(f"measured before, read from {path}", highlight=False)
+        elif unfinished:
+            console.print(f"went on with the unfinished evaluation in {folder}", highlight=False)
+        break
+    return record, path
+
+
+def _show(console: Console, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
+    from robustfpd.report.tables import evaluation_table, verdict_text
+
     console.print(evaluation_table(record))
     if plan.divide_by is not None:
         console.print(_as_divided(record, plan.divide_by), highlight=False)
     console.print(verdict_text(record), highlight=False)
     console.print(f"record: {path}, each image and attack beside it as CSV", highlight=False)
-    if strict and record.verdict.status != "trusted":
-        raise SystemExit(NOT_TRUSTED)
-
-
-@contextmanager
-def _kept(console: Console, folder: Path) -> Iterator[None]:
-    """Tell who interrupts that nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print(f"what was found is kept in {folder}; repeat the command to go on", highlight=False)
-        raise
-
-
-def _evaluated(
-    console: Console, folder: Path, name: str, classifier: Any, data: Any, **options: Any
-) -> tuple[EvaluationRecord, Path]:
-    """Go on with, read, or make the evaluation; another one of that name stays, and this one gets a number."""
-    from robustfpd import evaluation
-
-    numbered = (f"{name}{suffix}" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
-    for candidate in numbered:
-        path = folder / f"{candidate}.json"
-        unfinished = evaluation.is_unfinished(path)
-        done = path.is_file() and not unfinished
-        try:
-            record = evaluation.evaluate(classifier, data, out_dir=folder, name=candidate, **options)
-        except evaluation.OtherEvaluation:
-            continue
-        if done:
-            console.print(f"measured before, read from {path}", highlight=False)
-        elif unfinished:
-            console.print(f"went on with the unfinished evaluation in {folder}", highlight=False)
-        return record, path
-    raise AssertionError("there are always more numbers")
 
 
 def _plan(

@@ -106,32 +106,18 @@ def evaluate(
         InputError: unusable images, labels, radii, suite or classifier, or a folder that holds another evaluation.
     """
     classifier = adaptive.as_classifier(check_module(classifier))
-    if isinstance(eps, str):
-        raise InputError(f"eps must be a number or several, found the text {eps!r}")
-    several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
-    radii = sorted({check_eps(e, norm) for e in several})
     if torch.is_inference_mode_enabled():
         raise InputError("evaluations cannot run inside torch.inference_mode(): gradients are off for good; leave it")
-    if not radii:
-        raise InputError("eps must hold at least one radius, found none")
-    geometry(norm)
+    radii = _radii(eps, norm)
     for planned in plan(suite, Target(norm)):
         attacks.get(planned.attack).check_library(norm)
     check_count("batch_size", batch_size)
     check_count("seed", seed, least=0)
-    if not isinstance(surrogates, (Mapping, type(None))):
-        raise InputError(f"surrogates must be modules by name, found {type(surrogates).__name__}")
     images, labels, numbers = gather(data, num_images, seed)
     device = device_of(classifier, images)
     with forward_passes(classifier) as first_looks:
         behaviour, classes = look(classifier, images, device)
-    others = {n: adaptive.as_classifier(check_module(m, f"surrogate {n!r}")) for n, m in (surrogates or {}).items()}
-    for n, m in others.items():
-        with forward_passes(m) as looks:
-            fits = device_of(m, images) == device and look(m, images, device)[1] == classes
-        first_looks += looks
-        if not fits:
-            raise InputError(f"surrogate {n!r} must lie on {device} and give {classes} logits, as the classifier does")
+    others, passes = _surrogates(surrogates, images, device, classes)
     settings = {
         "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
         "every_attack": every_attack, "behaviour": behaviour, "images": exact_digest(images, labels),
@@ -145,23 +131,43 @@ def evaluate(
     ledger = Ledger(path and path.with_suffix(LEDGER), settings)
     with forward_passes(classifier) as looks:
         handed_over = checks.handed_over(classifier, images, device)
+    bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size, classes)
+    run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, observer or EvaluationObserver())
     with evaluating(classifier):
-        bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size, classes)
-        run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, observer or EvaluationObserver())
-        worst, results, verdict = run.everything()
-        forward, backward = run.passes_of_checks()
-        passes = sum(first_looks) + sum(looks) + forward, backward
-    record = EvaluationRecord(
-        subject=subject, suite=suite, norm=norm, seed=seed, clean=worst[0].robust, worst_case=worst[1:],
-        attacks=results, ledger=tuple(ledger.rows), data_sha256=digest(images, labels), batch_size=batch_size,
-        every_attack=every_attack, weights_sha256=weights_sha256(classifier), environment=environment(device),
-        verdict=verdict, check_forward_passes=passes[0], check_backward_passes=passes[1], surrogates=tuple(others),
-        settings_sha256=sha,
-    )  # fmt: skip
+        record = run.record(subject, sha, passes + sum(first_looks) + sum(looks))
     if path is not None:
         record.save(path)
         ledger.finish()
     return record
+
+
+def _radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
+    """The radii, checked, smallest first."""
+    if isinstance(eps, str):
+        raise InputError(f"eps must be a number or several, found the text {eps!r}")
+    geometry(norm)
+    several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
+    radii = sorted({check_eps(e, norm) for e in several})
+    if not radii:
+        raise InputError("eps must hold at least one radius, found none")
+    return radii
+
+
+def _surrogates(
+    given: Mapping[str, nn.Module] | None, images: Tensor, device: torch.device, classes: int
+) -> tuple[dict[str, nn.Module], int]:
+    """The surrogates as classifiers, checked, and how many images were sent through them for that."""
+    if not isinstance(given, (Mapping, type(None))):
+        raise InputError(f"surrogates must be modules by name, found {type(given).__name__}")
+    others = {n: adaptive.as_classifier(check_module(m, f"surrogate {n!r}")) for n, m in (given or {}).items()}
+    passes = 0
+    for name, other in others.items():
+        with forward_passes(other) as looks:
+            fits = device_of(other, images) == device and look(other, images, device)[1] == classes
+        if not fits:
+            raise InputError(f"surrogate {name!r} must lie on {device} and give {classes} logits like the classifier")
+        passes += sum(looks)
+    return others, passes
 
 
 def _finished(path: Path, sha: str, settings: Mapping[str, Any]) -> EvaluationRecord:
@@ -195,6 +201,20 @@ class _Run:
         """How near each image has come to falling."""
         self.smallest: dict[str, dict[int, LedgerRow]] = {}
         """What attacks that look for the smallest perturbation found, by attack and image."""
+
+    def record(self, subject: str, settings_sha256: str, looked: int) -> EvaluationRecord:
+        """Do everything; `looked` is how many images went forward before."""
+        worst, results, verdict = self.everything()
+        bench = self.bench
+        forward, backward = self.passes_of_checks()
+        return EvaluationRecord(
+            subject=subject, suite=self.suite, norm=bench.norm, seed=bench.seed, batch_size=bench.batch_size,
+            every_attack=self.every_attack, clean=worst[0].robust, worst_case=worst[1:], attacks=results,
+            ledger=tuple(self.ledger.rows), data_sha256=digest(bench.images, bench.labels), verdict=verdict,
+            weights_sha256=weights_sha256(bench.classifier), environment=environment(bench.device),
+            surrogates=tuple(self.surrogates), settings_sha256=settings_sha256,
+            check_forward_passes=looked + forward, check_backward_passes=backward,
+        )  # fmt: skip
 
     def everything(self) -> tuple[tuple[WorstCase, ...], tuple[AttackResult, ...], Verdict]:
         """Clean images, checks, attacks, checks of these; the first worst case is that of the clean images."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import UNSQUASHED
 from robustfpd.attacks.counting import Counted
@@ -30,7 +30,7 @@ class Subject:
         self.classifier = Counted(bench.classifier)
         self.squashed = UNSQUASHED in bench.views
         """Its logits before squashing are attacked too."""
-        self.white = Counted(bench.views[UNSQUASHED].module) if self.squashed else self.classifier
+        self.white: nn.Module = bench.views[UNSQUASHED].module if self.squashed else self.classifier
         """What gradients are asked of: the logits before squashing where they can be had."""
         right = torch.nonzero(correct).flatten()
         chosen = right[torch.randperm(len(right), generator=generator(bench.seed, "probes"))]
@@ -44,20 +44,6 @@ class Subject:
     def draws(self, purpose: str) -> torch.Generator:
         """A generator for one check."""
         return generator(self.seed, "check", purpose)
-
-    @property
-    def forward_passes(self) -> int:
-        """Images that checks sent forward."""
-        return sum(c.forward_passes for c in self._counters)
-
-    @property
-    def backward_passes(self) -> int:
-        """Images whose gradient checks asked for."""
-        return sum(c.backward_passes for c in self._counters)
-
-    @property
-    def _counters(self) -> set[Counted]:
-        return {self.classifier, self.white}
 
     def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         bench = self.bench
