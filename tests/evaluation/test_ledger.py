@@ -221,12 +221,31 @@ def test_one_of_which_nothing_was_found_yet_stands_in_nobodys_way(images: Data, 
     assert _timeless(record) == _timeless(evaluate(Net(), images, **SETTINGS))
 
 
-def test_one_that_is_done_is_read_without_asking_the_classifier(images: Data, tmp_path: Path) -> None:
+class Scaled(Net):
+    """The same weights, another answer."""
+
+    scale = 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * super().forward(images)
+
+
+def test_classifiers_that_differ_in_no_weight_are_told_apart(images: Data, tmp_path: Path) -> None:
+    net = Scaled()
+    record = evaluate(net, images, out_dir=tmp_path, **SETTINGS)
+    net.scale = -1.0
+    with pytest.raises(OtherEvaluation, match="holds another evaluation"):
+        evaluate(net, images, out_dir=tmp_path, **SETTINGS)
+    net.scale = 1.0
+    assert evaluate(net, images, out_dir=tmp_path, **SETTINGS) == record
+
+
+def test_one_that_is_done_is_read_after_a_first_look_at_the_classifier(images: Data, tmp_path: Path) -> None:
     net = Net()
     record = evaluate(net, images, out_dir=tmp_path, **SETTINGS)
-    net.calls, net.left = 0, 1
+    net.calls, net.left = 0, 2
     assert evaluate(net, images, out_dir=tmp_path, **SETTINGS) == record
-    assert net.calls == 0
+    assert net.calls == 1
     other = evaluate(Net(2), images, out_dir=tmp_path, name="other", **SETTINGS)
     assert other.weights_sha256 != record.weights_sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -281,7 +300,7 @@ def test_a_disk_that_is_full_from_the_start_or_at_the_end_is_told_in_plain_words
     net = Net()
     with pytest.raises(InputError, match="cannot be written"):
         evaluate(net, images, out_dir=tmp_path, **SETTINGS)
-    assert net.calls == 0
+    assert net.calls == 1  # the first look
     broken = "record.json.new"
     with pytest.raises(InputError, match=r"record.json cannot be written: \[Errno 28\] No space left"):
         evaluate(net, images, out_dir=tmp_path, **SETTINGS)
