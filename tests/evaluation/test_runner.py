@@ -114,7 +114,7 @@ def test_no_forward_pass_is_spent_on_images_that_fell(linear: Linear, data: Data
     linear.batches.clear()
     nothing = evaluate(linear, (images[wrong], labels[wrong]), suite="quick", eps=RADII)
     assert linear.batches == [4, 10, 4]  # a first look, the images, and to find submodules that stop gradients
-    assert nothing.forward_passes == 14
+    assert nothing.forward_passes == 4 + 10 + 4
 
 
 def test_every_attack_tries_all_and_gives_an_accuracy_per_attack(linear: Linear, data: Data) -> None:
@@ -251,7 +251,7 @@ def _raises(classifier: nn.Module, images: Tensor, labels: Tensor, **options: An
     ("attack", "note"),
     [
         (_outside, r"it left the linf ball of radius 0\.1: distance 0\.15"),
-        (_off_the_box, r"it left the linf ball of radius 0\.1: distance 0\.1, pixels in \[-0\."),
+        (_off_the_box, r"InputError: attack \w+ ended outside \[0, 1\]"),
         (_not_a_number, r"it left the linf ball of radius 0.1: distance inf, pixels in \[nan, nan\]"),
         (_another_shape, r"it returned no images but \(50, 1, 5, 6\)"),
         (_raises, r"IndexError: index 10 is out of bounds$"),
