@@ -44,25 +44,3 @@ def data(linear: Linear) -> Data:
     labels[::6] = 1 - labels[::6]
     linear.batches.clear()
     return images, labels
-
-
-@pytest.fixture(scope="session")
-def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network that has learned 8×8 digits, and 100 images that it did not see."""
-    from sklearn.datasets import load_digits
-
-    pixels, classes = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(classes).long()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-        optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
-        for step in range(400):
-            batch = torch.arange(100, 164) + 64 * (step % 25)
-            loss = nn.functional.cross_entropy(net(images[batch]), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    net.zero_grad(set_to_none=True)
-    return net.eval(), images[:100], labels[:100]
