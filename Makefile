@@ -31,7 +31,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustfpd needs Python 3.11 or newer; set one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[attacks,report,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[attacks,export,docs,dev]'
 	@touch $(READY)
 
 clean:

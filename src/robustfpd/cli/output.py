@@ -1,0 +1,31 @@
+"""Where a command's words go: to a person, or to a machine that asked for JSON."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+class Output:
+    """What a command says: words and tables for people, one JSON object under `--json`, nothing under `--quiet`.
+
+    Errors and warnings go to standard error whatever was asked for.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.console = Console(soft_wrap=True, quiet=json or quiet)
+        """For displays that write to a console; silent where nothing may be said."""
+
+    def say(self, *parts: RenderableType) -> None:
+        """Tell a person: text as it is (no markup, no colouring of numbers), tables and the like."""
+        for part in parts:
+            self.console.print(part, highlight=False, markup=False)
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """Tell a machine, under `--json` only: the one object on standard output."""
+        if self.json:
+            print(json_format.dumps(dict(values), indent=2, default=str), flush=True)
