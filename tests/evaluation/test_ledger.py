@@ -22,7 +22,7 @@ from robustfpd.evaluation.suite import Planned, Suite, Target
 if TYPE_CHECKING:
     from tests.evaluation.conftest import Data
 
-SETTINGS: dict[str, Any] = {"suite": "small", "eps": (0.01, 0.04), "seed": 3, "batch_size": 9}
+SETTINGS: dict[str, Any] = {"exhibits": 0, "suite": "small", "eps": (0.01, 0.04), "seed": 3, "batch_size": 9}
 
 
 def _small(target: Target) -> list[Planned]:

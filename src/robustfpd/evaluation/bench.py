@@ -44,11 +44,17 @@ class Bench:
         self._state = {name: value.detach().clone() for name, value in tensors(classifier).items()}
         self.classes = classes
         self.clean = torch.zeros(len(images), dtype=torch.long)
+        self.found: Tensor | None = None
+        """Where the last attack left its batch; None where it raised an error, and for batches read from a ledger."""
 
     def offer(self, views: Mapping[str, View]) -> None:
         """Set what attacks may differentiate."""
         self._counters = {name: Counted(view.module) for name, view in views.items()}
         self.views = {name: replace(view, module=self._counters[name]) for name, view in views.items()}
+
+    def uncounted(self, view: str) -> nn.Module:
+        """The module of a view, for who only wants to draw it."""
+        return self._counters[view].classifier
 
     @property
     def looks(self) -> tuple[int, int]:
@@ -90,11 +96,12 @@ class Bench:
         self._looks = self._looks[0] + counter.forward_passes, self._looks[1] + counter.backward_passes
         counter.reset()
         faults, distance = [""] * len(x), torch.zeros(len(x))
-        logits, open_logits = None, None
+        logits, open_logits, self.found = None, None, None
         try:
             found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
             distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
             logits = check_shape(self._logits(self.classifier, found, draws), y).cpu()
+            self.found = found
             if UNSQUASHED in self.views:  # saturated logits are all alike
                 open_logits = self._logits(self._counters[UNSQUASHED].classifier, found, draws).cpu()
         except Exception as error:

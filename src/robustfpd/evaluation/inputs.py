@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.attack import reproducible
-from robustfpd.attacks.inputs import check_images, check_labels
+from robustfpd.attacks.inputs import check_eps, check_images, check_labels
+from robustfpd.attacks.norms import geometry
+from robustfpd.config import Norm
 from robustfpd.data import ImageSet
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.mode import evaluating
@@ -75,10 +77,23 @@ def look(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[s
     return hashlib.sha256(f"{kind} {said}".encode()).hexdigest(), logits.shape[1]
 
 
+def checked_radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
+    """Radii, checked, smallest first."""
+    if isinstance(eps, str):
+        raise InputError(f"eps must be a number or several, found the text {eps!r}")
+    geometry(norm)
+    several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
+    radii = sorted({check_eps(e, norm) for e in several})
+    if not radii:
+        raise InputError("eps must hold at least one radius, found none")
+    return radii
+
+
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be at least {least}, found {value!r}")
+        whole = "" if isinstance(value, int) else "a whole number, "
+        raise InputError(f"{name} must be {whole}at least {least}, found {value!r}")
 
 
 def check_module(classifier: Any, name: str = "classifier") -> nn.Module:

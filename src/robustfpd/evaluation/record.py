@@ -102,6 +102,8 @@ class EvaluationRecord(Config):
     check_backward_passes: int = 0
     surrogates: tuple[str, ...] = ()
     """Networks that transferred attacks were made on."""
+    class_names: tuple[str, ...] = ()
+    """Of the K classes; empty where nobody told them."""
     settings_sha256: str | None = None
     """Of everything that decides the result; None in records from before this field."""
 

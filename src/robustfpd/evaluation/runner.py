@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.attacks.adaptive import View
 from robustfpd.attacks.attack import reproducible
-from robustfpd.attacks.inputs import check_eps
-from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 from robustfpd.evaluation import checks
 from robustfpd.evaluation.bench import OUTSIDE, Bench, forward_passes
+from robustfpd.evaluation.exhibits import Exhibits, exhibits_folder
 from robustfpd.evaluation.inputs import (
     Data,
     check_count,
     check_module,
+    checked_radii,
     device_of,
     digest,
     exact_digest,
@@ -76,6 +76,8 @@ def evaluate(
     every_attack: bool = False,
     subject: str = "classifier",
     name: str = "record",
+    class_names: Sequence[str] = (),
+    exhibits: int = 30,
     observer: EvaluationObserver | None = None,
 ) -> EvaluationRecord:
     """Attack a classifier, count what withstands, and say whether that number can be trusted.
@@ -100,6 +102,8 @@ def evaluate(
             more.
         subject: what the record calls the classifier.
         name: what the files in `out_dir` are called instead of `record`.
+        class_names: what reports call the K classes; empty for numbers.
+        exhibits: how many images that fell, and how many that did not, get pictures in `out_dir` for a report.
         observer: callback for a live display.
 
     Raises:
@@ -108,15 +112,18 @@ def evaluate(
     classifier = adaptive.as_classifier(check_module(classifier))
     if torch.is_inference_mode_enabled():
         raise InputError("evaluations cannot run inside torch.inference_mode(): gradients are off for good; leave it")
-    radii = _radii(eps, norm)
+    radii = checked_radii(eps, norm)
     for planned in plan(suite, Target(norm)):
         attacks.get(planned.attack).check_library(norm)
     check_count("batch_size", batch_size)
     check_count("seed", seed, least=0)
+    check_count("exhibits", exhibits, least=0)
     images, labels, numbers = gather(data, num_images, seed)
     device = device_of(classifier, images)
     with forward_passes(classifier) as first_looks:
         behaviour, classes = look(classifier, images, device)
+    if class_names and classes and len(class_names) != classes:
+        raise InputError(f"class_names must be {classes}, one for each logit, found {len(class_names)}")
     others, passes = _surrogates(surrogates, images, device, classes)
     settings = {
         "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
@@ -132,25 +139,15 @@ def evaluate(
     with forward_passes(classifier) as looks:
         handed_over = checks.handed_over(classifier, images, device)
     bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size, classes)
-    run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, observer or EvaluationObserver())
+    shown = None if path is None or not exhibits else Exhibits(exhibits_folder(path), bench, sha, exhibits)
+    watcher = observer or EvaluationObserver()
+    run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, watcher, shown)
     with evaluating(classifier):
-        record = run.record(subject, sha, passes + sum(first_looks) + sum(looks))
+        record = run.record(subject, tuple(class_names), sha, passes + sum(first_looks) + sum(looks))
     if path is not None:
         record.save(path)
         ledger.finish()
     return record
-
-
-def _radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
-    """The radii, checked, smallest first."""
-    if isinstance(eps, str):
-        raise InputError(f"eps must be a number or several, found the text {eps!r}")
-    geometry(norm)
-    several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
-    radii = sorted({check_eps(e, norm) for e in several})
-    if not radii:
-        raise InputError("eps must hold at least one radius, found none")
-    return radii
 
 
 def _surrogates(
@@ -192,17 +189,20 @@ class _Run:
 
     def __init__(
         self, bench: Bench, ledger: Ledger, suite: str, radii: Sequence[float], surrogates: Mapping[str, nn.Module],
-        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver,
+        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver, exhibits: Exhibits | None,
     ) -> None:  # fmt: skip
+        self.exhibits = exhibits
         self.bench, self.ledger, self.suite, self.radii = bench, ledger, suite, radii
         self.surrogates, self.every_attack, self.observer = surrogates, every_attack, observer
         self.checks = handed_over
         self.closest = torch.full((len(bench.images),), -torch.inf)
         """How near each image has come to falling."""
+        self.stages = 0
+        """Attacks that are done."""
         self.smallest: dict[str, dict[int, LedgerRow]] = {}
         """What attacks that look for the smallest perturbation found, by attack and image."""
 
-    def record(self, subject: str, settings_sha256: str, looked: int) -> EvaluationRecord:
+    def record(self, subject: str, class_names: tuple[str, ...], settings_sha256: str, looked: int) -> EvaluationRecord:
         """Do everything; `looked` is how many images went forward before."""
         worst, results, verdict = self.everything()
         bench = self.bench
@@ -212,7 +212,7 @@ class _Run:
             every_attack=self.every_attack, clean=worst[0].robust, worst_case=worst[1:], attacks=results,
             ledger=tuple(self.ledger.rows), data_sha256=digest(bench.images, bench.labels), verdict=verdict,
             weights_sha256=weights_sha256(bench.classifier), environment=environment(bench.device),
-            surrogates=tuple(self.surrogates), settings_sha256=settings_sha256,
+            surrogates=tuple(self.surrogates), class_names=class_names, settings_sha256=settings_sha256,
             check_forward_passes=looked + forward, check_backward_passes=backward,
         )  # fmt: skip
 
@@ -238,15 +238,20 @@ class _Run:
         worst = [WorstCase(eps=0, robust=Proportion.of(int(correct.sum()), count))]
         for eps in self.radii:
             for attack in planned:
-                stage = Stage(attack.label, eps, len(results) + 1, len(self.radii) * len(planned), int(standing.sum()))
+                self.stages = len(results)
+                stage = Stage(attack.label, eps, self.stages + 1, len(self.radii) * len(planned), int(standing.sum()))
                 self.observer.on_stage(stage)
                 tried = torch.nonzero(correct if self.every_attack else standing).flatten()
                 result, fallen = self._attack(attack, eps, tried, spare=not doubtful)
                 standing[fallen] = False
                 results.append(result)
+                if self.exhibits is not None:
+                    self.exhibits.save()
             worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), count)))
         findings = checks.Findings(planned, tuple(self.ledger.rows), results, standing, self.closest)
         self.checks += checks.after_attacks(self.subject, findings)
+        if self.exhibits is not None:
+            self.exhibits.finish(bench.uncounted(target.best), standing)
         return tuple(worst), tuple(results), Verdict.of(self.checks)
 
     def passes_of_checks(self) -> tuple[int, int]:
@@ -291,9 +296,12 @@ class _Run:
         if len(indices) == 0:
             return []
         rows = self.ledger.replay(planned.label, eps, self.bench.numbers[indices].tolist())
+        self.bench.found = None
         if rows is None:
             rows = self.bench.run(planned, eps, indices)
             self.ledger.add(rows)
+        if self.exhibits is not None:
+            self.exhibits.see(self.stages, planned, eps, indices, rows)
         # What lies outside the ball tells nothing of how near an image came to falling inside.
         limit = eps * (1 + OUTSIDE) + OUTSIDE
         told = [r.outcome != "failed" and r.distance <= limit for r in rows]

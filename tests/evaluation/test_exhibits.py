@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.errors import InputError
+from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, Stage
+from robustfpd.evaluation.exhibits import Exhibit, Shown, exhibits_folder, picture_of, read_exhibits
+
+Digits = tuple[nn.Module, Tensor, Tensor]
+Evaluate = Callable[..., tuple[EvaluationRecord, Path]]
+LIMIT = 8
+
+
+@pytest.fixture
+def evaluate(digits: Digits, tmp_path: Path) -> Evaluate:
+    net, images, labels = digits
+
+    def run(classifier: nn.Module = net, **options: Any) -> tuple[EvaluationRecord, Path]:
+        given = {"suite": "first-look", "eps": (0.05, 0.1), "out_dir": tmp_path, "exhibits": LIMIT, "batch_size": 16}
+        record = rf.evaluate(classifier, (images, labels), **{**given, **options})
+        return record, exhibits_folder(tmp_path / "record.json")
+
+    return run
+
+
+def _picture(folder: Path, exhibit: Exhibit, name: Any) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(folder / exhibit.file(name)), dtype=np.float32)) / 255
+
+
+def _fallen(record: EvaluationRecord) -> dict[int, tuple[int, str, float, int]]:
+    """Of each image that fell: the place of the attack among all, its name, its radius, what it made of the image."""
+    order = list(dict.fromkeys((r.attack, r.eps) for r in record.ledger))
+    found: dict[int, tuple[int, str, float, int]] = {}
+    for r in record.ledger:
+        if r.outcome == "fooled" and r.attack != "clean":
+            found.setdefault(r.image, (order.index((r.attack, r.eps)), r.attack, r.eps, r.adversarial_prediction))
+    return found
+
+
+def test_the_images_that_fell_first_are_shown_as_the_ledger_has_them(evaluate: Evaluate) -> None:
+    record, folder = evaluate()
+    fallen, shown = _fallen(record), read_exhibits(folder)
+    assert len(fallen) > LIMIT
+    assert len(shown.fell) == LIMIT
+    for exhibit in shown.fell:
+        assert exhibit.fell
+        told = (exhibit.attack, exhibit.eps, exhibit.adversarial_prediction)
+        assert told == fallen[exhibit.image][1:]
+    latest = max(fallen[e.image][0] for e in shown.fell)
+    others = fallen.keys() - {e.image for e in shown.fell}
+    assert latest <= min(fallen[image][0] for image in others)
+    places = [fallen[e.image][0] for e in shown.fell]
+    assert places == sorted(places)
+
+
+def test_images_that_fell_together_are_drawn_by_lot(evaluate: Evaluate) -> None:
+    """Data often come sorted by class: the first ones would be all of one."""
+    record, folder = evaluate(eps=0.3)
+    fallen, shown = _fallen(record), [e.image for e in read_exhibits(folder).fell]
+    together = sorted(image for image, (place, *_) in fallen.items() if place == fallen[shown[0]][0])
+    assert len(together) > 3 * LIMIT
+    assert shown != together[:LIMIT]
+
+
+def test_images_that_never_fell_show_the_closest_point(evaluate: Evaluate) -> None:
+    record, folder = evaluate()
+    stood = read_exhibits(folder).stood
+    assert 0 < len(stood) <= LIMIT
+    for exhibit in stood:
+        rows = [r for r in record.ledger if r.image == exhibit.image and r.attack != "clean"]
+        assert {r.outcome for r in rows} == {"withstood"}
+        last = [r for r in rows if r.eps == 0.1]
+        assert exhibit.attack == max(last, key=lambda r: r.closeness).attack
+        assert exhibit.adversarial_prediction == exhibit.label == exhibit.clean_prediction
+
+
+def test_pictures_show_image_point_and_perturbation(digits: Digits, evaluate: Evaluate) -> None:
+    _, images, _ = digits
+    _, folder = evaluate()
+    shown = read_exhibits(folder)
+    for exhibit in (*shown.fell, *shown.stood):
+        clean, adversarial = (_picture(folder, exhibit, name) for name in ("clean", "adversarial"))
+        torch.testing.assert_close(clean, images[exhibit.image, 0], atol=1 / 500, rtol=0)
+        delta = adversarial - clean
+        assert float(delta.abs().max()) <= exhibit.eps + 1 / 250
+        magnified = _picture(folder, exhibit, "perturbation") - 0.5
+        torch.testing.assert_close(magnified / exhibit.amplification, delta, atol=1 / 250, rtol=0)
+        assert float(magnified.abs().max()) == pytest.approx(0.5, abs=1 / 250)
+        assert not exhibit.restores
+
+
+def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, tmp_path: Path) -> None:
+    _, images, labels = digits
+    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8)
+    fpd.train()(images)
+    rf.evaluate(fpd, (images, labels), suite="first-look", eps=0.2, out_dir=tmp_path, exhibits=2)
+    folder = exhibits_folder(tmp_path / "record.json")
+    shown = read_exhibits(folder)
+    fpd.eval()
+    assert all(e.restores for e in (*shown.fell, *shown.stood))
+    for exhibit in [*shown.fell, *shown.stood][:2]:
+        seen = fpd.restore(_picture(folder, exhibit, "adversarial")[None, None])[0].clamp(0, 1)
+        told = _picture(folder, exhibit, "restored")[None]
+        assert float((seen - told).detach().abs().max()) < 0.05  # the adversarial image was rounded to 8 bits
+
+
+def test_the_surface_is_right_at_the_image_and_wrong_at_the_adversarial_point(evaluate: Evaluate) -> None:
+    _, folder = evaluate()
+    shown = read_exhibits(folder)
+    surface = shown.surface
+    assert surface is not None
+    assert (surface.image, surface.attack, surface.eps) == (
+        shown.fell[0].image, shown.fell[0].attack, shown.fell[0].eps
+    )  # fmt: skip
+    middle = min(range(len(surface.across)), key=lambda i: abs(surface.across[i]))
+    here, there = (min(range(21), key=lambda i: abs(surface.along[i] - place)) for place in (0, 1))
+    assert surface.margin[middle][here] < 0 < surface.margin[middle][there]
+
+
+def test_exhibits_change_nothing_of_the_record(digits: Digits, evaluate: Evaluate, tmp_path: Path) -> None:
+    _, images, labels = digits
+    with_, _ = evaluate()
+    without = rf.evaluate(digits[0], (images, labels), suite="first-look", eps=(0.05, 0.1), batch_size=16)
+    assert [r.model_copy(update={"seconds": 0.0}) for r in with_.ledger] == [
+        r.model_copy(update={"seconds": 0.0}) for r in without.ledger
+    ]
+    assert with_.verdict == without.verdict
+    assert (with_.forward_passes, with_.backward_passes) == (without.forward_passes, without.backward_passes)
+
+
+@pytest.mark.parametrize("options", [{"exhibits": 0}, {"out_dir": None}])
+def test_no_exhibits_where_none_are_asked_for(evaluate: Evaluate, options: dict[str, Any], tmp_path: Path) -> None:
+    _, folder = evaluate(**options)
+    assert not folder.exists()
+    assert (tmp_path / "record.json").is_file() is ("out_dir" not in options)
+
+
+def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(stage: Stage) -> None:
+        if stage.done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate(observer=EvaluationObserver(on_stage=kill))
+    record, folder = evaluate()
+    shown, fallen = read_exhibits(folder), _fallen(record)
+    assert len(shown.fell) == LIMIT
+    assert all((e.attack, e.eps) == fallen[e.image][1:3] for e in shown.fell)
+    assert all((folder / e.file(p)).is_file() for e in (*shown.fell, *shown.stood) for p in e.pictures)
+    named = {e.image for e in (*shown.fell, *shown.stood)}
+    assert {int(path.name[:6]) for path in folder.glob("*.png")} == named
+
+
+def test_another_evaluation_does_not_keep_the_pictures_of_the_one_before(evaluate: Evaluate, tmp_path: Path) -> None:
+    evaluate()
+    (tmp_path / "record.json").unlink()
+    record, folder = evaluate(seed=1, eps=0.02)
+    shown = read_exhibits(folder)
+    assert {e.eps for e in (*shown.fell, *shown.stood)} == {0.02}
+    assert {int(path.name[:6]) for path in folder.glob("*.png")} == {e.image for e in (*shown.fell, *shown.stood)}
+    assert shown.settings_sha256 == record.settings_sha256
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "norm": "linf"}'])
+def test_damaged_exhibits_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "exhibits.json").write_text(text)
+    with pytest.raises(InputError, match=r"exhibits\.json"):
+        read_exhibits(tmp_path)
+
+
+def test_what_is_listed_is_read_back(evaluate: Evaluate) -> None:
+    _, folder = evaluate()
+    shown = read_exhibits(folder)
+    assert Shown.model_validate_json(shown.model_dump_json()) == shown
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "L")])
+def test_pictures_of_any_number_of_channels(channels: int, mode: str) -> None:
+    image = torch.linspace(-1, 2, channels * 20).reshape(channels, 4, 5)
+    picture = picture_of(image)
+    assert (picture.mode, picture.size) == (mode, (5, 4))
+    first = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(4, 5, -1)[..., 0] / 255
+    torch.testing.assert_close(first, image[0].clamp(0, 1), atol=1 / 500, rtol=0)
+
+
+def test_class_names_join_the_record(evaluate: Evaluate) -> None:
+    names = tuple("abcdefghij")
+    record, _ = evaluate(class_names=names)
+    assert record.class_names == names
+    with pytest.raises(InputError, match="class_names must be 10, one for each logit, found 3"):
+        evaluate(class_names=("a", "b", "c"), name="other")
