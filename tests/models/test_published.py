@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.errors import InputError
 from robustfpd.models import published
-from robustfpd.models.build import assemble
+from robustfpd.models.building import assemble
 from robustfpd.models.networks import from_timm
 from robustfpd.models.published import read_published
 

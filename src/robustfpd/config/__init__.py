@@ -1,6 +1,20 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
-from robustfpd.config.base import CUSTOM_BACKBONE, NORMS, Config, Denoise, Head, Middle, Norm, Protocol, StageName
+from robustfpd.config.base import (
+    CUSTOM_BACKBONE,
+    DATASETS,
+    DEVICES,
+    NORMS,
+    STAGES,
+    SUITES,
+    Config,
+    Denoise,
+    Head,
+    Middle,
+    Norm,
+    Protocol,
+    StageName,
+)
 from robustfpd.config.procedure import (
     AdversarialConfig,
     OptimizerConfig,
@@ -12,8 +26,8 @@ from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_na
 from robustfpd.config.run import AugmentConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
 
 __all__ = [
-    "CUSTOM_BACKBONE", "NORMS", "RECIPES", "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise",
-    "EvaluationConfig", "Head", "Middle", "ModelConfig", "Norm", "OptimizerConfig", "ProcedureConfig", "Protocol",
-    "RunConfig", "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "load_run", "parse", "recipe",
-    "recipe_names",
+    "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "RECIPES", "STAGES", "SUITES", "AdversarialConfig",
+    "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle", "ModelConfig", "Norm",
+    "OptimizerConfig", "ProcedureConfig", "Protocol", "RunConfig", "ScheduleConfig", "StageName", "TaskConfig",
+    "TrainingConfig", "load_run", "parse", "recipe", "recipe_names",
 ]  # fmt: skip

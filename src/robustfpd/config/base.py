@@ -14,6 +14,13 @@ StageName = Literal["two-phase", "adversarial"]
 Protocol = Literal["corrected", "published"]
 
 NORMS: tuple[str, ...] = get_args(Norm)
+STAGES: tuple[str, ...] = get_args(StageName)
+DATASETS = ("caltech101", "caltech256", "cifar10", "digits", "fashion_mnist", "folder", "mnist", "svhn")
+"""Names of the data sets, as `robustfpd.data` has them: known here so that asking for one takes no torch."""
+SUITES = ("first-look", "full", "pgd-100", "published", "published-mnist", "quick", "standard")
+"""Names of the suites of attacks, as `robustfpd.evaluation` has them."""
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Kinds of devices; `cuda:1` is one of several."""
 CUSTOM_BACKBONE = "custom"
 """`ModelConfig.backbone` of a network that the user handed over as a module."""
 

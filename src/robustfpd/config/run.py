@@ -50,10 +50,12 @@ class ModelConfig(Config):
     """A classifier: its backbone and the defence around it."""
 
     backbone: str = "resnet_mini"
-    """A timm model name, `resnet_mini`, `custom` for a module that is handed over in Python, or the authors' networks:
-    `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`, with the number of blocks in each stage."""
+    """A timm model name, `resnet_mini`, `package.module:factory` for a function that gives your own network, weights
+    included (imported from where you work and what is installed, also when the model is loaded), `custom` for a module
+    that is handed over in Python, or the authors' networks: `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`,
+    with the number of blocks in each stage."""
     stages: tuple[str, ...] | None = None
-    """Names of the modules where stages end, stem first; None asks timm."""
+    """Names of the modules where stages end, stem first; None asks timm, or takes those of a ResNet."""
     defence: Literal["fpd", "none"] = "fpd"
     """`fpd` wraps the backbone in a Feature Pyramid Decoder; `none` is its plain twin."""
     pretrained: bool = False

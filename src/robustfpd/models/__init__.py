@@ -1,7 +1,32 @@
-"""Backbones, the Feature Pyramid Decoder, its head, and models on disk."""
+"""Backbones, the Feature Pyramid Decoder, its head, and models on disk.
 
-from robustfpd.models.build import build, enhance, load
-from robustfpd.models.fpd import FPD, FPDClassifier, FPDOutput, Plain
-from robustfpd.models.published import load_published
+Names are imported when they are first used: what only asks which networks there are (`shipped`) needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustfpd.models.building import build, enhance, load
+    from robustfpd.models.fpd import FPD, FPDClassifier, FPDOutput, Plain
+    from robustfpd.models.published import load_published
 
 __all__ = ["FPD", "FPDClassifier", "FPDOutput", "Plain", "build", "enhance", "load", "load_published"]
+
+_WHERE = {
+    "build": "building", "enhance": "building", "load": "building", "FPD": "fpd", "FPDClassifier": "fpd",
+    "FPDOutput": "fpd", "Plain": "fpd", "load_published": "published",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'robustfpd.models' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"robustfpd.models.{_WHERE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

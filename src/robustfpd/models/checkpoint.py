@@ -1,6 +1,7 @@
 """A model on disk: `model.safetensors` and `config.json` in one folder. Never pickle.
 
-Folders are replaced as a whole: whoever is interrupted leaves the old one or the new one.
+Folders are replaced as a whole: whoever is interrupted leaves the old one or the new one. Torch is imported where
+weights are read or written: to find a model takes none.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError, MissingDataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -38,6 +38,9 @@ def write_model(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, con
 
 def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, config: ModelConfig) -> None:
     """Write the two files of a model into an existing folder."""
+    import torch
+    from safetensors.torch import save_file
+
     # Cloned, because safetensors refuses tensors that share memory: weights that two layers of a network share.
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     save_file(copies, folder / WEIGHTS)
@@ -68,6 +71,9 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights; a missing or damaged file is an InputError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = whole(folder) / WEIGHTS
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {WEIGHTS} is not there")

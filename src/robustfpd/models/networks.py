@@ -18,6 +18,7 @@ from robustfpd.models.resnext import ResNeXt
 MINI = "resnet_mini"
 OWN = (MINI, "published_resnet_3_4_23_3", "published_resnext_3_4_6_3")
 """Backbones beside timm's. The numbers are blocks a stage, and others go as well."""
+RESNET_STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> Network:
     Parts in evaluation mode inside a module in training mode are frozen on purpose and stay so.
     """
     if stages is None:
-        if not hasattr(net, "feature_info"):
-            raise InputError("stages must name the modules of the network where its stages end, stem first; found None")
-        stages = _timm_stages(net)
+        stages = _timm_stages(net) if hasattr(net, "feature_info") else _resnet_stages(net)
     own = copy.deepcopy(net).to("cpu", torch.float32)
     if not own.training:
         own.train()
@@ -105,7 +104,17 @@ def _own(name: str, in_channels: int) -> tuple[nn.Module, tuple[str, ...]] | Non
     if published[1] == "resnext":
         return ResNeXt(blocks, in_channels), ("conv1", "conv2", "conv3", "conv4", "conv5")
     net = ResNet(Bottleneck, blocks, num_classes=0, in_chans=in_channels)  # type: ignore[arg-type]
-    return net, ("maxpool", "layer1", "layer2", "layer3", "layer4")  # the published stem includes the pool
+    return net, RESNET_STAGES  # the published stem includes the pool
+
+
+def _resnet_stages(net: nn.Module) -> tuple[str, ...]:
+    """Where the stages of a ResNet end, under the names that torchvision gave them and most others took over."""
+    if not all(isinstance(getattr(net, name, None), nn.Module) for name in RESNET_STAGES):
+        raise InputError(
+            f"stages must name the modules of {type(net).__name__} where its stages end, stem first, as in "
+            f"[{','.join(RESNET_STAGES)}]; found None"
+        )
+    return RESNET_STAGES
 
 
 def _timm_stages(module: nn.Module, name: str = "the network") -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError, MissingDataError, first_line
-from robustfpd.models.build import assemble
+from robustfpd.models.building import assemble
 from robustfpd.models.fpd import FPD, Plain
 from robustfpd.models.networks import normalisation
 

@@ -14,6 +14,7 @@ from torch import nn
 from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError
 from robustfpd.models.checkpoint import read_settings, read_weights, whole
+from robustfpd.models.foreign import foreign, is_foreign
 from robustfpd.models.fpd import FPD, Plain
 from robustfpd.models.mode import evaluating
 from robustfpd.models.networks import from_module, from_timm
@@ -34,13 +35,14 @@ def enhance(
     """Wrap a CNN in a Feature Pyramid Decoder.
 
     Args:
-        backbone: a timm model name, `resnet_mini`, or your own module (a copy of it is taken).
+        backbone: a timm model name, `resnet_mini`, your own module (a copy of it is taken), or the name of what gives
+            it, `package.module:factory`.
         num_classes: number of classes K, at least 2.
         in_channels: channels of an image, 1 or 3.
         image_size: height and width in pixels, or one int for a square; it decides the stem and the
             decoder. Most backbones take other sizes too; those that do not say so when they meet one.
-        stages: names of the modules where stages end, stem first. Required for a module without timm's
-            `feature_info`.
+        stages: names of the modules where stages end, stem first. Required for a module that is no ResNet and has no
+            `feature_info` as timm's have.
         seed: seed of the new layers' weights; the global random state is left alone.
         options: fields of `robustfpd.ModelConfig` (`head="spectral"`, `denoise="softmax"`, `pretrained=True`, …).
 
@@ -82,13 +84,16 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
 
 def assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0) -> FPD | Plain:
     """Build as `build` does, without looking at what comes out."""
-    if net is not None and config.pretrained:
+    named = net is None and is_foreign(config.backbone)
+    if config.pretrained and (named or net is not None):
         raise InputError("pretrained=True loads timm's weights; your own module brings its own: leave pretrained out")
     if (config.backbone == CUSTOM_BACKBONE) != (net is not None):
         hint = "needs the module itself: pass net=" if net is None else "comes from timm: leave out net"
         raise InputError(f"backbone {config.backbone!r} {hint}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "weights"))  # torch.manual_seed would reseed GPUs too
+        if named:
+            net = foreign(config.backbone, "model.backbone")
         if net is not None:
             network = from_module(net, config.stages)
         else:
