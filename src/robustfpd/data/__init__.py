@@ -1,7 +1,7 @@
 """Data sets, training noise and augmentation."""
 
-from robustfpd.data.datasets import Splits, info, load, names
+from robustfpd.data.datasets import Counts, Splits, count, info, load, names
 from robustfpd.data.described import DatasetInfo
 from robustfpd.data.images import ImageSet
 
-__all__ = ["DatasetInfo", "ImageSet", "Splits", "info", "load", "names"]
+__all__ = ["Counts", "DatasetInfo", "ImageSet", "Splits", "count", "info", "load", "names"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from robustfpd.config import DataConfig
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
 from robustfpd.data.fetch import Archive, unpacked
-from robustfpd.data.folders import class_folders, listed, parts
+from robustfpd.data.folders import Listing, class_folders, listed, parts
 from robustfpd.errors import InputError
 
 CLASSES_101 = tuple(
@@ -38,18 +38,28 @@ ARCHIVES = {"caltech101": ARCHIVE_101, "caltech256": ARCHIVE_256}
 
 
 def read_caltech101(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
-    """Read CALTECH-101, as published with the background's folder as one more class, or without."""
+    """Read what `caltech101_listing` lists."""
+    return parts(caltech101_listing(described, config), described, config, on_progress)
+
+
+def caltech101_listing(described: DatasetInfo, config: DataConfig) -> Listing:
+    """List CALTECH-101, as published with the background's folder as one more class, or without."""
     folder = unpacked(ARCHIVE_101, described, config)
     expected = (BACKGROUND_101, *CLASSES_101) if config.background else CLASSES_101
     found = set(class_folders(folder))
     lacking = [name for name in expected if name not in found]
     strange = sorted(found - {BACKGROUND_101, *CLASSES_101})
     _check(described, folder, lacking, strange, len(expected))
-    return parts(listed(folder, expected), described, config, on_progress)
+    return listed(folder, expected)
 
 
 def read_caltech256(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
-    """Read CALTECH-256, as published with the folder of clutter as one more class, or without."""
+    """Read what `caltech256_listing` lists."""
+    return parts(caltech256_listing(described, config), described, config, on_progress)
+
+
+def caltech256_listing(described: DatasetInfo, config: DataConfig) -> Listing:
+    """List CALTECH-256, as published with the folder of clutter as one more class, or without."""
     folder = unpacked(ARCHIVE_256, described, config)
     count = CLASSES_256 + config.background
     numbered = {name.partition(".")[0]: name for name in class_folders(folder)}
@@ -57,7 +67,7 @@ def read_caltech256(described: DatasetInfo, config: DataConfig, on_progress: OnP
     lacking = [f"{number}.*" for number in expected[:count] if number not in numbered]
     strange = [name for name in class_folders(folder) if name not in {numbered.get(number) for number in expected}]
     _check(described, folder, lacking, strange, count)
-    return parts(listed(folder, [numbered[number] for number in expected[:count]]), described, config, on_progress)
+    return listed(folder, [numbered[number] for number in expected[:count]])
 
 
 def _check(described: DatasetInfo, folder: Path, lacking: list[str], strange: list[str], count: int) -> None:

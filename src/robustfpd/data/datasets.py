@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from robustfpd.config import DataConfig
 from robustfpd.data import arrays
-from robustfpd.data.caltech import ARCHIVE_101, ARCHIVE_256, CLASSES_101, read_caltech101, read_caltech256
+from robustfpd.data.caltech import (
+    ARCHIVE_101,
+    ARCHIVE_256,
+    CLASSES_101,
+    caltech101_listing,
+    caltech256_listing,
+    read_caltech101,
+    read_caltech256,
+)
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.folders import read_folder
+from robustfpd.data.folders import Listing, folder_listing, parted, read_folder
 from robustfpd.data.images import ImageSet
 from robustfpd.data.splits import stratified
 from robustfpd.errors import unknown_name
@@ -62,14 +71,48 @@ def load(config: DataConfig, on_progress: OnProgress | None = None) -> Splits:
     """
     described = info(config.dataset)
     parts = _SOURCES[config.dataset][1](described, config, on_progress)
-    if config.selection == "test":
-        rest, validation = torch.arange(len(parts.train)), parts.test
-    else:
-        rest, held_out = stratified(parts.train.labels, config.validation_fraction, config.split_seed, "validation")
-        validation = parts.train.take(held_out)
+    rest, held_out = _held_out(parts.train.labels, config)
+    validation = parts.test if held_out is None else parts.train.take(held_out)
+    return Splits(parts.info, parts.train.take(rest), validation, parts.test, parts.skipped)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images each part of a data set has."""
+
+    info: DatasetInfo
+    """As the network sees it."""
+    train: int
+    validation: int
+    test: int
+
+
+def count(config: DataConfig) -> Counts:
+    """Count the images that `load` would give; files are listed, not decoded, and nothing is fetched or written.
+
+    Raises:
+        InputError: as `load` does, but for files that cannot be decoded.
+    """
+    described, config = info(config.dataset), config.model_copy(update={"download": False})
+    if config.dataset not in _LISTINGS:
+        splits = load(config)
+        return Counts(splits.info, len(splits.train), len(splits.validation), len(splits.test))
+    listing = _LISTINGS[config.dataset](described, config)
+    train, test = parted(listing, torch.arange(len(listing.files)), config)
+    rest, held_out = _held_out(listing.labels[train], config)
+    named = replace(described, num_classes=len(listing.class_names), class_names=listing.class_names)
+    validation = len(test) if held_out is None else len(held_out)
+    return Counts(named.seen(config), len(rest), validation, len(test))
+
+
+def _held_out(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor | None]:
+    """Places of the images to train on and to hold out; None holds out none, because the test images select."""
+    rest, held_out = torch.arange(len(labels)), None
+    if config.selection != "test":
+        rest, held_out = stratified(labels, config.validation_fraction, config.split_seed, "validation")
     if config.train_limit is not None:
         rest = rest[torch.randperm(len(rest), generator=generator(config.split_seed, "limit"))][: config.train_limit]
-    return Splits(parts.info, parts.train.take(rest), validation, parts.test, parts.skipped)
+    return rest, held_out
 
 
 _DIGITS = tuple(str(d) for d in range(10))
@@ -125,3 +168,7 @@ _SOURCES: dict[str, tuple[DatasetInfo, _Source]] = {
         read_folder,
     ),
 }  # fmt: skip
+_LISTINGS: dict[str, Callable[[DatasetInfo, DataConfig], Listing]] = {
+    "caltech101": caltech101_listing, "caltech256": caltech256_listing, "folder": folder_listing,
+}  # fmt: skip
+"""How data sets of image files are listed."""

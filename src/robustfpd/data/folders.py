@@ -40,6 +40,11 @@ class Listing:
 
 def read_folder(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
     """Read `root/<class>/*`, or `root/train/<class>/*` with a test set beside it."""
+    return parts(folder_listing(described, config), described, config, on_progress)
+
+
+def folder_listing(described: DatasetInfo, config: DataConfig) -> Listing:
+    """List what `read_folder` reads."""
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise MissingDataError(
@@ -47,17 +52,15 @@ def read_folder(described: DatasetInfo, config: DataConfig, on_progress: OnProgr
         )
     train = root / "train"
     if not train.is_dir() or not class_folders(train):
-        return parts(listed(root, class_folders(root)), described, config, on_progress)
+        return listed(root, class_folders(root))
     listing = listed(root, class_folders(train), below="train/")
     test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if test is None:
-        return parts(listing, described, config, on_progress)
+        return listing
     unknown = sorted(set(class_folders(root / test)) - set(listing.class_names))
     if unknown:
         raise InputError(f"{root / test} has a class {unknown[0]!r} that {train} has not; both need the same classes")
-    return parts(
-        _with_tests(listing, listed(root, listing.class_names, f"{test}/", True)), described, config, on_progress
-    )
+    return _with_tests(listing, listed(root, listing.class_names, f"{test}/", True))
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
@@ -106,12 +109,16 @@ def parts(listing: Listing, described: DatasetInfo, config: DataConfig, on_progr
     good = torch.tensor([place for place in range(len(paths)) if place not in images.bad], dtype=torch.long)
     skipped = _skip(listing, images.bad, good, config)
     whole = ImageSet(images.images, listing.labels[good], seen.in_channels, seen.image_size)
-    if listing.tests is not None:
-        tests = listing.tests[good]
-        train, test = torch.nonzero(~tests).flatten(), torch.nonzero(tests).flatten()
-    else:
-        train, test = train_and_test(whole.labels, listing.class_names, config)
+    train, test = parted(listing, good, config)
     return Parts(seen, whole.take(train), whole.take(test), skipped)
+
+
+def parted(listing: Listing, good: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """Places of training and test images among the `good` ones: the data set's own parts, or drawn ones."""
+    if listing.tests is None:
+        return train_and_test(listing.labels[good], listing.class_names, config)
+    tests = listing.tests[good]
+    return torch.nonzero(~tests).flatten(), torch.nonzero(tests).flatten()
 
 
 def _with_tests(train: Listing, test: Listing) -> Listing:
