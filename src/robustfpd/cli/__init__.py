@@ -1,50 +1,104 @@
-"""The command line. One file per command; heavy imports happen inside the commands, so that help is quick."""
+"""The command line. Each command is the function of its name in the file of its name, imported when it is asked for."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
-from robustfpd.cli.convert import convert
-from robustfpd.cli.datasets import datasets
-from robustfpd.cli.demo import demo
-from robustfpd.cli.evaluate import evaluate
-from robustfpd.cli.models import models
-from robustfpd.cli.recipes import recipes
-from robustfpd.cli.running import settings_together
-from robustfpd.cli.train import train
 from robustfpd.errors import InputError, unknown_name
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": demo, "train": train, "evaluate": evaluate, "recipes": recipes, "datasets": datasets, "models": models,
-    "convert": convert,
-}  # fmt: skip
+COMMANDS = {
+    "demo": "the whole journey on small digits, offline, in two minutes",
+    "train": "train a recipe's network, with the defence or without",
+    "evaluate": "attack it: how much withstands, and whether to trust that",
+    "report": "a page to read and to show; several runs side by side",
+    "doctor": "find in seconds what would ruin an evaluation",
+    "predict": "classify images, and tell what restoration changed",
+    "export": "write a network as ONNX or TorchScript, and verify it",
+    "recipes": "what can be trained",
+    "datasets": "which images are there, and how to get the others",
+    "models": "trained networks that come with robustfpd",
+    "convert": "turn the authors' checkpoints into models of ours",
+    "completion": "let the shell complete commands, flags and names",
+}
+"""Every command and what it does, in the order of help."""
 
-DESCRIPTION = """Harden an image classifier with a Feature Pyramid Decoder, and measure how robust it is.
+ASKING = "__complete"
+"""What shells call instead of a command, with the words typed so far."""
 
-Begin with `robustfpd demo`; then `robustfpd train RECIPE`, `robustfpd evaluate RUN`."""
+JOURNEY = """\
+Harden an image classifier with a Feature Pyramid Decoder, and measure how
+robust it is.
+
+See it on small digits, offline, in two minutes:
+  robustfpd demo
+
+With photographs of your own, in a folder for each class:
+  robustfpd train folder/mini --data-root PHOTOS   train, into runs/folder-mini
+  robustfpd evaluate runs/folder-mini              attack it
+  robustfpd report runs/folder-mini                read what withstood, and why
+
+With a network of your own:
+  robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
+  robustfpd evaluate --model mynets:make --dataset folder --data-root PHOTOS
+
+All commands:
+"""
+ENDING = """
+`robustfpd COMMAND --help` has examples; --json and --quiet go with every one.
+`robustfpd train` and `evaluate` tell with --dry-run what they would do.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; what the user can mend ends with one line and exit code 2, an interrupt with 130."""
-    import tyro
+    words = list(sys.argv[1:] if argv is None else argv)
+    with _ending_well():
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(overview(), end="")
+        elif words[0] == ASKING:
+            from robustfpd.cli.completion import answers
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+            print("\n".join(answers(words[1:])))
+        elif words[0] == "--version":
+            from robustfpd import __version__
+
+            print(f"robustfpd {__version__}")
+        else:
+            from robustfpd.cli.parsing import parse
+            from robustfpd.cli.running import settings_together
+
+            parse(words[0], function(words[0]), settings_together(words[1:]))()
+
+
+def overview() -> str:
+    """What `robustfpd` alone shows."""
+    return JOURNEY + "".join(f"  {name:<11} {told}\n" for name, told in COMMANDS.items()) + ENDING
+
+
+def function(name: str) -> Callable[..., Any]:
+    """Import a command; an unknown name is an InputError with the nearest ones."""
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    found: Callable[..., Any] = getattr(import_module(f"robustfpd.cli.{name}"), name)
+    return found
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """No traceback for what is no fault of ours."""
     shown = warnings.showwarning
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-            raise unknown_name("command", arguments[0], COMMANDS)
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="robustfpd", description=DESCRIPTION, args=settings_together(arguments) or ["--help"],
-            sort_subcommands=False,
-        )  # fmt: skip
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # a folder that cannot be written, a full disk
+        yield
+    except BrokenPipeError:  # whoever read our output has had enough of it
+        sys.stdout = None
+        raise SystemExit(1) from None
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
 
 
@@ -17,21 +18,24 @@ def convert(
     image_size: int | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Turn a checkpoint of the authors into a model of ours, without running what may be in the file.
 
-    For example `robustfpd convert bestmodel_params.pkl svhn-published`.
+    For example `robustfpd convert bestmodel_params.pkl svhn-published`, or
+    `robustfpd convert caltech.pkl out --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225`.
 
     Args:
         published: bestmodel_params.pkl or one of its siblings, ResNet or ResNeXt of any depth.
         folder: a new or empty folder for the model.
         image_size: pixels a side that the model states; default 64 for 10 classes and 224 for others, as published.
-        mean: what the authors subtracted from each channel before the network; the model then does it itself.
-            CALTECH: --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+        mean: what the authors subtracted from each channel before the network; the model then does it itself. The
+            second example has CALTECH's.
         std: what they divided each channel by.
+        json: tell what was found as JSON.
+        quiet: tell nothing but errors and warnings.
     """
-    from rich.console import Console
-
     from robustfpd.cli.running import program
     from robustfpd.models.published import read_published
 
@@ -43,14 +47,19 @@ def convert(
     kind = "plain, without a decoder"
     if model.config.defence == "fpd":
         kind = f"with a Feature Pyramid Decoder, {model.config.pyramid_channels} channels wide"
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    epoch = "no epoch told" if found.epoch is None else f"epoch {found.epoch}"
+    parameters = sum(p.numel() for p in model.parameters())
     height, width = task.image_size
-    console = Console(soft_wrap=True)
-    console.print(
+    output = Output(json=json, quiet=quiet)
+    output.say(
         f"{published}: {found.architecture} ({', '.join(map(str, found.blocks))} blocks), {kind}\n"
         f"  {task.num_classes} classes, images of {task.in_channels} channels and {height}×{width} pixels, "
-        f"{millions:.1f} million parameters, {'no epoch told' if found.epoch is None else f'epoch {found.epoch}'}\n"
+        f"{parameters / 1e6:.1f} million parameters, {epoch}\n"
         f"wrote {folder}\n"
-        f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for"
+    )
+    output.result({
+        "published": str(published), "folder": str(folder), "architecture": found.architecture,
+        "blocks": list(found.blocks), "defence": model.config.defence, "epoch": found.epoch,
+        "parameters": parameters, "task": task.model_dump(mode="json"),
+    })  # fmt: skip

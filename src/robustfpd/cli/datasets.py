@@ -6,11 +6,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from robustfpd.cli.output import Output
+
 if TYPE_CHECKING:
     from robustfpd.data.inventory import Found
 
 
-def datasets(data_root: Path = Path("data"), cache: Path | None = None) -> None:
+def datasets(
+    data_root: Path = Path("data"), cache: Path | None = None, json: bool = False, quiet: bool = False
+) -> None:  # fmt: skip
     """List the data sets: which are there, what they hold, and how to get the others.
 
     For example `robustfpd datasets`, or `robustfpd datasets --data-root /data`.
@@ -18,9 +22,10 @@ def datasets(data_root: Path = Path("data"), cache: Path | None = None) -> None:
     Args:
         data_root: folder where torchvision keeps its data sets.
         cache: folder for decoded images; default ROBUSTFPD_CACHE, else the user's cache folder.
+        json: tell them as JSON.
+        quiet: tell nothing but errors and warnings.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from robustfpd.cli.running import program
@@ -35,17 +40,30 @@ def datasets(data_root: Path = Path("data"), cache: Path | None = None) -> None:
         column.justify = "right"
     for each in found:
         table.add_row(*_cells(each))
-    console = Console()
-    console.print(table)
     lines = [f"looked in {data_root.absolute()}; decoded images are kept in {images_folder(cache).absolute()}"]
     missing = [each for each in found if not each.there and each.info.download]
     lines += ["to get what is missing:"] if missing else []
     lines += [f"  {_fetching(program(), each, data_root)}" for each in missing]
     lines += [
         "images of your own, a folder for each class:",
-        f"  {program()} train caltech101/mini data.dataset=folder --data-root FOLDER",
+        f"  {program()} train folder/mini --data-root FOLDER",
     ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    output = Output(json=json, quiet=quiet)
+    output.say(table, *lines)
+    output.result({"data_root": str(data_root), "datasets": [_values(each, data_root) for each in found]})
+
+
+def _values(found: Found, data_root: Path) -> dict[str, object]:
+    """A data set, for machines; sizes are bytes."""
+    from robustfpd.cli.running import program
+
+    described = found.info
+    return {
+        "name": described.name, "description": described.description, "there": found.there, "images": found.images,
+        "classes": found.classes, "image_size": list(described.image_size), "channels": described.in_channels,
+        "bytes": found.size, "cached_bytes": found.cached,
+        "fetch": _fetching(program(), found, data_root) if described.download and not found.there else None,
+    }  # fmt: skip
 
 
 def _cells(found: Found) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ REFRESH_SECONDS = 0.25
 
 
 @contextmanager
-def training_display(console: Console, title: str) -> Iterator[Observer]:
+def training_display(console: Console, title: str, heading: str | None = None) -> Iterator[Observer]:
     """Show a training: a bar with phase, gate, losses, accuracy, speed and time left; a line per epoch.
 
-    Where there are two losses, `a/b`, the second is phase 2's. Made for terminals from 80 columns up.
+    Where there are two losses, `a/b`, the second is phase 2's. Made for terminals from 80 columns up. The heading, by
+    default the title, is shown as soon as a batch is done: data and settings were in order.
     """
     import time
 
@@ -33,11 +34,14 @@ def training_display(console: Console, title: str) -> Iterator[Observer]:
     task = bar.add_task(title)
     details = Text(no_wrap=False, overflow="fold")  # whatever the console's default: nothing may be cut off
     shown = 0.0
-    headed = False
+    begun = headed = False
     with Live(Group(bar, details), console=console, transient=True, auto_refresh=False, redirect_stderr=False) as live:
 
         def on_batch(progress: TrainingProgress) -> None:
-            nonlocal shown
+            nonlocal shown, begun
+            if not begun:
+                console.print(heading or title, highlight=False, markup=False)
+                begun = True
             now = time.monotonic()
             if now - shown < REFRESH_SECONDS or not console.is_terminal:
                 return
@@ -52,7 +56,7 @@ def training_display(console: Console, title: str) -> Iterator[Observer]:
             nonlocal headed
             cells = _epoch_cells(metrics)
             if not headed:
-                console.print(f"{title}\n{_row(cells, heading=True)}", highlight=False)
+                console.print(_row(cells, heading=True), highlight=False)
                 headed = True
             line = _row(cells, heading=False) + ("  best" if best else "")
             console.print(line, highlight=False)

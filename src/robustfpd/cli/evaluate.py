@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
+import shlex
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
     from robustfpd.cli.subjects import Subject
     from robustfpd.config import DataConfig, EvaluationConfig, RunConfig
-    from robustfpd.data import ImageSet
-    from robustfpd.evaluation import EvaluationRecord
+    from robustfpd.evaluation import EvaluationRecord, Proportion
 
 NOT_TRUSTED = 3
 """Exit code under --strict."""
@@ -43,14 +44,17 @@ def evaluate(
     seed: int | None = None,
     every_attack: bool = False,
     device: str = "auto",
+    dry_run: bool = False,
+    json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Attack a classifier: clean and worst-case accuracy over eps with 95 % intervals, and whether to trust them.
 
-    For example `robustfpd evaluate runs/digits-mini`,
-    or `robustfpd evaluate mnist/mini-fpd --suite standard --eps 0.1 --data-root data`,
-    or `robustfpd evaluate --model mypackage.nets:make --dataset cifar10 --eps 8/255 --strict`.
-
     What was found is written as it goes: an evaluation that was killed goes on when the command is repeated.
+
+    For example `robustfpd evaluate runs/digits-mini`, or `robustfpd evaluate runs/folder-mini --suite standard
+    --dry-run`, or `robustfpd evaluate mnist/mini-fpd --eps 0.1 --data-root data`, or
+    `robustfpd evaluate --model mynets:make --dataset cifar10 --eps 8/255`.
 
     Args:
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
@@ -64,50 +68,85 @@ def evaluate(
         surrogate: networks that attacks are transferred from, named like run or model; the plain twin of a network
             that comes with robustfpd joins by itself.
         strict: end with exit code 3 unless the verdict is `trusted`.
-        split: test, or validation: the images held out of training, to choose settings by.
+        split: which images: validation are those held out of training, to choose settings by.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
         dataset: images of this data set instead of the run's.
         image_size: pixels a side that --model wants; default the data set's own.
-        data_root: folder where torchvision keeps its data sets.
-        download: fetch the data set into data-root when it is not there.
+        data_root: folder of images for --dataset folder, else where torchvision keeps its data sets; default the run's.
+        download: fetch the data set into --data-root when it is not there.
         seed: seed of the choice of images and of the attacks.
         every_attack: try every attack on every image, for an accuracy per attack; costs more.
         device: auto, cpu, cuda or mps.
+        dry_run: tell the attacks, what they cost at most and an estimate of the time; attack and write nothing.
+        json: tell the result as JSON.
+        quiet: tell nothing but errors and warnings.
     """
-    from rich.console import Console
-
-    from robustfpd.cli.running import configured, torch_device
+    from robustfpd.cli.images import as_made_for, images_of
+    from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
     from robustfpd.cli.subjects import subject, surrogates
-    from robustfpd.evaluation.space import in_space
 
-    chosen = torch_device(device)
+    check_device(device)
+    _check_names(norm, suite, dataset, num_images, image_size)
     found = subject(run, model)
     config = configured(_settings(found, dataset, image_size), data_root, download, seed)
     plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
+    check_settings(config.model_copy(update={"evaluation": plan}))
     if surrogate and plan.space == "normalised":
         raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
     others = surrogates(surrogate, found.twin if plan.space == "pixels" else None)
-    found.classifier.to(chosen)
-    images = _images(config.data, split, found)
-    console = Console(soft_wrap=True)
+    output = Output(json=json, quiet=quiet)
+    chosen = torch_device(device)
+    config = as_made_for(found, config)
+    if dry_run:
+        from robustfpd.cli.evaluate_plan import tell_plan
+
+        tell_plan(output, found, config.data, plan, split, list(others), chosen)
+        return
+    from robustfpd.evaluation.space import in_space
+
+    attacked = found.classifier().to(chosen)
+    networks = {name: other.classifier().to(chosen) for name, other in others.items()}
+    images, class_names = images_of(config.data, split, found, attacked)
     shown = found.name if split == "test" else f"{found.name} (validation images)"
     shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
-    classifier, given = in_space(found.classifier, images, plan.space)
-    source = config.data.dataset if split == "test" else f"{config.data.dataset}-{split}"
-    others = {name: other.to(chosen) for name, other in others.items()}
+    classifier, given = in_space(attacked, images, plan.space)
     record, path = _evaluated(
-        console, found.results, f"{source}-{plan.suite}-{plan.norm}", shown, classifier.to(chosen), given,
+        output, found.results, record_name(config.data, plan, split), shown, classifier.to(chosen), given,
         suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images, seed=config.seed,
-        every_attack=every_attack, surrogates=others,
+        every_attack=every_attack, surrogates=networks, class_names=class_names,
     )  # fmt: skip
-    _show(console, record, plan, path)
+    _show(output, record, plan, path)
+    if found.config is not None and found.results == Path(found.source) / "evaluation":
+        output.say(f"next: {program()} report {shlex.quote(str(found.source))}")
+    output.result(_summary(record, path))
     if strict and record.verdict.status != "trusted":
         raise SystemExit(NOT_TRUSTED)
 
 
+def record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
+    """What the record is called."""
+    source = data.dataset if split == "test" else f"{data.dataset}-{split}"
+    return f"{source}-{plan.suite}-{plan.norm}"
+
+
+def _check_names(
+    norm: str | None, suite: str | None, dataset: str | None, num_images: int | None, image_size: int | None
+) -> None:
+    """Refuse what no evaluation can have, before anything is looked for."""
+    from robustfpd.cli.running import known
+    from robustfpd.config import DATASETS, NORMS, SUITES
+
+    for kind, name, names in (("norm", norm, NORMS), ("suite", suite, SUITES), ("dataset", dataset, DATASETS)):
+        if name is not None:
+            known(kind, name, names)
+    for flag, number in (("--num-images", num_images), ("--image-size", image_size)):
+        if number is not None and number < 1:
+            raise InputError(f"{flag} must be at least 1, found {number}")
+
+
 def _evaluated(
-    console: Console, folder: Path, name: str, shown: str, classifier: nn.Module, data: Any, **options: Any
+    output: Output, folder: Path, name: str, shown: str, classifier: nn.Module, data: Any, **options: Any
 ) -> tuple[EvaluationRecord, Path]:
     """Go on with, read, or make the evaluation; another one of that name stays, and this one gets a number."""
     from robustfpd import evaluation
@@ -118,31 +157,46 @@ def _evaluated(
         unfinished = evaluation.is_unfinished(path)
         done = path.is_file() and not unfinished
         try:
-            with evaluation_display(console, shown) as observer:
+            with evaluation_display(output.console, shown) as observer:
                 record = evaluation.evaluate(
                     classifier, data, out_dir=folder, name=path.stem, subject=shown, observer=observer, **options
                 )
         except evaluation.OtherEvaluation:
             continue
         except KeyboardInterrupt:
-            console.print(f"what was found is kept in {folder}; repeat the command to go on", highlight=False)
+            output.say(f"what was found is kept in {folder}; repeat the command to go on")
             raise
         if done:
-            console.print(f"measured before, read from {path}", highlight=False)
+            output.say(f"measured before, read from {path}")
         elif unfinished:
-            console.print(f"went on with the unfinished evaluation in {folder}", highlight=False)
+            output.say(f"went on with the unfinished evaluation in {folder}")
         break
     return record, path
 
 
-def _show(console: Console, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
+def _show(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
     from robustfpd.report.tables import evaluation_table, verdict_text
 
-    console.print(evaluation_table(record))
+    output.say(evaluation_table(record))
     if plan.divide_by is not None:
-        console.print(_as_divided(record, plan.divide_by), highlight=False)
-    console.print(verdict_text(record), highlight=False)
-    console.print(f"record: {path}, each image and attack beside it as CSV", highlight=False)
+        output.say(_as_divided(record, plan.divide_by))
+    output.say(verdict_text(record))
+    output.say(f"record: {path}, each image and attack beside it as CSV")
+
+
+def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
+    """What was found, for machines; accuracies are fractions."""
+    return {
+        "subject": record.subject, "suite": record.suite, "norm": record.norm, "seed": record.seed,
+        "num_images": record.num_images, "clean": _accuracy(record.clean),
+        "worst_case": [{"eps": worst.eps, **_accuracy(worst.robust)} for worst in record.worst_case],
+        "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},
+        "forward_passes": record.forward_passes, "backward_passes": record.backward_passes, "path": str(path),
+    }  # fmt: skip
+
+
+def _accuracy(found: Proportion) -> dict[str, Any]:
+    return {"accuracy": found.value, **found.model_dump(mode="json")}
 
 
 def _plan(
@@ -150,10 +204,8 @@ def _plan(
     space: str | None,
 ) -> EvaluationConfig:  # fmt: skip
     """The recipe's evaluation, with what the flags change."""
-    from robustfpd.attacks.norms import geometry
-
-    radii = tuple(_radius(text) for text in eps)
-    chosen = geometry(norm or plan.norm).name
+    chosen = norm or plan.norm
+    radii = tuple(_radius(text, chosen) for text in eps)
     if chosen != plan.norm and not radii:
         raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen}")
     changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite, "space": space or plan.space}
@@ -162,69 +214,27 @@ def _plan(
 
 def _settings(found: Subject, dataset: str | None, image_size: int | None) -> RunConfig:
     """The run's settings, or defaults; with the images of `dataset` where it is given."""
-    from robustfpd import data
     from robustfpd.config import RunConfig
 
     if found.config is None and dataset is None:
         raise InputError(f"{found.name} is no run; say which test images with --dataset")
     if image_size is not None and found.task is not None:
         raise InputError(f"--image-size is for --model; {found.name} was made for {found.task}")
-    if image_size is not None and image_size < 1:
-        raise InputError(f"--image-size must be at least 1, found {image_size}")
     config = found.config or RunConfig()
     changes: dict[str, object] = {} if dataset is None else {"dataset": dataset}
-    if found.config is None and found.task is not None:  # the model says how it wants its images
-        channels = found.task.in_channels
-        changes |= {"image_size": found.task.image_size, "channels": channels if channels in (1, 3) else None}
-        known = data.info(dataset or config.data.dataset).num_classes
-        changes["background"] = found.task.num_classes == known + 1  # the authors' CALTECH networks count it
     if image_size is not None:
         changes["image_size"] = (image_size, image_size)
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
-def _images(config: DataConfig, split: str, found: Subject) -> ImageSet:
-    """The images to attack, which must be such as the model was made for."""
-    from robustfpd import data
-
-    if split == "validation" and config.selection == "test":
-        raise InputError(
-            f"{found.name} held no images out of training (data.selection is test); evaluate the test images"
-        )
-    splits = data.load(config)
-    if found.task is not None and splits.info.task != found.task:
-        raise InputError(f"{found.name} was trained for {found.task}, {splits.info.name} has {splits.info.task}")
-    images = splits.test if split == "test" else splits.validation
-    if found.task is None:
-        _check_classes(found, images, splits.info.task.num_classes, splits.info.name)
-    return images
-
-
-def _check_classes(found: Subject, images: ImageSet, classes: int, name: str) -> None:
-    """A module of the user's must tell the data set's classes apart."""
-    import torch
-
-    from robustfpd.evaluation.inputs import device_of
-    from robustfpd.models.mode import evaluating
-
-    one = images.take(torch.tensor([0])).floats()[0].to(device_of(found.classifier, torch.zeros(1)))
+def _radius(text: str, norm: str) -> float:
     try:
-        with evaluating(found.classifier), torch.no_grad():
-            logits = found.classifier(one)
-    except Exception as error:
-        raise InputError(
-            f"{found.name} raised {type(error).__name__} on an image {tuple(one.shape)} of {name}: "
-            f"{next(iter(str(error).splitlines()), '')}; --image-size sets the size"
-        ) from error
-    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] != classes:
-        raise InputError(f"{found.name} gives {logits.shape[1]} logits, {name} has {classes} classes")
-
-
-def _radius(text: str) -> float:
-    try:
-        return float(Fraction(text))
+        radius = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise InputError(f"eps must hold numbers such as 0.03 or 8/255, found {text!r}") from None
+    if not math.isfinite(radius) or radius <= 0 or (norm == "linf" and radius > 1):
+        raise InputError(f"eps must be positive, in linf at most 1 (8/255 is 0.0314), found {text}")
+    return radius
 
 
 def _as_divided(record: EvaluationRecord, count: int) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from robustfpd.cli.output import Output
 
-def recipes() -> None:
+
+def recipes(json: bool = False, quiet: bool = False) -> None:
     """List the packaged recipes: what `robustfpd train` can be given.
 
-    Example: robustfpd recipes
+    For example `robustfpd recipes`, or `robustfpd recipes --json`.
+
+    Args:
+        json: tell them as JSON.
+        quiet: tell nothing but errors and warnings.
     """
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from robustfpd import data
@@ -19,19 +24,18 @@ def recipes() -> None:
     table.add_column("recipe", no_wrap=True)
     for heading in ("image", "backbone", "noise", "epochs", "published"):
         table.add_column(heading, overflow="fold")
+    listed = []
     for name in recipe_names():
         run = recipe(name)
         height, width = run.data.image_size or data.info(run.data.dataset).image_size
-        published = "yes" if "\npublished:" in (RECIPES / f"{name}.yaml").read_text() else ""
-        training = run.training
-        table.add_row(
-            name,
-            str(height) if height == width else f"{height}×{width}",
-            run.model.backbone,
-            f"{training.noise:g}",
-            str(training.epochs),
-            published,
-        )
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print("published: also in the authors' protocol, train --protocol published (docs/protocols.md)")
+        published = "\npublished:" in (RECIPES / f"{name}.yaml").read_text()
+        size = str(height) if height == width else f"{height}×{width}"
+        noise, epochs = run.training.noise, run.training.epochs
+        table.add_row(name, size, run.model.backbone, f"{noise:g}", str(epochs), "yes" if published else "")
+        listed.append({
+            "name": name, "dataset": run.data.dataset, "image_size": [height, width], "backbone": run.model.backbone,
+            "noise": noise, "epochs": epochs, "published": published,
+        })  # fmt: skip
+    output = Output(json=json, quiet=quiet)
+    output.say(table, "published: also in the authors' protocol, train --protocol published (docs/protocols.md)")
+    output.result({"recipes": listed})

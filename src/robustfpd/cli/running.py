@@ -1,4 +1,4 @@
-"""What several commands do alike: apply shared flags, pick a device, name the program."""
+"""What several commands do alike: apply shared flags, check names before torch is imported, name the program."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.errors import InputError
+from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import torch
 
-    from robustfpd.config import RunConfig
+    from robustfpd.config import DataConfig, RunConfig
 
 
 def program() -> str:
@@ -34,6 +35,44 @@ def configured(run: RunConfig, data_root: str | None, download: bool, seed: int 
     changes = {"root": data_root} if data_root is not None else {}
     data = run.data.model_copy(update={**changes, "download": download or run.data.download})
     return run.model_copy(update={"data": data, "seed": run.seed if seed is None else seed})
+
+
+def known(kind: str, name: str, names: Collection[str]) -> str:
+    """Return `name` if it is one of `names`; an InputError with the nearest ones otherwise."""
+    if name not in names:
+        raise unknown_name(kind, name, names)
+    return name
+
+
+def check_settings(run: RunConfig) -> None:
+    """Refuse what a run cannot mean, as far as names and folders tell; needs no torch."""
+    from robustfpd.config import DATASETS, SUITES
+    from robustfpd.models.foreign import find, is_foreign
+
+    known("dataset", run.data.dataset, DATASETS)
+    known("suite", run.evaluation.suite, SUITES)
+    if is_foreign(run.model.backbone):
+        find(run.model.backbone, "model.backbone")
+    check_folder(run.data)
+
+
+def check_folder(data: DataConfig) -> None:
+    """Refuse a folder of the user's own images that is not there."""
+    root = Path(data.root).expanduser()
+    if data.dataset == "folder" and not root.is_dir():
+        raise InputError(
+            f"no folder {root.absolute()}; give the one that holds a folder of images per class as --data-root"
+        )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is none; whether it is there, `torch_device` finds out."""
+    from robustfpd.config import DEVICES
+
+    kind, separator, number = name.partition(":")
+    known("device", kind, DEVICES)
+    if separator and not number.isdecimal():
+        raise InputError(f"--device takes {', '.join(DEVICES)}, or one of several as cuda:1; found {name!r}")
 
 
 def torch_device(name: str) -> torch.device:

@@ -1,14 +1,16 @@
-"""What `robustfpd evaluate` attacks: a run, a trained network, a saved model, or any module of the user's."""
+"""What `robustfpd evaluate` attacks: a run, a trained network, a saved model, or any module of the user's.
+
+What it is, its settings and what is wrong with its name are told without torch; only `classifier` imports it.
+"""
 
 from __future__ import annotations
 
-import importlib
-import sys
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.errors import InputError, first_line, unknown_name
+from robustfpd.errors import InputError, MissingDataError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +23,8 @@ class Subject:
     """A classifier to attack, and where what is found goes."""
 
     name: str
-    classifier: nn.Module
+    source: Path | str
+    """Its folder, or `package.module:factory`."""
     task: TaskConfig | None
     """What it was made for; None for a module of the user's."""
     config: RunConfig | None
@@ -30,9 +33,18 @@ class Subject:
     twin: str | None = None
     """The trained network that is its plain twin."""
 
+    def classifier(self) -> nn.Module:
+        """Load it."""
+        from robustfpd.models import load
+        from robustfpd.models.foreign import foreign
+
+        return foreign(self.source) if isinstance(self.source, str) else load(self.source).classifier()
+
 
 def subject(run: Path | None, model: str | None) -> Subject:
     """Find what the user named, by a path or by `package.module:factory`."""
+    from robustfpd.models.foreign import find
+
     if run is not None and model is not None:
         raise InputError(f"name one thing to attack: {run}, or --model {model}")
     if run is None and model is None:
@@ -40,8 +52,9 @@ def subject(run: Path | None, model: str | None) -> Subject:
             "name what to attack: a run, a trained network or a saved model, or --model package.module:factory"
         )
     if model is not None:
+        find(model, "--model")
         folder = Path("runs") / f"{model.replace(':', '-').replace('.', '-')}-evaluation"
-        return Subject(model, foreign(model), None, None, folder)
+        return Subject(model, model, None, None, folder)
     assert run is not None
     return trained(run)
 
@@ -49,59 +62,45 @@ def subject(run: Path | None, model: str | None) -> Subject:
 def trained(given: Path) -> Subject:
     """Tell a network that comes with robustfpd, a run and a saved model apart."""
     from robustfpd.config import load_run
-    from robustfpd.models import load, shipped
-    from robustfpd.training import RunFolder
+    from robustfpd.models import shipped
+    from robustfpd.models.checkpoint import read_settings
 
     folder = shipped.locate(given)
     name = shipped.named(folder)
-    network = load(folder)
-    classifier, task = network.classifier(), network.task
+    task, _ = read_settings(_model_in(folder))
     if name is not None:  # its folder is the repository's, or one that can be fetched again: results go to the user's
         results = Path("runs") / f"{name.replace('/', '-')}-evaluation"
         twin = name.replace("fpd", "plain")
         known = twin if twin != name and twin in shipped.names() else None
-        return Subject(name, classifier, task, load_run(folder / shipped.SETTINGS), results, known)
-    run = RunFolder(folder)
-    if run.started:
-        return Subject(str(given), classifier, task, run.config(), run.evaluation)
+        return Subject(name, folder, task, load_run(folder / shipped.SETTINGS), results, known)
+    settings = folder / shipped.SETTINGS
+    if settings.is_file():
+        return Subject(str(given), folder, task, load_run(settings), folder / "evaluation")
     # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
     results = folder.with_name(f"{folder.resolve().name}-evaluation")
-    return Subject(str(given), classifier, task, None, results)
+    return Subject(str(given), folder, task, None, results)
 
 
-def foreign(given: str) -> nn.Module:
-    """Import `package.module:factory`, also from the folder one is in, and call it; a module is taken as it is."""
-    from torch import nn
+def _model_in(folder: Path) -> Path:
+    """Where the model of a run or of a saved model lies; an InputError that says what else there is."""
+    from robustfpd.models import shipped
+    from robustfpd.models.checkpoint import CONFIG, whole
 
-    place, _, name = given.partition(":")
-    if not place or not name:
-        raise InputError(f"--model must be package.module:factory, found {given!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(place)
-    except Exception as error:  # a module of the user's may raise anything
-        raise InputError(
-            f"{place} cannot be imported from here: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not hasattr(module, name):
-        raise unknown_name(f"name in {place}", name, [n for n in vars(module) if not n.startswith("_")])
-    found = getattr(module, name)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise InputError(
-                f"{given} must be a torch.nn.Module or a function that gives one, found {type(found).__name__}"
-            )
-        try:
-            found = found()
-        except Exception as error:
-            raise InputError(f"{given}() raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(found, nn.Module):
-        raise InputError(f"{given}() must give a torch.nn.Module, found {type(found).__name__}")
-    return found
+    best = whole(folder / "checkpoints" / "best")
+    if best.is_dir():
+        return best
+    if (whole(folder) / CONFIG).is_file():
+        return folder
+    if (folder / shipped.SETTINGS).is_file():
+        raise MissingDataError(f"no model in {folder}: no epoch of this run was whole yet; go on with train --resume")
+    runs = [str(path.parent) for path in Path("runs").glob("*/config.yaml")]
+    near = difflib.get_close_matches(str(folder), [*runs, *shipped.names()], n=3, cutoff=0.6)
+    why = f"{CONFIG} is not there (looked in {folder.resolve()})" if folder.is_dir() else "there is no such folder"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`robustfpd models` lists those that come along"
+    raise MissingDataError(f"no model in {folder}: {why}; {hint}")
 
 
-def surrogates(given: tuple[str, ...], twin: str | None) -> dict[str, nn.Module]:
+def surrogates(given: tuple[str, ...], twin: str | None) -> dict[str, Subject]:
     """Networks to make transferred attacks on, by name: those that were named, and the plain twin that is known."""
     names = dict.fromkeys((*given, *([twin] if twin is not None else [])))
-    return {name: foreign(name) if ":" in name else trained(Path(name)).classifier for name in names}
+    return {name: subject(None, name) if ":" in name else trained(Path(name)) for name in names}

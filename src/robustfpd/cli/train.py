@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from robustfpd.cli.output import Output
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from robustfpd.config import RunConfig, StageName
     from robustfpd.training import TrainResult
 
@@ -31,58 +30,69 @@ def train(
     plain: bool = False,
     resume: bool = False,
     device: str = "auto",
+    dry_run: bool = False,
+    json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Train a recipe's network in two phases, then adversarially if asked, and keep each stage's checkpoints.
 
-    For example `robustfpd train digits/mini`,
-    or `robustfpd train mnist/mini training.noise=0.1 --data-root data --download`,
-    or `robustfpd train mnist/mini --stages two-phase,adversarial --data-root data`.
+    For example `robustfpd train digits/mini`, or `robustfpd train folder/mini --data-root PHOTOS --dry-run`, or
+    `robustfpd train mnist/mini training.noise=0.1 --data-root data --download`, or
+    `robustfpd train mnist/mini --stages two-phase,adversarial --data-root data`.
 
     Args:
         recipe: name of a recipe (see `robustfpd recipes`) or a YAML file.
-        settings: changes to the recipe, as field=value: training.epochs=3 model.head=spectral.
+        settings: changes to the recipe: training.epochs=3 model.head=spectral, or a network of your own with
+            model.backbone=package.module:factory.
         stages: two-phase, adversarial, or both with a comma; adversarial alone goes on from the two-phase run in the
             same folder.
-        protocol: corrected, or published: what the authors' code does, see docs/protocols.md.
-        data_root: folder where torchvision keeps its data sets.
-        download: fetch the data set into data-root when it is not there.
+        protocol: what the paper means, or published: what the authors' code does, see docs/protocols.md.
+        data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
+        download: fetch the data set into --data-root when it is not there.
         out: the run's folder; default runs/RECIPE. The adversarial stage goes into its folder adversarial.
         seed: seed of every random draw; default the recipe's.
         plain: train the plain twin instead: no defence, same data, noise and number of optimiser steps.
         resume: go on after the last whole epoch of an interrupted run.
         device: auto, cpu, cuda or mps.
+        dry_run: tell the plan, its cost in passes and an estimate of the time; train and write nothing.
+        json: tell the result as JSON.
+        quiet: tell nothing but errors and warnings.
     """
-    from rich.console import Console
-
     from robustfpd import config as configuration
-    from robustfpd.cli.running import configured, program, torch_device
-    from robustfpd.evaluation.suite import suite
+    from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
 
-    chosen = torch_device(device)
     run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
-    suite(run.evaluation.suite)  # now, not after hours of training
     run = run.twin() if plain else run
     variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
     folder = out or Path("runs") / (recipe_slug(recipe) + variant)
-    planned = _plan(run, _stage_names(stages), folder)
+    planned = plan(run, _stage_names(stages), folder, resume)
+    check_settings(run)
+    check_device(device)
+    output = Output(json=json, quiet=quiet)
+    if dry_run:
+        from robustfpd.cli.train_plan import tell_plan
+
+        tell_plan(output, planned, torch_device(device))
+        return
+    chosen = torch_device(device)
     options = {
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
         "--device": device,
     }  # fmt: skip
     flags = [word for word, on in (("--plain", plain), ("--download", download)) if on]
     command = [program(), "train", recipe, *settings, *_words(options), *flags]
-    console = Console(soft_wrap=True)
+    results = []
     for stage in planned:
         title = f"training {recipe}{' (plain twin)' if plain else ''}, stage {stage.run.stage}, into {stage.folder}"
-        console.print(title, highlight=False)
-        result = _train(stage, resume, str(chosen), console, command)
-        _tell(result, stage.run, console)
-    data = f" --data-root {data_root}" if data_root else ""
-    console.print(f"next: {program()} evaluate {planned[-1].folder}{data}", highlight=False)
+        result = _train(stage, resume, str(chosen), output, command, title)
+        output.say(_ending(result, stage.run))
+        results.append(_found(stage, result))
+    output.say(f"next: {program()} evaluate {shlex.quote(str(planned[-1].folder))}")
+    output.result({"recipe": recipe, "seed": run.seed, "stages": results})
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
     """One stage: its settings, where it goes, and the checkpoint it begins with."""
 
     run: RunConfig
@@ -91,40 +101,45 @@ class _Planned:
 
 
 def _stage_names(text: str) -> list[StageName]:
-    from robustfpd.config import StageName
+    from robustfpd.config import STAGES
 
-    known = get_args(StageName)
     asked = [name.strip() for name in text.split(",") if name.strip()]
     for name in asked:
-        if name not in known:
-            raise unknown_name("stage", name, known)
-    if not asked or asked != sorted(set(asked), key=known.index):
+        if name not in STAGES:
+            raise unknown_name("stage", name, STAGES)
+    if not asked or asked != sorted(set(asked), key=STAGES.index):
         raise InputError(f"--stages takes two-phase, adversarial or two-phase,adversarial, found {text!r}")
     return asked  # type: ignore[return-value]
 
 
-def _plan(run: RunConfig, stages: list[StageName], folder: Path) -> list[_Planned]:
+def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) -> list[Planned]:
     """The stages with their folders; the adversarial one begins with what lies, or will lie, in the folder above."""
     from robustfpd.models.checkpoint import whole
-    from robustfpd.training import RunFolder
 
     planned = []
     for name in stages:
         stage_run = run.model_copy(update={"stage": name})
         if name == "two-phase":
-            planned.append(_Planned(stage_run, folder, None))
+            planned.append(Planned(stage_run, folder, None))
             continue
         begins = folder if run.adversarial.start == "best" else None
-        if begins is not None and "two-phase" not in stages and not whole(RunFolder(folder).best).is_dir():
+        if begins is not None and "two-phase" not in stages and not whole(folder / "checkpoints" / "best").is_dir():
             raise InputError(
                 f"the adversarial stage begins with the two-phase run in {folder}, which holds no checkpoint; "
                 "train both with --stages two-phase,adversarial"
             )
-        planned.append(_Planned(stage_run, folder / "adversarial", begins))
+        planned.append(Planned(stage_run, folder / "adversarial", begins))
+    for stage in () if resume else planned:  # the second stage's folder too, before the first one is trained
+        if (stage.folder / "config.yaml").is_file():
+            raise InputError(
+                f"{stage.folder} holds a run; continue it with --resume, or choose another folder with --out"
+            )
     return planned
 
 
-def _train(stage: _Planned, resume: bool, device: str, console: Console, command: list[str]) -> TrainResult:
+def _train(
+    stage: Planned, resume: bool, device: str, output: Output, command: list[str], title: str
+) -> TrainResult:  # fmt: skip
     """Train one stage; on Ctrl-C say what is kept and how to go on, and leave with 130."""
     from robustfpd import training
     from robustfpd.cli.display import training_display
@@ -132,7 +147,7 @@ def _train(stage: _Planned, resume: bool, device: str, console: Console, command
     folder = training.RunFolder(stage.folder)
     go_on = resume and (folder.started or stage.run.stage == "two-phase")
     try:
-        with training_display(console, stage.run.data.dataset) as observer:
+        with training_display(output.console, stage.run.data.dataset, title) as observer:
             return training.train(
                 stage.run, stage.folder, start=stage.start, resume=go_on, device=device, observer=observer
             )
@@ -143,20 +158,30 @@ def _train(stage: _Planned, resume: bool, device: str, console: Console, command
         again = shlex.join([*command, *(["--resume"] if begun else [])])
         count = "1 whole epoch is" if epochs == 1 else f"{epochs} whole epochs are"
         kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was whole yet"
-        console.print(f"\ninterrupted; {kept}. Go on with:\n  {again}", highlight=False)
+        output.say(f"\ninterrupted; {kept}. Go on with:\n  {again}")
         raise SystemExit(130) from None
 
 
-def _tell(result: TrainResult, run: RunConfig, console: Console) -> None:
+def _ending(result: TrainResult, run: RunConfig) -> str:
     """One line on how a stage ended."""
     best = result.history[result.best_epoch]
     why = "stopped early" if result.stopped_early else "all epochs done"
     robust = best.validation_robust_accuracy
     under = "" if robust is None else f", {100 * robust:.2f} % under PGD-10 at eps {run.adversarial.eps:.4g}"
-    console.print(
-        f"{why}; best epoch {result.best_epoch + 1}: validation accuracy {100 * best.validation_accuracy:.2f} %{under}",
-        highlight=False,
+    return (
+        f"{why}; best epoch {result.best_epoch + 1}: validation accuracy {100 * best.validation_accuracy:.2f} %{under}"
     )
+
+
+def _found(stage: Planned, result: TrainResult) -> dict[str, Any]:
+    """What came of a stage, for machines; epochs are counted from 1, accuracies are fractions."""
+    best = result.history[result.best_epoch]
+    return {
+        "stage": stage.run.stage, "folder": str(stage.folder), "epochs": len(result.history),
+        "stopped_early": result.stopped_early, "best_epoch": result.best_epoch + 1,
+        "validation_accuracy": best.validation_accuracy,
+        "validation_robust_accuracy": best.validation_robust_accuracy,
+    }  # fmt: skip
 
 
 def recipe_slug(recipe: str) -> str:

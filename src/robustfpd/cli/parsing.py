@@ -1,0 +1,179 @@
+"""From words to a command's call, and its help: tyro underneath, with short placeholders, examples and one-line errors.
+
+A command is a function: its signature says the flags, its docstring what they mean. The docstring's paragraph that
+begins with "For example" holds commands in backticks; help shows them at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from robustfpd.errors import InputError, unknown_name
+
+Command = Callable[..., Any]
+
+PLACEHOLDERS: dict[Any, str] = {Path: "PATH", int: "N", float: "X", str: "NAME"}
+"""What help shows for a value, by its type; where the type says little, by the flag's name."""
+NAMED = {"data_root": "PATH", "eps": "EPS", "model": "MODULE:NAME", "settings": "FIELD=VALUE"}
+NUMBERS = {int: "a whole number", float: "a number"}
+HELP = ("-h", "--help")
+
+
+def parse(name: str, command: Command, words: Sequence[str]) -> Callable[[], Any]:
+    """Return the call that `words` ask for; help ends the program with 0, words that do not fit with 2.
+
+    Raises:
+        InputError: an unknown flag or choice, with the nearest ones, or a value that is no number.
+    """
+    if not any(word in HELP for word in words):
+        check(name, command, words)
+    try:
+        call: Callable[[], Any] = tyro.cli(
+            described(command), prog=f"robustfpd {name}", description=description(command), args=list(words),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )  # fmt: skip
+    except SystemExit as ended:
+        if ended.code in (0, None):
+            print("\n".join(["examples:", *(f"  {example}" for example in examples(command))]))
+        raise
+    return call
+
+
+def described(command: Command) -> Command:
+    """A function of the same parameters, with their help for tyro, that returns the call instead of making it."""
+
+    def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(command, *args, **kwargs)
+
+    hints, told = get_type_hints(command, include_extras=True), _arguments(command)
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        argument = tyro.conf.arg(
+            metavar=_placeholder(parameter, hint),
+            help=told.get(parameter.name, ""),
+            help_behavior_hint=_hint(parameter),
+        )
+        parameters.append(parameter.replace(annotation=Annotated[hint, argument]))
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__doc__ = command.__doc__
+    return call
+
+
+def description(command: Command, width: int | None = None) -> str:
+    """The docstring without its arguments and examples, set to the width of the terminal, at most 80 columns."""
+    columns = width or min(shutil.get_terminal_size().columns, 80)
+    kept = (text for text in _paragraphs(command) if not text.startswith("For example"))
+    return "\n\n".join(textwrap.fill(text, columns) for text in kept)
+
+
+def examples(command: Command) -> list[str]:
+    """Commands to copy, from the docstring."""
+    told = (text for text in _paragraphs(command) if text.startswith("For example"))
+    return [example for text in told for example in re.findall(r"`(robustfpd [^`]+)`", text)]
+
+
+def check(name: str, command: Command, words: Sequence[str]) -> None:
+    """Refuse what is missing, unknown flags and choices, and what is no number, in one line."""
+    hints = get_type_hints(command)
+    parameters = inspect.signature(command).parameters.values()
+    needed = [p for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    given = [word for word in words if not word.startswith("-")]
+    for place, parameter in enumerate(needed):
+        if len(given) <= place:
+            told = _arguments(command).get(parameter.name, "").rstrip(".")
+            raise InputError(f"robustfpd {name} needs {parameter.name.upper()}: {told}; see robustfpd {name} --help")
+        kind = plain(hints[parameter.name])
+        if get_origin(kind) is Literal and words[place] == given[place] not in get_args(kind):
+            raise unknown_name(parameter.name, given[place], get_args(kind))
+    flags = flags_of(command)
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag == "--":
+            continue
+        flag = flag.replace("_", "-")
+        if flag not in flags:
+            raise unknown_name(f"flag of robustfpd {name}", flag, flags)
+        kind = plain(flags[flag])
+        value = value if equals else next(iter(words[place + 1 :]), "")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise unknown_name(flag, value, get_args(kind))
+        if kind in NUMBERS and not _is_number(value, kind):
+            raise InputError(f"{flag} takes {NUMBERS[kind]}, found {value!r}")
+
+
+def flags_of(command: Command) -> dict[str, Any]:
+    """The flags of a command and their types."""
+    hints, parameters = get_type_hints(command), inspect.signature(command).parameters.values()
+    return {f"--{p.name.replace('_', '-')}": hints[p.name] for p in parameters if p.kind is not p.POSITIONAL_ONLY}
+
+
+def _is_number(text: str, kind: type) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _paragraphs(command: Command) -> list[str]:
+    """The docstring up to its arguments, each paragraph on one line."""
+    text = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0]
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+
+
+def _arguments(command: Command) -> dict[str, str]:
+    """What the docstring says of each parameter, on one line, so that it is set to the width of the terminal."""
+    text = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n(?:     +.*)?)*)", text, flags=re.MULTILINE)
+    return {name: " ".join(told.split()) for name, told in entries}
+
+
+def plain(hint: Any) -> Any:
+    """The type of one value: without markers, None and the tuple around it."""
+    while True:
+        if get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+            continue
+        inner = [kind for kind in get_args(hint) if kind not in (type(None), Ellipsis)]
+        if get_origin(hint) is Literal or len(inner) != 1:
+            return hint
+        hint = inner[0]
+
+
+def several(hint: Any) -> bool:
+    """Whether a parameter takes several values."""
+    bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(bare) is tuple
+
+
+def _placeholder(parameter: inspect.Parameter, hint: Any) -> str | None:
+    """What stands for the value in help; None for a flag without one."""
+    kind, name = plain(hint), parameter.name
+    positional = parameter.kind is parameter.POSITIONAL_ONLY
+    if kind is bool:
+        return None
+    if get_origin(kind) is Literal and not positional:
+        return f"{{{','.join(get_args(kind))}}}"
+    one = NAMED.get(name, name.upper() if positional else PLACEHOLDERS.get(kind, name.upper()))
+    if positional:
+        shown = f"{one} ..." if several(hint) else one
+        return shown if parameter.default is parameter.empty else f"[{shown}]"
+    return f"{one} [{one} ...]" if several(hint) else one
+
+
+def _hint(parameter: inspect.Parameter) -> Callable[[str], str]:
+    """The default as help tells it; nothing, None and False go without saying."""
+    default = parameter.default
+    said = default is not parameter.empty and default not in (None, False, ())
+    return lambda shown: f"(default: {shown})" if said else ""
