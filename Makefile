@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint types format setup clean
+.PHONY: demo test test-slow lint types docs format setup clean
 
 demo: setup
 	$(BIN)/robustfpd demo
@@ -22,6 +22,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest tests/test_site.py -m slow
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -35,4 +39,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

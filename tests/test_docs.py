@@ -1,0 +1,200 @@
+"""The documentation: its snippets run, its commands exist, and nothing that there is goes unmentioned."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+from tests.conftest import SHARED
+from tests.documents import DOCS, PAGES, ROOT, Block, blocks, inline_commands, name_of
+
+import robustfpd as rf
+from robustfpd.attacks import adaptive
+from robustfpd.cli import COMMANDS, function, main, parsing
+from robustfpd.cli.running import settings_together
+from robustfpd.config import RunConfig, TaskConfig, recipe, recipe_names
+from robustfpd.config.base import Denoise, Head, Middle
+from robustfpd.evaluation import suite_names
+from robustfpd.evaluation.checks import NAMES as CHECKS
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
+CHECKPOINT = SHARED / "published" / "resnet_mnist_1-1-1-1" / "bestmodel_params.pkl"
+OTHERS = {"make", "pip", "wait"}
+"""What shell blocks may call beside robustfpd."""
+
+
+def _page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to be in, whose modules can be imported and are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def _shortened(words: list[str]) -> list[str]:
+    """The same command in less time."""
+    if words[0] == "train":
+        return [*words, "training.epochs=1"]
+    if words[0] == "evaluate" and "--suite" not in words:
+        return [*words, "--suite", "first-look", "--num-images", "16"]
+    return words
+
+
+def _run(block: Block, page: str, namespace: dict[str, Any], folder: Path) -> None:
+    if block.language == "python":
+        if block.title is not None:
+            (folder / block.title).write_text(block.body)
+        exec(compile(block.body, page, "exec"), namespace)
+    elif block.runs:
+        for words in block.commands():
+            main(_shortened(words[1:]))
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_the_snippets_of_a_page_run_one_after_the_other(page: Path, elsewhere: Path) -> None:
+    if "bestmodel_params.pkl" in page.read_text():
+        if not CHECKPOINT.is_file():
+            pytest.skip("no published checkpoint beside the project")
+        shutil.copy(CHECKPOINT, elsewhere)
+    module = types.ModuleType("snippets")  # dataclasses and the like look for where they were made
+    for block in blocks(page):
+        _run(block, str(page), vars(module), elsewhere)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_commands_of_a_page_are_accepted(page: Path, elsewhere: Path) -> None:
+    for block in blocks(page):
+        if block.title is not None:
+            (elsewhere / block.title).write_text(block.body)
+    shown = [words for b in blocks(page) if b.language == "sh" for words in b.commands()]
+    for words in [*shown, *inline_commands(page)]:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
+        elif words[0] == "robustfpd":
+            _accepted(words[1:])
+        else:
+            assert words[0] in OTHERS, words
+
+
+def _accepted(words: list[str]) -> None:
+    """Parse as the program does, and look up the names that only running would."""
+    name, *rest = words
+    call = parsing.parse(name, function(name), settings_together(rest))
+    given = inspect.signature(function(name)).bind(*call.args, **call.keywords).arguments  # type: ignore[attr-defined]
+    if name == "train":
+        recipe(given["recipe"], given.get("settings", ()), protocol=given.get("protocol", "corrected"))
+    if given.get("suite") is not None:
+        assert given["suite"] in suite_names(), words
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def leaves(node: Any) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        return [leaf for child in (node.values() if isinstance(node, dict) else node) for leaf in leaves(child)]
+
+    pages = [name_of(page) for page in PAGES] + [path.name for path in DOCS.glob("*.ipynb")]
+    assert sorted(leaves(SITE["nav"])) == sorted(pages)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_or_to_papers_and_projects(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            assert re.match(r"https://(arxiv\.org/abs/|github\.com/[\w-]+/[\w.-]+$)", target), target
+        elif not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_site_is_strict_executes_the_notebook_and_asks_for_nothing_elsewhere() -> None:
+    assert SITE["strict"] is True
+    assert SITE["theme"]["font"] is False
+    assert SITE["validation"]["links"]["anchors"] == "warn"
+    notebook = next(p["mkdocs-jupyter"] for p in SITE["plugins"] if isinstance(p, dict) and "mkdocs-jupyter" in p)
+    assert notebook["execute"] is True
+    assert notebook["allow_errors"] is False
+
+
+def test_attacks_views_and_suites_are_told() -> None:
+    page, choosing = _page("attacks.md"), _page("choosing.md")
+    views = adaptive.adaptive_views(rf.load("digits/mini-fpd").classifier(), torch.zeros(2, 1, 8, 8))
+    assert len(views) > 6
+    for name in [*rf.attacks.names(), *suite_names(), *views.keys() - {adaptive.PLAIN}]:
+        assert f"`{name}`" in page, name
+    for name in suite_names():
+        assert f"`{name}`" in choosing, name
+
+
+def test_each_check_has_an_entry() -> None:
+    assert re.findall(r"^### `([\w-]+)`$", _page("checks.md"), flags=re.MULTILINE) == list(CHECKS)
+
+
+def test_the_method_tells_the_choices_of_its_parts() -> None:
+    page = _page("method.md")
+    for name in (*typing.get_args(Denoise), *typing.get_args(Head)):
+        assert f"| `{name}` |" in page, name
+    assert "`model.middle` has both, and `none`" in page
+    assert len(typing.get_args(Middle)) == 3
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = _page("reference/python.md")
+    for name in rf.__all__:
+        assert f"`rf.{name}`" in page, name
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    page = _page("reference/settings.md")
+
+    def configs(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        yield cls
+        for field in cls.model_fields.values():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from configs(field.annotation)
+
+    found: set[type[BaseModel]] = {*configs(RunConfig), TaskConfig}
+    assert len(found) >= 9
+    for cls in found:
+        assert f"::: {cls.__module__}.{cls.__name__}\n" in page, cls
+        for name, field in cls.model_fields.items():
+            assert field.description, f"{cls.__name__}.{name} has no docstring to show"
+
+
+def test_the_reference_tells_every_command_with_its_flags_and_every_recipe() -> None:
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    made = hooks.on_page_markdown(_page("reference/cli.md"))
+    sections = dict(re.findall(r"^## robustfpd (\w+) .*?\n(.*?)(?=^## |\Z)", made, flags=re.MULTILINE | re.DOTALL))
+    assert list(sections) == list(COMMANDS)
+    for name, section in sections.items():
+        for parameter in inspect.signature(function(name)).parameters.values():
+            if parameter.kind is not parameter.POSITIONAL_ONLY:
+                flag = f"--{parameter.name.replace('_', '-')}"
+                assert re.search(rf"^- `{flag}\b[^`]*`: \w", section, flags=re.MULTILINE), (name, flag)
+    settings = hooks.on_page_markdown(_page("reference/settings.md"))
+    for name in recipe_names():
+        assert f"| `{name}` |" in settings, name

@@ -1,0 +1,104 @@
+"""The documentation as it is built: `make docs` builds it and runs these; elsewhere it is built for them first."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+from tests.documents import DOCS, PAGES, ROOT, name_of
+
+from robustfpd.cli import COMMANDS
+from robustfpd.config import AdversarialConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = Path("/usr/bin/chromium")
+PAGE_NAMES = [*(name_of(page).removesuffix(".md") for page in PAGES), "look-inside"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built pages: those in `site/` where nothing is newer, else built anew."""
+    ready = ROOT / "site" / "index.html"
+    sources = [ROOT / "mkdocs.yml", *DOCS.rglob("*"), *(ROOT / "src").rglob("*.py")]
+    if ready.is_file() and ready.stat().st_mtime > max(path.stat().st_mtime for path in sources if path.is_file()):
+        return ready.parent
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    sync = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.is_file():
+        pytest.skip("no Chromium")
+    with sync.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def test_all_pages_are_built(site: Path) -> None:
+    for name in PAGE_NAMES:
+        assert (site / f"{name}.html").stat().st_size > 5000, name
+    assert not list(site.rglob("*.py"))
+
+
+def test_pages_take_nothing_from_elsewhere(site: Path) -> None:
+    taken = re.compile(r"<(?:script|img|iframe|link|source)[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert not taken.search(text), page
+        assert not re.search(r"cdnjs|googleapis|unpkg|jsdelivr", text), page
+
+
+def test_the_references_tell_each_command_and_each_setting(site: Path) -> None:
+    commands, settings = (
+        (site / "reference" / "cli.html").read_text(),
+        (site / "reference" / "settings.html").read_text(),
+    )
+    for name in COMMANDS:
+        assert f'id="{name}"' in commands, name
+    for cls in (RunConfig, DataConfig, ModelConfig, TrainingConfig, AdversarialConfig):
+        for field in cls.model_fields:
+            assert re.search(rf'id="robustfpd\.config\.[\w.]*{cls.__name__}\.{field}"', settings), (cls, field)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_a_page_opens_without_requests_errors_or_overflow(
+    site: Path, browser: Any, name: str, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    asked: list[str] = []
+    said: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.goto((site / f"{name}.html").as_uri())
+    page.wait_for_timeout(50)
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
+    page.close()
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(DOCS / "look-inside.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), "outputs are made when the pages are built; clear them"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    images = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
+    assert len(images) == 2
