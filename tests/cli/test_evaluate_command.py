@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from robustfpd.cli import main
-from robustfpd.cli.subjects import foreign, surrogates, trained
+from robustfpd.cli.subjects import surrogates, trained
 from robustfpd.evaluation import EvaluationRecord, Verdict
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
+from robustfpd.models.foreign import foreign
 from robustfpd.report.tables import verdict_text
 
 MODULE = """
@@ -94,10 +95,10 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (("--model", "mynets"), "--model must be package.module:factory, found 'mynets'"),
         (("--model", "nonets:make"), "nonets cannot be imported from here: ModuleNotFoundError"),
-        (("--model", "mynets:mak"), "unknown name in mynets 'mak'; did you mean 'make'"),
-        (("--model", "mynets:number"), "must be a torch.nn.Module or a function that gives one, found int"),
-        (("--model", "mynets:raises"), r"mynets:raises\(\) raised RuntimeError: no weights here"),
-        (("--model", "builtins:dict"), r"builtins:dict\(\) must give a torch.nn.Module, found dict"),
+        (("--model", "mynets:mak", *FAST), "unknown name in mynets 'mak'; did you mean 'make'"),
+        (("--model", "mynets:number", *FAST), "must be a torch.nn.Module or a function that gives one, found int"),
+        (("--model", "mynets:raises", *FAST), r"mynets:raises\(\) raised RuntimeError: no weights here"),
+        (("--model", "builtins:dict", *FAST), r"builtins:dict\(\) must give a torch.nn.Module, found dict"),
         (("--model", "mynets:make"), "mynets:make is no run; say which test images with --dataset"),
         (("--model", "mynets:seven", *FAST), "mynets:seven gives 7 logits, digits has 10 classes"),
         (("--model", "mynets:large", *FAST), "mynets:large raised RuntimeError on an image .*--image-size"),
@@ -174,6 +175,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     assert "went on with the unfinished evaluation" in capsys.readouterr().out
     assert (folder / "digits-first-look-linf.ledger.csv").read_text().startswith(kept)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "digits-first-look-linf.exhibits",
         "digits-first-look-linf.json",
         "digits-first-look-linf.ledger.csv",
     ]

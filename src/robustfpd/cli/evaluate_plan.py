@@ -60,7 +60,8 @@ def tell_plan(
         f"time  at most about {duration(seconds)}, an estimate; images that fall are not attacked again,",
         "      so most evaluations take far less",
         f"      timed now on {device}: {speed}",
-        f"into  {path}; an evaluation that is there goes on, or is read",
+        f"into  {path}",
+        "      where an evaluation is there, it goes on or is read",
         "dry run: nothing was attacked or written",
     )
     output.result({

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -25,6 +28,8 @@ PLACEHOLDERS: dict[Any, str] = {Path: "PATH", int: "N", float: "X", str: "NAME"}
 """What help shows for a value, by its type; where the type says little, by the flag's name."""
 NAMED = {"data_root": "PATH", "eps": "EPS", "model": "MODULE:NAME", "settings": "FIELD=VALUE"}
 NUMBERS = {int: "a whole number", float: "a number"}
+WIDTH = 80
+"""Columns that help takes at most."""
 HELP = ("-h", "--help")
 
 
@@ -34,17 +39,47 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Callable[[], Any
     Raises:
         InputError: an unknown flag or choice, with the nearest ones, or a value that is no number.
     """
-    if not any(word in HELP for word in words):
-        check(name, command, words)
-    try:
-        call: Callable[[], Any] = tyro.cli(
-            described(command), prog=f"robustfpd {name}", description=description(command), args=list(words),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )  # fmt: skip
-    except SystemExit as ended:
-        if ended.code in (0, None):
-            print("\n".join(["examples:", *(f"  {example}" for example in examples(command))]))
-        raise
+    if any(word in HELP for word in words):
+        print(help_of(name, command))
+        raise SystemExit(0)
+    check(name, command, words)
+    return _parsed(name, command, words)
+
+
+def help_of(name: str, command: Command) -> str:
+    """What a command is for, its arguments, and commands to copy, set to 80 columns."""
+    kept = _Kept(sys.stdout)
+    with redirect_stdout(kept), suppress(SystemExit):
+        _parsed(name, command, ["--help"])
+    arguments = kept.getvalue().partition("\n")[2].strip("\n")  # after tyro's usage, which may be wider
+    parameters = inspect.signature(command).parameters.values()
+    hints = get_type_hints(command)
+    places = [_placeholder(p, hints[p.name]) or "" for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    usage = " ".join(["usage: robustfpd", name, *places, "[OPTIONS]"])
+    shown = "\n".join(_broken(example) for example in examples(command))
+    return f"{usage}\n\n{description(command)}\n\n{arguments}\nexamples:\n{shown}"
+
+
+class _Kept(io.StringIO):
+    """Keeps what would be printed, as it would be."""
+
+    def __init__(self, instead_of: TextIO) -> None:
+        super().__init__()
+        self.instead_of = instead_of
+
+    def isatty(self) -> bool:
+        return self.instead_of.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.instead_of.encoding
+
+
+def _parsed(name: str, command: Command, words: Sequence[str]) -> Callable[[], Any]:
+    call: Callable[[], Any] = tyro.cli(
+        described(command), prog=f"robustfpd {name}", description="", args=list(words),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
     return call
 
 
@@ -66,15 +101,20 @@ def described(command: Command) -> Command:
         parameters.append(parameter.replace(annotation=Annotated[hint, argument]))
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
-    call.__doc__ = command.__doc__
     return call
 
 
-def description(command: Command, width: int | None = None) -> str:
-    """The docstring without its arguments and examples, set to the width of the terminal, at most 80 columns."""
-    columns = width or min(shutil.get_terminal_size().columns, 80)
+def description(command: Command) -> str:
+    """The docstring without its arguments and examples."""
+    columns = min(shutil.get_terminal_size().columns, WIDTH)
     kept = (text for text in _paragraphs(command) if not text.startswith("For example"))
     return "\n\n".join(textwrap.fill(text, columns) for text in kept)
+
+
+def _broken(example: str) -> str:
+    """A command to copy, with a backslash where it goes on in the next line."""
+    lines = textwrap.wrap(example, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+    return "  " + " \\\n    ".join(lines)
 
 
 def examples(command: Command) -> list[str]:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustfpd.cli import forecast, main
+from robustfpd.evaluation import EvaluationRecord
+
+FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "SECONDS", 0.02)
+
+
+def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    main([*words, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_training_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "digits/mini", *FAST, "--stages", "two-phase,adversarial", "--dry-run"]
+    main(words)
+    out = capsys.readouterr().out
+    for said in ("stage two-phase, into runs/digits-mini\n", "stage adversarial, into runs/digits-mini/adversarial",
+                 "128 to train, 143 to validate, 359 to test", "2 of batches of 32", "an estimate",
+                 "at most 798 images forward, 512 backward", "nothing was trained or written"):  # fmt: skip
+        assert said in out
+    assert max(map(len, out.splitlines())) <= 80
+    told = _json(capsys, *words)
+    assert [s["stage"] for s in told["stages"]] == ["two-phase", "adversarial"]
+    assert told["stages"][0]["forward_passes"] == 2 * (2 * 128 + 143)
+    assert told["stages"][1]["estimated_seconds"] > 0
+    assert told["settings"]["training"]["epochs"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_is_planned_and_the_bound_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = _json(capsys, "train", "digits/mini", *FAST)
+    assert trained["stages"][0] | {"validation_accuracy": 0, "best_epoch": 0} == {
+        "stage": "two-phase", "folder": "runs/digits-mini", "epochs": 2, "stopped_early": False, "best_epoch": 0,
+        "validation_accuracy": 0, "validation_robust_accuracy": None,
+    }  # fmt: skip
+    run = trained["stages"][0]["folder"]
+    words = ["evaluate", run, "--num-images", "12", "--suite", "quick", "--eps", "0.001", "0.002"]
+    before = sorted(tmp_path.rglob("*"))
+    main([*words, "--dry-run"])
+    out = capsys.readouterr().out
+    assert "12 of 359 test images of digits" in out
+    assert "PGD-20 margin, bpda-restoration" in out
+    assert "so most evaluations take far less" in out
+    assert max(map(len, out.splitlines())) <= 80
+    planned = _json(capsys, *words, "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+    main([*words, "--quiet"])
+    assert capsys.readouterr().out == ""
+    found = _json(capsys, *words)
+    record = EvaluationRecord.load(Path(found["path"]))
+    assert found["path"] == planned["path"]
+    assert found["worst_case"][1]["accuracy"] == record.robust_accuracy
+    assert found["verdict"]["status"] == record.verdict.status
+    assert sum(row.queries for row in record.ledger) <= planned["forward_passes"]
+    assert sum(row.gradients for row in record.ledger) <= planned["backward_passes"]
+    assert list(dict.fromkeys(a.attack for a in record.attacks)) == [a["label"] for a in planned["attacks"]]
+    main(words)
+    assert f"next: robustfpd report {run}" in capsys.readouterr().out
+
+
+def test_a_plan_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["train", "mnist/mini", "--data-root", str(tmp_path), "--download"], "MNIST"),
+        (["train", "digits/mini", "model.backbone=resnet_18"], "unknown backbone 'resnet_18'; did you mean"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--dry-run"])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["recipes", "datasets", "models"])
+def test_lists_are_there_for_machines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _json(capsys, name)[name]
+    assert {"digits/mini", "digits", "digits/mini-fpd"} & {each["name"] for each in found}
+    main([name, "--quiet"])
+    assert capsys.readouterr().out == ""
+    main([name])
+    assert "\x1b" not in capsys.readouterr().out
