@@ -26,7 +26,7 @@ from robustfpd.errors import InputError, first_line
 
 MARK = b"robustfpd/images"
 SUFFIX = ".images"
-PROCEDURE = 2
+PROCEDURE = 3
 """To be raised when the same files would give other pixels than before."""
 
 

@@ -98,10 +98,10 @@ class RunFolder:
 
 
 def _summary(splits: Splits) -> dict[str, Any]:
-    """What a run was trained on, for the record: counts, hashes, and which files were left out."""
+    """What a run was trained on, for the record: counts, hashes, names of classes, and which files were left out."""
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     hashes = {name: {"images": len(part), "sha256": part.digest()} for name, part in parts.items()}
-    return {**hashes, "skipped": list(splits.skipped)}
+    return {**hashes, "class_names": list(splits.info.class_names), "skipped": list(splits.skipped)}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
