@@ -1,0 +1,304 @@
+"""A network as one file that runs without robustfpd: ONNX, or a program of torch.export.
+
+What was written is read again and compared with the network before it is put in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
+
+import robustfpd
+from robustfpd.errors import InputError, first_line
+from robustfpd.models.fpd import FPD, Plain
+from robustfpd.provenance import weights_sha256
+from robustfpd.seeding import generator
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Format = Literal["onnx", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+EXTRA = ("onnx", "onnxscript", "onnxruntime")
+"""Packages that ONNX needs."""
+TOLERANCE = 1e-4
+"""Largest difference to the network, of the largest number it gives, which counts as 1 where it is smaller."""
+BATCHES = (1, 2, 5)
+"""Sizes of the batches that are compared."""
+_ONNX_BYTES = 2**31
+"""What one ONNX file may hold."""
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that gives what the network gives."""
+
+    path: Path
+    outputs: tuple[str, ...]
+    """`logits`, and `restored` where it was asked for."""
+    image_size: tuple[int, int]
+    """Height and width of its images; the batch may have any size."""
+    difference: float
+    """The largest seen, absolute."""
+    compared: int
+    """Images that were compared."""
+    facts: dict[str, str]
+    """What the file says about itself."""
+
+
+def export(
+    model: FPD | Plain,
+    path: str | Path,
+    *,
+    format: Format = "onnx",
+    restored: bool = False,
+    image_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] = (),
+) -> Exported:
+    """Write a network to one file: `images` N×C×H×W float32 in [0, 1] → `logits` N×K, for any N.
+
+    Args:
+        model: an FPD or its plain twin; it is left as it is. Evaluation mode is exported, with the head's squashing.
+        path: where to; a file that is there is replaced once the new one is verified.
+        format: `onnx`, or `torch`: a program of torch.export, which `torch.export.load(path).module()` runs.
+        restored: give the restored images, N×C×H×W, as a second output.
+        image_size: height and width; None takes those the network was made for.
+        class_names: K names for the file's description.
+
+    Raises:
+        InputError: a missing package, images that the network does not take, a decoder that is not there, or a file
+            that does not give what the network gives; then nothing is written.
+    """
+    path, size = Path(path), image_size or model.task.image_size
+    if format not in SUFFIXES:
+        raise InputError(f"format must be onnx or torch, found {format!r}")
+    check_packages(format)
+    if restored and not isinstance(model, FPD):
+        raise InputError("a plain network restores nothing; export it without restored")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file to export to")
+    module = _Exportable(_plain_copy(model), restored)
+    outputs = ("logits", "restored") if restored else ("logits",)
+    facts = _facts(model, size, class_names, outputs)
+    partial = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quietly():
+            program = _traced(module, size)
+            if format == "onnx":
+                _write_onnx(program, partial, outputs, facts)
+                run = _onnx_runner(partial)
+            else:
+                _write_program(program, partial, facts)
+                run = _program_runner(partial)
+            difference, compared = _compare(module, run, size)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Exported(path, outputs, size, difference, compared, facts)
+
+
+def check_packages(format: Format) -> None:
+    """Raise an InputError that names the command which installs what is missing."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None] if format == "onnx" else []
+    if missing:
+        raise InputError(f"exporting to ONNX needs {', '.join(missing)}; install with: pip install 'robustfpd[export]'")
+
+
+class _Exportable(nn.Module):
+    """A network that returns a plain tuple of its outputs."""
+
+    def __init__(self, model: FPD | Plain, restored: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.restored = restored
+
+    @property
+    def channels(self) -> int:
+        """Of its images."""
+        return self.model.task.in_channels
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Classify images: (logits,) or (logits, restored)."""
+        out = self.model(images)
+        if isinstance(out, Tensor):
+            return (out,)
+        return (out.logits, out.restored) if self.restored else (out.logits,)
+
+
+def _plain_copy(model: FPD | Plain) -> FPD | Plain:
+    """A copy on the CPU, in evaluation mode, its constrained weights computed once and for all."""
+    found = copy.deepcopy(model).cpu().eval()
+    for module in list(found.modules()):
+        if parametrize.is_parametrized(module):
+            kind = type(module)  # has the constrained weights as properties, and the original is of it: take another
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return found
+
+
+def _facts(model: FPD | Plain, size: tuple[int, int], names: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
+    """What the file says about itself, all in words."""
+    shape = f"N×{model.task.in_channels}×{size[0]}×{size[1]}"
+    colours = {1: ", grey", 3: ", RGB"}.get(model.task.in_channels, "")
+    facts = {
+        "robustfpd": robustfpd.__version__,
+        "images": f"{shape} float32 in [0, 1]{colours}; mean and std are applied inside",
+        "logits": f"N×{model.task.num_classes}"
+        + (", squashed by tanh into (-1, 1)" if getattr(model.head, "squashes", False) else ""),
+        "weights_sha256": weights_sha256(model.classifier()) or "",  # as evaluation records tell it
+        "class_names": json.dumps(list(names), ensure_ascii=False),
+    }
+    if "restored" in outputs:
+        facts["restored"] = f"{shape}, near [0, 1] and not cut to it"
+    return facts
+
+
+def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
+    """The network's operations, for any number of images.
+
+    Not strict, which runs the network's Python: the backbone's hooks collect maps outside what strict tracing sees.
+    """
+    images = torch.rand(2, module.channels, *size)
+    batch = torch.export.Dim("batch", min=1)
+    traced: nn.Module = module
+    try:
+        with torch.no_grad():
+            module(images)  # what the network itself refuses is told in its own words
+            if module.model.backbone._leaves_early:
+                # Leaving by an exception confuses the exporter about which module it is in; make_fx does not ask.
+                tracer = make_fx(
+                    lambda x: module(x), tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
+                )
+                traced = tracer(images)
+            return torch.export.export(traced, (images,), dynamic_shapes=({0: batch},), strict=False)
+    except InputError:
+        raise
+    except Exception as error:  # the user's own backbone may do what cannot be traced
+        raise InputError(
+            f"the network cannot be exported: {type(error).__name__}: {first_line(error)}; its code must not decide by "
+            "the values or the number of the images"
+        ) from error
+
+
+def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], facts: dict[str, str]) -> None:
+    import onnx
+
+    # The converter knows attention between heads only, so it is taken apart.
+    taken_apart = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
+    try:
+        made = torch.onnx.export(
+            taken_apart, dynamo=True, input_names=["images"], output_names=list(outputs), verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(f"the network cannot be converted to ONNX: {first_line(error.__cause__ or error)}") from error  # type: ignore[arg-type]
+    assert made is not None
+    proto = made.model_proto
+    if proto.ByteSize() >= _ONNX_BYTES:
+        raise InputError("one ONNX file holds at most 2 GB; export with format torch")
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        value.doc_string = facts[value.name]
+    del proto.graph.value_info[:]  # shapes in between name the batch otherwise; runtimes infer them
+    onnx.helper.set_model_props(proto, facts)
+    onnx.checker.check_model(proto)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Scaled dot-product attention in matrix products, as the denoising layers call it."""
+    if mask is not None or dropout or causal or enable_gqa:
+        raise InputError("attention with a mask, dropout or grouped heads cannot be exported to ONNX")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1) @ value
+
+
+def _onnx_runner(path: Path) -> Runner:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+
+
+def _write_program(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    program.example_inputs = None  # would be pickled; without them the file is JSON and raw weights
+    with path.open("wb") as file:  # a path would have to end in .pt2
+        torch.export.save(program, file, extra_files={"robustfpd.json": json.dumps(facts, ensure_ascii=False)})
+
+
+def _program_runner(path: Path) -> Runner:
+    with path.open("rb") as file:
+        module = torch.export.load(file).module()
+    return lambda images: list(module(images))
+
+
+@torch.no_grad()
+def _compare(module: _Exportable, run: Runner, size: tuple[int, int]) -> tuple[float, int]:
+    """The largest difference between file and network, and how many images were looked at.
+
+    Raises:
+        InputError: the difference is too large.
+    """
+    largest, compared = 0.0, 0
+    for images in _pictures(module.channels, size):
+        for expected, found in zip(module(images), run(images), strict=True):
+            if found.shape != expected.shape:
+                raise InputError(f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}")
+            apart = float((found - expected).abs().max())
+            allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+            if not apart <= allowed:  # NaN is not
+                raise InputError(
+                    f"the exported file differs from the network by {apart:.3g} for {len(images)} images, "
+                    f"{allowed:.3g} is allowed; nothing was written"
+                )
+            largest = max(largest, apart)
+        compared += len(images)
+    return largest, compared
+
+
+def _pictures(channels: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Batches of noise and of smooth pictures, which look more like photographs, then black and white ones."""
+    draws = generator(0, "export")
+    for count in BATCHES:
+        yield torch.rand(count, channels, *size, generator=draws)
+        coarse = torch.rand(count, channels, 4, 4, generator=draws)
+        yield F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+    yield torch.cat([torch.zeros(1, channels, *size), torch.ones(1, channels, *size)])
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what the exporters say about themselves from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.errors import InputError
+from robustfpd.models import FPD, Plain
+from robustfpd.models import export as exporting
+from robustfpd.models.export import Exported, Format, export
+from robustfpd.provenance import weights_sha256
+
+FORMATS: tuple[Format, ...] = ("onnx", "torch")
+HEADS = ("tanh", "linear", "spectral", "orthogonal")
+DENOISE = ("dot", "softmax", "gaussian", "bottleneck", "none")
+
+
+def tiny(peeks: bool = False, **options: Any) -> FPD:
+    """One convolution a stage, four channels wide."""
+    values = {"num_classes": 4, "in_channels": 1, "image_size": 8, **options}
+    return rf.enhance(Net(values["in_channels"], peeks), stages=["a", "b", "c", "d"], **values).eval()
+
+
+class Net(nn.Module):
+    """A small network; one that peeks at its classifier fails without, so that the backbone leaves it early."""
+
+    def __init__(self, channels: int, peeks: bool = False) -> None:
+        super().__init__()
+        self.peeks = peeks
+        self.a = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.c = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU())
+        self.d = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(self.c(self.b(self.a(x)))).mean(dim=(2, 3))
+        return cast(Tensor, self.last(x) @ self.last.weight if self.peeks else self.last(x))
+
+
+def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+
+
+def run_torch(path: Path, images: Tensor) -> list[Tensor]:
+    return list(torch.export.load(path).module()(images))
+
+
+def answers(path: Path, format: Format, images: Tensor) -> list[Tensor]:
+    return run_onnx(path, images) if format == "onnx" else run_torch(path, images)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
+
+
+def check(model: FPD, format: Format, path: Path, size: tuple[int, int], **options: Any) -> Exported:
+    """Export with the restored images, and compare with the model itself for batches that export did not see."""
+    made = export(model, path, format=format, restored=True, **options)
+    for count in (1, 3, 7):
+        images = torch.rand(count, model.task.in_channels, *size, generator=torch.Generator().manual_seed(count))
+        with torch.no_grad():
+            expected = model(images)
+        found = answers(path, format, images)
+        assert close(found[0], expected.logits)
+        assert close(found[1], expected.restored)
+    assert not list(path.parent.glob(".*"))
+    return made
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shipped_networks(format: Format, tmp_path: Path) -> None:
+    made = check(cast(FPD, rf.load("digits/mini-fpd")), format, tmp_path / "file", (8, 8))
+    assert made.outputs == ("logits", "restored")
+    assert made.difference < 1e-4
+    assert made.compared == 18
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_as_torch_programs(head: str, tmp_path: Path) -> None:
+    model = tiny(head=head)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check(model, "torch", tmp_path / "file", (8, 8))
+    after = model.state_dict()  # constrained weights stay constrained in the model itself
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_attention_as_onnx(tmp_path: Path) -> None:
+    check(tiny(denoise="gaussian"), "onnx", tmp_path / "file", (8, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("denoise", DENOISE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_head_and_denoising(head: str, denoise: str, format: Format, tmp_path: Path) -> None:
+    check(tiny(head=head, denoise=denoise), format, tmp_path / "file", (8, 8))
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx"), pytest.param("torch", marks=pytest.mark.slow)])
+def test_networks_that_are_left_early(format: Format, tmp_path: Path) -> None:
+    model = tiny(peeks=True, head="orthogonal", image_size=(9, 13))
+    assert model.backbone._leaves_early
+    check(model, format, tmp_path / "file", (9, 13))
+
+
+def test_odd_sizes_that_it_was_not_made_for(tmp_path: Path) -> None:
+    model = tiny(in_channels=3, image_size=(31, 45))
+    check(model, "onnx", tmp_path / "a.onnx", (31, 45))
+    made = check(model, "torch", tmp_path / "a.pt2", (17, 22), image_size=(17, 22))
+    assert made.image_size == (17, 22)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_torchvision_network(format: Format, tmp_path: Path) -> None:
+    import torchvision
+
+    net = torchvision.models.resnet18(weights=None)
+    stages = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
+    check(rf.enhance(net, stages=stages, num_classes=5, image_size=64).eval(), format, tmp_path / "file", (64, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist/mini-fpd", "mnist/mini-fpd-adversarial"])
+def test_shipped_networks_of_mnist(name: str, tmp_path: Path) -> None:
+    check(cast(FPD, rf.load(name)), "onnx", tmp_path / "file", (28, 28))
+
+
+def test_a_plain_network(tmp_path: Path) -> None:
+    plain = rf.load("mnist/mini-plain")
+    assert isinstance(plain, Plain)
+    made = export(plain, tmp_path / "plain.onnx")
+    images = torch.rand(2, 1, 28, 28)
+    (found,) = run_onnx(made.path, images)
+    with torch.no_grad():
+        assert close(found, plain(images))
+    with pytest.raises(InputError, match="restores nothing"):
+        export(plain, tmp_path / "b.onnx", restored=True)
+
+
+def test_an_onnx_file_says_what_it_is(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = tiny()
+    export(model, tmp_path / "a.onnx", restored=True, class_names=["á", "b", "c", "d"])
+    proto = onnx.load(tmp_path / "a.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    facts = {prop.key: prop.value for prop in proto.metadata_props}
+    assert facts["robustfpd"] == rf.__version__
+    assert facts["weights_sha256"] == weights_sha256(model.classifier())
+    assert json.loads(facts["class_names"]) == ["á", "b", "c", "d"]
+    assert "[0, 1]" in facts["images"]
+    values = [*proto.graph.input, *proto.graph.output]
+    assert [value.name for value in values] == ["images", "logits", "restored"]
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in values] == ["batch"] * 3
+    assert "[0, 1]" in proto.graph.input[0].doc_string
+    assert "tanh" in proto.graph.output[0].doc_string
+
+
+def test_a_torch_program_says_what_it_is_and_holds_no_pickled_weights(tmp_path: Path) -> None:
+    export(tiny(), tmp_path / "a.pt2", format="torch", class_names=list("abcd"))
+    extra = {"robustfpd.json": ""}
+    torch.export.load(tmp_path / "a.pt2", extra_files=extra)
+    assert json.loads(json.loads(extra["robustfpd.json"])["class_names"]) == list("abcd")
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
+        weights = [name for name in archive.namelist() if "/weights/weight_" in name]
+        assert weights
+        assert not any(b"\x80\x02" in archive.read(name)[:2] or archive.read(name)[:2] == b"PK" for name in weights)
+
+
+def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt2"
+    path.write_text("what was there")
+    runner = exporting._program_runner
+
+    def worse(path: Path) -> Any:
+        run = runner(path)
+        return lambda images: [found + 2e-4 * (len(images) == 5) for found in run(images)]
+
+    monkeypatch.setattr(exporting, "_program_runner", worse)
+    with pytest.raises(InputError, match=r"differs from the network by 0.0002\d* for 5 images, 0.0001 is allowed"):
+        export(tiny(), path, format="torch")
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(
+        exporting, "_program_runner", lambda path: lambda images: [torch.full((len(images), 4), torch.nan)]
+    )
+    with pytest.raises(InputError, match="differs from the network by nan"):
+        export(tiny(), path, format="torch")
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="format must be onnx or torch, found 'tflite'"):
+        export(tiny(), tmp_path / "a", format=cast(Format, "tflite"))
+    with pytest.raises(InputError, match="is a folder"):
+        export(tiny(), tmp_path)
+
+    class Peeks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    model = tiny()
+    model.backbone.net.a.append(Peeks())  # type: ignore[operator,union-attr]
+    with pytest.raises(InputError, match=r"cannot be exported: .*; its code must not decide by"):
+        export(model, tmp_path / "a.pt2", format="torch")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
+    with pytest.raises(InputError, match=r"needs onnxruntime; install with: pip install 'robustfpd\[export\]'"):
+        export(tiny(), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
