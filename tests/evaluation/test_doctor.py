@@ -120,7 +120,7 @@ ANSWERS: dict[str, tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | Non
     "no_grad": (None, lambda z: z.detach(), "vanishing-gradients", "no_grad"),
     "quantised": (NoGradient(), None, "vanishing-gradients", "round"),
     "wrong gradients": (WrongGradient.apply, None, "gradient-agreement", "custom backward"),
-    "classes that the data lack": (None, lambda z: torch.cat([z, z * 0 - 50], dim=1), "classes", "a head of 10 logits"),
+    "classes that the data lack": (None, lambda z: torch.cat([z, z - 60], dim=1), "classes", "a head of 10 logits"),
     "0 to 255": (lambda x: x / 255, None, "normalisation", r"model\(255 \* images\)"),
     "-1 to 1": (lambda x: x * 0.5 + 0.5, None, "normalisation", "mean 0.5 and std 0.5"),
     "inverted": (lambda x: 1 - x, None, "normalisation", r"model\(1 - images\)"),

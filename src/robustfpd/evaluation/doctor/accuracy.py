@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustfpd.evaluation.checks.handed_over import MANY, clean_accuracy
-from robustfpd.evaluation.doctor.finding import Finding, Patient, found, told
+from robustfpd.evaluation.doctor.finding import Finding, Patient, found, skipped, told
 
 NORMALISATION, ORDER, LABELS, ACCURACY = "normalisation", "channel-order", "label-order", "clean-accuracy"
 LEAST = 0.05
@@ -19,6 +19,8 @@ SIGMAS = 3
 half by chance."""
 SHORT = 20
 """Classes whose order is written out."""
+Explanation = tuple[Finding, int]
+"""With the images that would be classified rightly beside those that are; 0 where it explains nothing."""
 _STATISTICS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -38,19 +40,22 @@ def accuracy(patient: Patient) -> list[Finding]:
     if count < MANY:
         few = f"{count} images are too few to tell, {MANY} are needed"
         return [plain, *(Finding(name=n, outcome="skipped", evidence=few) for n in (NORMALISATION, ORDER, LABELS))]
-    pixels = [normalisation(patient, right), channel_order(patient, right)]
-    found_there = any(finding.outcome == "problem" for finding in pixels)
-    labels = label_order(patient.logits.shape[1], patient.predictions, patient.labels)
-    if found_there:
-        labels = Finding(name=LABELS, outcome="skipped", evidence="the pixels come first")
-    explained = [finding.name for finding in (*pixels, labels) if finding.outcome == "problem"]
-    if explained:
-        evidence = f"{plain.evidence}, which {' and '.join(explained)} explains"
-        plain = Finding(name=ACCURACY, outcome="skipped", evidence=evidence)
-    return [plain, *pixels, labels]
+    explanations = [
+        normalisation(patient, right),
+        channel_order(patient, right),
+        label_order(patient.logits.shape[1], patient.predictions, patient.labels),
+    ]
+    best, gained = max(explanations, key=lambda explanation: explanation[1])
+    if not gained:
+        return [plain, *(finding for finding, _ in explanations)]
+    evidence = f"{plain.evidence}, which {best.name} explains"
+    return [
+        Finding(name=ACCURACY, outcome="skipped", evidence=evidence),
+        *(finding if finding is best else skipped(finding.name, [best.name]) for finding, _ in explanations),
+    ]
 
 
-def normalisation(patient: Patient, right: Tensor) -> Finding:
+def normalisation(patient: Patient, right: Tensor) -> Explanation:
     """Does it expect pixels on another scale?"""
     x = patient.images
     ways: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {}
@@ -66,7 +71,7 @@ def normalisation(patient: Patient, right: Tensor) -> Finding:
     )  # fmt: skip
 
 
-def channel_order(patient: Patient, right: Tensor) -> Finding:
+def channel_order(patient: Patient, right: Tensor) -> Explanation:
     """Does it expect BGR, as OpenCV reads, or columns for rows?"""
     ways: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {}
     if patient.images.shape[1] == 3:
@@ -90,7 +95,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _best(
     name: str, patient: Patient, right: Tensor, ways: dict[str, tuple[Callable[[Tensor], Tensor], str]], advice: str
-) -> Finding:  # fmt: skip
+) -> Explanation:  # fmt: skip
     """Try each way of showing the images; the best one is a problem where it is clearly better than none."""
     now, best, which = int(right.sum()), right, ""
     for told_as, (change, _) in ways.items():
@@ -103,11 +108,12 @@ def _best(
     total = len(right)
     if which and clearly_better(best, right):
         evidence = f"{int(best.sum())} of {total} images are classified rightly when {which}, {now} as they are"
-        return found(name, True, evidence, advice + ways[which][1])
-    return found(name, False, f"no other way of showing the images is clearly better than {now} of {total} right", "")
+        return found(name, True, evidence, advice + ways[which][1]), int(best.sum()) - now
+    no = f"no other way of showing the images is clearly better than {now} of {total} right"
+    return found(name, False, no, ""), 0
 
 
-def label_order(classes: int, predictions: Tensor, labels: Tensor) -> Finding:
+def label_order(classes: int, predictions: Tensor, labels: Tensor) -> Explanation:
     """Are the labels in another order than the model's classes? Orders are tried out, and one is fitted."""
     right = predictions == labels
     orders = {
@@ -130,8 +136,9 @@ def label_order(classes: int, predictions: Tensor, labels: Tensor) -> Finding:
             f"{int(best.sum())} of {count} images are classified rightly with the classes in another order, {now}"
         )
         fix = f"give the classes the order of the model's training, here: labels = {how.replace('K', str(classes))}"
-        return found(LABELS, True, f"{evidence} in this one", fix)
-    return found(LABELS, False, f"no other order of the classes is clearly better than {now} of {count} right", "")
+        return found(LABELS, True, f"{evidence} in this one", fix), int(best.sum()) - now
+    no = f"no other order of the classes is clearly better than {now} of {count} right"
+    return found(LABELS, False, no, ""), 0
 
 
 def _fitted(classes: int, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
