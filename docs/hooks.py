@@ -32,7 +32,7 @@ def _commands() -> str:
 
 def _command(name: str, told: str) -> str:
     command = function(name)
-    about = parsing.description(command, width=10_000)
+    about = parsing.description(command)
     examples = "\n".join(parsing.examples(command))
     shown = f"```sh\n{examples}\n```" if examples else ""
     heading = f"## robustfpd {name} {{ #{name} }}"
