@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def weights_sha256(module: nn.Module) -> str | None:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, machine, device and git revision."""
+    """Versions, machine, device, git revision, and the command that was typed."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -54,7 +56,15 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": str(device),
         "packages": {name: _version(name) for name in PACKAGES},
         "git_revision": _git_revision(),
+        "command": _command(),
     }
+
+
+def _command() -> str | None:
+    """What was typed, where this process is our command line."""
+    called = Path(sys.argv[0]) if sys.argv else Path()
+    ours = called.stem == "robustfpd" or called.parts[-2:] == ("robustfpd", "__main__.py")
+    return shlex.join(["robustfpd", *sys.argv[1:]]) if ours else None
 
 
 def _version(package: str) -> str | None:

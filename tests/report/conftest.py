@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import robustfpd as rf
 from robustfpd.config import RunConfig
 from robustfpd.evaluation import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.report.figures import GalleryRow
-from robustfpd.report.html import Gallery, Subject
+from robustfpd.report.sources import Evaluated, Source
 from robustfpd.training import EpochMetrics
 
 MakeRecord = Callable[..., EvaluationRecord]
+MakeSource = Callable[..., Source]
 
 
 @pytest.fixture
@@ -23,6 +27,7 @@ def make_record() -> MakeRecord:
         robust: tuple[int, ...] = (150, 60),
         clean: int = 190,
         attacks: tuple[str, ...] = ("FGSM", "PGD-40"),
+        **others: Any,
     ) -> EvaluationRecord:
         radii = [(i + 1) / 10 for i in range(len(robust))]
         alone = [
@@ -33,41 +38,78 @@ def make_record() -> MakeRecord:
             for eps, count in zip(radii, robust, strict=True)
             for i, name in enumerate(attacks)
         ]  # fmt: skip
-        return EvaluationRecord(
-            subject=subject, suite="quick", norm="linf", seed=7, clean=Proportion.of(clean, 200),
-            worst_case=tuple(
+        values: dict[str, Any] = {
+            "subject": subject, "suite": "quick", "norm": "linf", "seed": 7, "clean": Proportion.of(clean, 200),
+            "worst_case": tuple(
                 WorstCase(eps=eps, robust=Proportion.of(count, 200)) for eps, count in zip(radii, robust, strict=True)
             ),
-            attacks=tuple(alone), batch_size=64, every_attack=True, data_sha256="0123456789abcdef" * 4,
-            environment={"python": "3.11.9", "packages": {"torch": "2.11.0", "timm": None}, "git_revision": None},
-        )  # fmt: skip
+            "attacks": tuple(alone), "batch_size": 64, "every_attack": True, "data_sha256": "0123456789abcdef" * 4,
+            "environment": {"python": "3.11.9", "packages": {"torch": "2.11.0", "timm": None}, "git_revision": None},
+        }  # fmt: skip
+        return EvaluationRecord(**{**values, **others})
 
     return make
 
 
 @pytest.fixture
-def history() -> list[EpochMetrics]:
-    return [
+def history() -> tuple[EpochMetrics, ...]:
+    return tuple(
         EpochMetrics(
-            epoch=i, ce=1.0, restoration=0.1, second_ce=1.0, second_restoration=0.1, gate_open=1.0, train_accuracy=0.5,
-            adversarial_ce=None, train_adversarial_accuracy=None, validation_robust_accuracy=None,
+            epoch=i, ce=1.0, restoration=0.1, second_ce=1.0, second_restoration=0.1, gate_open=0.5 * i,
+            train_accuracy=0.5, adversarial_ce=None, train_adversarial_accuracy=None, validation_robust_accuracy=None,
             validation_accuracy=0.3 + 0.2 * i, validation_ce=1.0, validation_restoration=0.1, lr=1e-3,
             images_per_second=100.0, seconds=1.0,
         )
         for i in range(3)
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 @pytest.fixture
-def gallery() -> Gallery:
-    images = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows = tuple(GalleryRow(tuple(row), ("3, right", "5, wrong (is 3)")) for row in images)
-    return Gallery(("clean", "adversarial"), rows, "Two test images & what was seen")
+def make_source(make_record: MakeRecord, history: tuple[EpochMetrics, ...], tmp_path: Path) -> MakeSource:
+    """A run as a report finds it, with one evaluation."""
 
-
-@pytest.fixture
-def make_subject(make_record: MakeRecord, history: list[EpochMetrics]) -> Callable[..., Subject]:
-    def make(name: str, robust: tuple[int, ...] = (150, 60)) -> Subject:
-        return Subject(RunConfig(recipe=f"recipe of {name}"), history, make_record(name, robust))
+    def make(name: str, robust: tuple[int, ...] = (150, 60), **others: Any) -> Source:
+        evaluated = Evaluated(tmp_path / name / "evaluation" / "x.json", make_record(name, robust, **others), None)
+        return Source(name, tmp_path / name, (evaluated,), RunConfig(recipe=f"recipe of {name}"), history)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def measured(digits: tuple[nn.Module, Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real evaluation of a real network on real digits, its ledger and pictures beside it."""
+    net, images, labels = digits
+    folder = tmp_path_factory.mktemp("measured")
+    rf.evaluate(
+        net, (images, labels), suite="quick", eps=(0.05, 0.1), out_dir=folder, subject="a small network",
+        class_names=[f"digit {i}" for i in range(10)],
+    )  # fmt: skip
+    return folder
+
+
+class Brighter(nn.Module):
+    """Tells images brighter than most from darker ones."""
+
+    threshold = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        light = images.mean(dim=(1, 2, 3)) - self.threshold
+        return 1000 * torch.stack([-light, light], dim=1)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation on 224×224 pixels of noise, which no compression makes small: half of the images fall."""
+    images = torch.rand(80, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    net = Brighter()
+    net.threshold = float(images.mean(dim=(1, 2, 3)).median())
+    labels = net(images).argmax(1)
+    spread = net(images).diff(dim=1).abs().median() / 2000
+    folder = tmp_path_factory.mktemp("photographs")
+    rf.evaluate(net, (images, labels), suite="first-look", eps=float(spread), out_dir=folder, subject="photographs")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured_record(measured: Path) -> EvaluationRecord:
+    return EvaluationRecord.load(measured / "record.json")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
 
+if TYPE_CHECKING:
+    from robustfpd.evaluation import EvaluationRecord
+
 FOLDERS = ("fpd", "twin", "twin-no-noise")
+MARKER = "demo.json"
+"""By this file the folder of an earlier demo is known."""
 
 
-def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None) -> None:
+def demo(
+    out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None, json: bool = False, quiet: bool = False
+) -> None:  # fmt: skip
     """Train an FPD and its plain twins on 1,797 real digits, attack them all, write a report.
 
     The twins are the same backbone without the defence, trained for the same number of optimiser steps:
@@ -22,68 +31,71 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None
         out: folder for the three runs and the report; an earlier demo's are replaced.
         seed: seed of every random draw.
         epochs: passes over the training images; default the recipe's (digits/mini).
+        json: tell the comparison as JSON.
+        quiet: tell nothing but errors and warnings.
     """
+    from robustfpd.config import recipe
+
+    overrides = [f"seed={seed}"] + ([f"training.epochs={epochs}"] if epochs is not None else [])
+    fpd = recipe("digits/mini", overrides)  # before torch is imported: a wrong number is told at once
+    _check(out)
     import torch
-    from rich.console import Console
 
     from robustfpd import data, evaluation, training
     from robustfpd.cli.display import evaluation_display, training_display
     from robustfpd.cli.running import program
-    from robustfpd.config import recipe
-    from robustfpd.models import FPD
-    from robustfpd.report.gallery import defence_gallery
-    from robustfpd.report.html import Subject, summary, write_report
+    from robustfpd.report.page import comparison_sentence, report_on
+    from robustfpd.report.sources import read
     from robustfpd.report.tables import comparison_table
+    from robustfpd.report.write import write_report
 
-    overrides = [f"seed={seed}"] + ([f"training.epochs={epochs}"] if epochs is not None else [])
-    fpd = recipe("digits/mini", overrides)
     twin = fpd.twin()
-    quiet = twin.model_copy(update={"training": twin.training.model_copy(update={"noise": 0.0})})
-    runs = {"FPD": fpd, "plain twin, same noise": twin, "plain twin, no noise": quiet}
+    noiseless = twin.model_copy(update={"training": twin.training.model_copy(update={"noise": 0.0})})
+    runs = {"FPD": fpd, "plain twin, same noise": twin, "plain twin, no noise": noiseless}
 
     torch.set_num_threads(1)  # 8×8 images are too small to share: threads would wait for each other
-    console = Console(soft_wrap=True)
+    output = Output(json=json, quiet=quiet)
     splits = data.load(fpd.data)
     _claim(out, seed)
-    test = splits.test.floats()
-    subjects = []
-    for index, (name, config) in enumerate(runs.items()):
-        folder = out / FOLDERS[index]
-        with training_display(console, name) as observer:
+    test, records = splits.test.floats(), []
+    folders = [out / name for name in FOLDERS]
+    for (name, config), folder in zip(runs.items(), folders, strict=True):
+        with training_display(output.console, name) as observer:
             result = training.train(config, folder, device="cpu", observer=observer)
-        with evaluation_display(console, name) as watcher:
+        with evaluation_display(output.console, name) as watcher:
             record = evaluation.evaluate(
                 result.model.classifier(), test, suite="first-look", eps=config.evaluation.eps, norm="linf", seed=seed,
-                every_attack=True, subject=name, observer=watcher,
+                every_attack=True, subject=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
+                name="first-look-linf", observer=watcher,
             )  # fmt: skip
-        record.save(folder / "evaluation" / "first-look-linf.json")
-        subjects.append(Subject(config, result.history, record))
-        if isinstance(result.model, FPD):
-            defended = result.model
-
-    next_steps = _next_steps(program())
-    records = [s.record for s in subjects]
-    shown = fpd.evaluation.eps[len(fpd.evaluation.eps) // 2]
-    gallery = defence_gallery(defended, splits.test, noise=fpd.training.noise, eps=shown, seed=seed)
+        records.append(record)
     title = "What a Feature Pyramid Decoder buys on digits"
-    page = write_report(out / "report.html", title, subjects, gallery, next_steps)
-    console.print(comparison_table(records))
-    console.print(summary(records), highlight=False)
-    console.print(f"report: {page}\ntry next:", highlight=False)
-    for step in next_steps:
-        console.print(f"  {step}", highlight=False)
+    page = write_report(out / "report.html", report_on([read(folder) for folder in folders], title=title))[0]
+    output.say(comparison_table(records), comparison_sentence(records) or "", f"report: {page}", "try next:")
+    output.say(*(f"  {step}" for step in _next_steps(program())))
+    networks = [{"folder": str(f), **_summary(r)} for f, r in zip(folders, records, strict=True)]
+    output.result({"seed": seed, "report": str(page), "networks": networks})
+
+
+def _summary(record: EvaluationRecord) -> dict[str, Any]:
+    """What was found of one network, for machines; accuracies are fractions."""
+    worst = [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case]
+    return {"subject": record.subject, "clean": record.clean_accuracy, "worst_case": worst}
+
+
+def _check(out: Path) -> None:
+    """Refuse a folder that holds something else than an earlier demo."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
+        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
 
 
 def _claim(out: Path, seed: int) -> None:
-    """Empty the folder of an earlier demo; refuse one that holds something else."""
+    """Empty the folder of an earlier demo."""
     from robustfpd.provenance import write_json
 
-    marker = out / "demo.json"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
-        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
     for earlier in FOLDERS:
         shutil.rmtree(out / earlier, ignore_errors=True)
-    write_json(marker, {"seed": seed})
+    write_json(out / MARKER, {"seed": seed})
 
 
 def _next_steps(program: str) -> list[str]:

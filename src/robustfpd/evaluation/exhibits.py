@@ -180,7 +180,7 @@ class Exhibits:
                     pictures["restored"] = restored[place]
                     shown[image].exhibit = exhibit.model_copy(update={"restores": True})
                 for name, pixels in pictures.items():
-                    picture_of(pixels).save(self.folder / f"{image:06d}-{name}.png", optimize=True)
+                    picture_of(pixels).save(self.folder / f"{image:06d}-{name}.png")
             for image in self._written - shown.keys():
                 for old in self.folder.glob(f"{image:06d}-*.png"):
                     old.unlink()

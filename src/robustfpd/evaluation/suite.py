@@ -182,6 +182,10 @@ _SUITES: dict[str, Suite] = {
 }
 
 
+STRENGTH = ("full", "standard", "published-mnist", "published", "pgd-100", "quick", "first-look")
+"""From the suite whose number says most to the one whose says least."""
+
+
 def suite_names() -> list[str]:
     """Names of all suites."""
     return sorted(_SUITES)

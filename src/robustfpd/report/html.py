@@ -2,98 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
 
-from robustfpd.config import RunConfig
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.report import figures
-from robustfpd.report.figures import GalleryRow
-from robustfpd.training import EpochMetrics
+from robustfpd.report.meanings import meanings
+from robustfpd.report.page import (
+    SAID,
+    Column,
+    Report,
+    commands,
+    comparison_sentence,
+    confusions,
+    drawn,
+    radius,
+    settings_that_differ,
+    verdict_sentence,
+)
+from robustfpd.report.standing import NORMS
+
+HERE = Path(__file__).parent
+OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "nothing to look at"}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """One network of the report."""
-
-    config: RunConfig
-    history: list[EpochMetrics]
-    record: EvaluationRecord
-
-    @property
-    def name(self) -> str:
-        """What tables and curves call it."""
-        return self.record.subject
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Images on their way through the first network's defence."""
-
-    titles: tuple[str, ...]
-    rows: tuple[GalleryRow, ...]
-    caption: str
-
-
-def write_report(
-    path: Path, title: str, subjects: Sequence[Subject], gallery: Gallery, next_steps: Sequence[str]
-) -> Path:
-    """Write a page that compares networks; the first is the defended one.
-
-    Args:
-        path: where to write; replaced as a whole.
-        title: heading.
-        subjects: networks evaluated on the same images at the same radii.
-        gallery: images for the grid.
-        next_steps: commands to try next.
-    """
+def render(report: Report) -> str:
+    """The page as text: figures, pictures, styles and script inside, nothing to be fetched."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
     )  # fmt: skip
-    records = [s.record for s in subjects]
-    page = environment.get_template("template.html").render(
-        title=title,
-        subjects=subjects,
-        records=records,
-        first=records[0],
-        summary=summary(records),
-        accuracy_svg=figures.accuracy_curves(records),
-        attack_svg=figures.attack_curves(records[0]) if any(a.accuracy for a in records[0].attacks) else None,
-        training_svg=figures.training_curves({s.name: s.history for s in subjects}),
-        gallery=gallery,
-        gallery_png=figures.gallery(gallery.rows, gallery.titles),
-        config=yaml.safe_dump(subjects[0].config.model_dump(mode="json"), sort_keys=False),
-        next_steps=next_steps,
+    environment.globals |= {
+        "radius": radius, "norms": NORMS, "said": SAID, "outcomes": OUTCOMES, "commands": commands,
+        "percent": lambda value: f"{100 * value:.1f} %",
+        "number": lambda value: "" if value is None else f"{value:.4g}",
+    }  # fmt: skip
+    first = report.first
+    records = [c.record for c in report.columns]
+    return environment.get_template("report.html").render(
+        report=report,
+        first=first,
+        drawn=drawn(report),
+        style=(HERE / "report.css").read_text(encoding="utf-8"),
+        script=(HERE / "report.js").read_text(encoding="utf-8"),
+        meanings=meanings(),
+        sentence=None if first is None else verdict_sentence(first.record),
+        comparison=comparison_sentence(records) if records else None,
+        checks=_checks(report.columns),
+        radii=sorted({w.eps for r in records for w in r.worst_case}),
+        robust=[{w.eps: w.robust for w in r.worst_case} for r in records],
+        confusions=[] if first is None else confusions(first.record) if first.record.ledger else [],
+        others=[e for s in report.sources for e in s.evaluations if all(e is not c.evaluated for c in report.columns)],
+        differing=settings_that_differ(report.sources) if len(report.sources) > 1 else [],
+        environments=_environments(report.columns),
+        config=_yaml(report),
+        passes=None if first is None else _passes(first.record),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
-def summary(records: Sequence[EvaluationRecord]) -> str:
-    """One sentence: how the first network does against the others where they differ most."""
-    first, others = records[0], records[1:]
-    if not others:
-        return (
-            f"{first.subject}: {first.clean} clean, {first.worst_case[-1].robust} at eps {first.worst_case[-1].eps:g}."
-        )
-    rival = max(others, key=lambda r: sum(w.robust.value for w in r.worst_case))
-    gaps = [a.robust.value - b.robust.value for a, b in zip(first.worst_case, rival.worst_case, strict=True)]
-    at = max(range(len(gaps)), key=lambda i: abs(gaps[i]))
-    ours, theirs = first.worst_case[at].robust, rival.worst_case[at].robust
-    if ours.low <= theirs.high and theirs.low <= ours.high:
-        relation = "no clear difference: the intervals overlap"
-    else:
-        relation = "more" if gaps[at] > 0 else "less"
-        relation = f"{relation} robust by {100 * abs(gaps[at]):.0f} points"
-    return (
-        f"Where they differ most, at eps {first.worst_case[at].eps:g}, {first.subject} keeps {ours} and the best "
-        f"rival, {rival.subject}, {theirs}: {relation}."
-    )
+def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Any]]]:
+    """Checks by name, with what each column's says; None where it was not made."""
+    made = [{check.name: check for check in c.record.verdict.checks} for c in columns]
+    names = dict.fromkeys(name for checks in made for name in checks)
+    rows = [(name, [checks.get(name) for checks in made]) for name in names]
+    grave = {"failed": 0, "suspicious": 1, "passed": 2, "skipped": 3}
+    return sorted(rows, key=lambda row: min(grave[c.outcome] if c is not None else 4 for c in row[1]))
+
+
+def _environments(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
+    """Versions and machine in words, with the columns that were measured so."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        env = column.record.environment
+        packages = (f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
+        machine = f"Python {env.get('python', 'unknown')} on {env.get('device', 'unknown')} ({env.get('machine', '?')})"
+        words = ", ".join([machine, *packages, f"git {env.get('git_revision') or 'unknown'}"])
+        found.setdefault(words, []).append(column.name)
+    return list(found.items())
+
+
+def _yaml(report: Report) -> str | None:
+    config = report.sources[0].config
+    return None if config is None else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _passes(record: EvaluationRecord) -> str:
+    return f"{record.forward_passes:,} images forward and {record.backward_passes:,} backward"

@@ -1,0 +1,32 @@
+"""A report on disk: a page, Markdown and CSV side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustfpd.errors import InputError
+from robustfpd.evaluation.ledger import writing
+from robustfpd.report.html import render
+from robustfpd.report.page import Report
+from robustfpd.report.text import markdown, table
+
+
+def write_report(page: Path, report: Report) -> list[Path]:
+    """Write `page`, and .md and .csv beside it; each is replaced as a whole.
+
+    Returns:
+        The three paths, the page first.
+
+    Raises:
+        InputError: the page is not called .html, or cannot be written.
+    """
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"a report's page must be an .html file, found {page}; the .md and .csv go beside it")
+    written = {page: render(report), page.with_suffix(".md"): markdown(report), page.with_suffix(".csv"): table(report)}
+    for path, text in written.items():
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".new")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    return list(written)

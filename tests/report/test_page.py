@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from robustfpd.config import RunConfig, recipe
+from robustfpd.errors import InputError
+from robustfpd.evaluation import Proportion, WorstCase
+from robustfpd.report.page import (
+    Report,
+    commands,
+    comparison_sentence,
+    confusions,
+    radius,
+    report_on,
+    settings_that_differ,
+    verdict_sentence,
+)
+from robustfpd.report.sources import Evaluated, Source
+
+if TYPE_CHECKING:
+    from tests.report.conftest import MakeRecord, MakeSource
+
+
+def _with(source: Source, *evaluations: Evaluated) -> Source:
+    return dataclasses.replace(source, evaluations=tuple(sorted(evaluations, key=lambda e: e.strength)))
+
+
+def _evaluated(make_record: MakeRecord, name: str, **values: object) -> Evaluated:
+    return Evaluated(Path(f"{name}.json"), make_record(name, **values), None)
+
+
+def _shown(report: Report) -> list[tuple[str, str, str]]:
+    return [(c.name, c.record.suite, c.record.norm) for c in report.columns]
+
+
+def test_the_strongest_evaluation_is_shown(make_source: MakeSource, make_record: MakeRecord) -> None:
+    kinds = [("quick", "linf"), ("standard", "linf"), ("first-look", "l2")]
+    run = _with(make_source("a"), *(_evaluated(make_record, "a", suite=s, norm=n) for s, n in kinds))
+    assert _shown(report_on([run])) == [("a", "standard", "linf")]
+    assert _shown(report_on([run], suite="quick")) == [("a", "quick", "linf")]
+    assert _shown(report_on([run], norm="l2")) == [("a", "first-look", "l2")]
+
+
+def test_of_several_runs_the_evaluation_that_they_share(make_source: MakeSource, make_record: MakeRecord) -> None:
+    first = _with(
+        make_source("a"), _evaluated(make_record, "a", suite="standard"), _evaluated(make_record, "a", suite="quick")
+    )
+    second = _with(make_source("b"), _evaluated(make_record, "b", suite="quick"))
+    third = _with(make_source("c"), _evaluated(make_record, "c", suite="full"))
+    report = report_on([first, second, third])
+    assert _shown(report) == [("a", "quick", "linf"), ("b", "quick", "linf")]
+    assert [p for p in report.problems if p.startswith("c has no evaluation with suite quick")]
+
+
+def test_other_images_and_radii_are_told(make_source: MakeSource) -> None:
+    other = make_source("b", (100,), data_sha256="f" * 64)
+    problems = report_on([make_source("a"), other]).problems
+    assert problems == (
+        "b was attacked on other images than a: compare with care", "b was attacked at other radii than a",
+    )  # fmt: skip
+    assert report_on([make_source("a"), make_source("b")]).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suite": "quik"}, r"suite among the evaluations 'quik'.*did you mean 'quick'"),
+        ({"norm": "l1"}, "no evaluation with suite any in norm l1; there are: quick in linf"),
+    ],
+)
+def test_what_no_run_was_evaluated_with_is_refused(
+    make_source: MakeSource, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        report_on([make_source("a")], **options)
+
+
+def test_runs_without_an_evaluation_make_a_report_too(make_source: MakeSource) -> None:
+    bare = dataclasses.replace(make_source("a"), evaluations=(), problems=("a was not evaluated",))
+    report = report_on([bare])
+    assert (report.first, report.title, report.problems) == (None, "a", ("a was not evaluated",))
+    assert report_on([bare], suite="quick").first is None
+
+
+def test_the_verdict_in_one_sentence(make_record: MakeRecord) -> None:
+    said = verdict_sentence(make_record("net", (150, 60)))
+    assert said == (
+        f"net classifies {Proportion.of(60, 200)} of 200 images rightly whatever suite quick did within L∞ 0.2."
+    )
+
+
+@pytest.mark.parametrize(
+    ("eps", "said"),
+    [(0.1, "0.1"), (8 / 255, "0.03137 (8/255)"), (0.3, "0.3"), (1.5, "1.5"), (1 / 255, "0.003922 (1/255)")],
+)  # fmt: skip
+def test_radii_in_words(eps: float, said: str) -> None:
+    assert radius(eps) == said
+
+
+def test_comparison_of_clear_differences(make_record: MakeRecord) -> None:
+    ours, worse, worst = make_record("A", (150, 60)), make_record("B", (140, 10)), make_record("C", (20, 5))
+    assert comparison_sentence([ours, worst, worse]) == (
+        f"Where they differ most, at eps 0.2, A keeps {Proportion.of(60, 200)} and the best rival, B, "
+        f"{Proportion.of(10, 200)}: more robust by 25 points."
+    )
+    assert str(comparison_sentence([worse, ours])).endswith(
+        f"B keeps {Proportion.of(10, 200)} and the best rival, A, {Proportion.of(60, 200)}: less robust by 25 points."
+    )
+    assert comparison_sentence([ours]) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"), [(100, 99, False), (100, 100, False), (110, 91, False), (115, 86, True)]
+)
+def test_a_difference_is_one_only_where_intervals_part(
+    make_record: MakeRecord, ours: int, theirs: int, clear: bool
+) -> None:
+    a, b = Proportion.of(ours, 200), Proportion.of(theirs, 200)
+    assert clear == (b.high < a.low)
+    for first, second in ((ours, theirs), (theirs, ours)):
+        said = str(comparison_sentence([make_record("A", (first,)), make_record("B", (second,))]))
+        assert ("no clear difference: the intervals overlap" in said) is not clear
+        assert ("points" in said) is clear
+
+
+def test_only_radii_that_all_have_are_compared(make_record: MakeRecord) -> None:
+    ours = make_record("A", (150, 10))
+    other = make_record("B", (100,))
+    assert "at eps 0.1," in str(comparison_sentence([ours, other]))
+    apart = other.model_copy(update={"worst_case": (WorstCase(eps=0.7, robust=Proportion.of(1, 200)),)})
+    assert comparison_sentence([ours, apart]) is None
+
+
+def test_commands_as_typed_or_as_told_by_what_was_left(make_source: MakeSource, make_record: MakeRecord) -> None:
+    run = dataclasses.replace(make_source("runs/digits-mini"), config=recipe("digits/mini", ["training.epochs=2"]))
+    trained, attacked = commands(run, run.evaluations[0])
+    assert trained == "robustfpd train digits/mini training.epochs=2 --out runs/digits-mini"
+    assert attacked.startswith("robustfpd evaluate runs/digits-mini --suite quick --norm linf --eps 0.1 0.2")
+    typed = dataclasses.replace(run, environment={"command": "robustfpd train x"})
+    record = make_record("x", environment={"command": "robustfpd evaluate x"})
+    assert commands(typed, Evaluated(Path("x"), record, None)) == ["robustfpd train x", "robustfpd evaluate x"]
+    own = dataclasses.replace(run, config=RunConfig(recipe="mine.yaml"))
+    assert commands(own, None)[0].startswith("# recipe 'mine.yaml' is not a packaged one")
+
+
+def test_settings_that_differ_are_named_with_their_values(make_source: MakeSource) -> None:
+    runs = [make_source("a"), make_source("b")]
+    assert settings_that_differ(runs) == [("recipe", ["recipe of a", "recipe of b"])]
+    assert settings_that_differ(runs[:1]) == []
+
+
+def test_the_commonest_mistakes_come_first(measured: Path) -> None:
+    from robustfpd.report.sources import read
+    from robustfpd.report.standing import final_predictions
+
+    record = read(measured).evaluations[0].record
+    found = confusions(record)
+    counts = [n for *_, n in found]
+    assert counts == sorted(counts, reverse=True)
+    actual, became, n = found[0]
+    pairs = [(f"digit {a}", f"digit {b}") for a, b in final_predictions(record)]
+    assert pairs.count((actual, became)) == n
+    assert actual != became

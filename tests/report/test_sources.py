@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from robustfpd.config import RunConfig
+from robustfpd.errors import InputError
+from robustfpd.report.html import render
+from robustfpd.report.page import report_on
+from robustfpd.report.sources import Source, read
+from robustfpd.report.text import markdown, table
+
+
+@pytest.fixture
+def run(measured: Path, tmp_path: Path) -> Path:
+    """A run's folder with a real evaluation; its training left settings and three epochs."""
+    folder = tmp_path / "runs" / "mine"
+    shutil.copytree(measured, folder / "evaluation")
+    RunConfig(recipe="digits/mini").save(folder / "config.yaml")
+    columns = (
+        "epoch,ce,restoration,second_ce,second_restoration,adversarial_ce,gate_open,train_accuracy,"
+        "train_adversarial_accuracy,validation_accuracy,validation_robust_accuracy,validation_ce,"
+        "validation_restoration,lr,images_per_second,seconds"
+    )
+    rows = [f"{i},1,0.1,1,0.1,,1,0.5,,{0.5 + i / 10},,1,0.1,0.001,100,1" for i in range(3)]
+    (folder / "metrics.csv").write_text("\n".join([columns, *rows]) + "\n")
+    (folder / "environment.json").write_text(json.dumps({"command": "robustfpd train digits/mini"}))
+    return folder
+
+
+def _made(source: Source) -> str:
+    """The whole report, which must be made whatever is missing."""
+    report = report_on([source])
+    assert markdown(report)
+    assert table(report)
+    return render(report)
+
+
+def test_a_whole_run_has_nothing_missing(run: Path) -> None:
+    source = read(run)
+    assert source.problems == ()
+    assert [m.validation_accuracy for m in source.history] == [0.5, 0.6, 0.7]
+    assert source.config == RunConfig(recipe="digits/mini")
+    (evaluated,) = source.evaluations
+    assert evaluated.problems == ()
+    assert evaluated.record.ledger
+    assert evaluated.shown is not None
+    assert source.home == run
+    assert "What is missing" not in _made(source)
+
+
+@pytest.mark.parametrize("given", ["folder", "record"])
+def test_evaluations_of_foreign_modules_are_read_from_their_folder(measured: Path, given: str) -> None:
+    source = read(measured if given == "folder" else measured / "record.json")
+    assert len(source.evaluations) == 1
+    assert source.problems == ()
+
+
+def test_networks_that_come_with_robustfpd_have_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = read("digits/mini-fpd")
+    assert source.evaluations
+    assert source.config is not None
+    assert source.home == Path("runs") / "digits-mini-fpd-evaluation"
+    page = _made(source)
+    assert "unchecked" in page or "trusted" in page
+
+
+def test_a_saved_model_has_its_evaluations_beside_it(measured: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copytree(measured, tmp_path / "model-evaluation")
+    assert len(read(tmp_path / "model").evaluations) == 1
+
+
+def test_a_name_that_is_nothing_is_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits-mini").mkdir(parents=True)
+    RunConfig().save(tmp_path / "runs" / "digits-mini" / "config.yaml")
+    with pytest.raises(InputError, match="did you mean 'runs/digits-mini'"):
+        read("runs/digits-mni")
+    with pytest.raises(InputError, match="'digits/mini-fpd'"):
+        read("digits/mini-fdp")
+
+
+def _no_evaluation(run: Path) -> None:
+    shutil.rmtree(run / "evaluation")
+
+
+def _half_a_ledger(run: Path) -> None:
+    path = run / "evaluation" / "record.ledger.csv"
+    path.write_bytes(path.read_bytes()[:-37])
+
+
+def _no_ledger(run: Path) -> None:
+    (run / "evaluation" / "record.ledger.csv").unlink()
+
+
+def _unfinished(run: Path) -> None:
+    (run / "evaluation" / "record.json").unlink()
+    (run / "evaluation" / "record.unfinished.json").write_text("{}")
+
+
+def _newer(run: Path) -> None:
+    path = run / "evaluation" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+def _damaged(run: Path) -> None:
+    path = run / "evaluation" / "record.json"
+    path.write_text(path.read_text()[:200])
+
+
+def _no_picture(run: Path) -> None:
+    next((run / "evaluation" / "record.exhibits").glob("*-adversarial.png")).unlink()
+
+
+def _bad_picture(run: Path) -> None:
+    next((run / "evaluation" / "record.exhibits").glob("*-clean.png")).write_bytes(b"no picture")
+
+
+def _no_pictures(run: Path) -> None:
+    (run / "evaluation" / "record.exhibits" / "exhibits.json").write_text("{")
+
+
+def _no_metrics(run: Path) -> None:
+    (run / "metrics.csv").unlink()
+
+
+def _half_metrics(run: Path) -> None:
+    path = run / "metrics.csv"
+    path.write_text(path.read_text()[:-40])
+
+
+def _no_settings(run: Path) -> None:
+    (run / "config.yaml").write_text("model: [")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "kept"),
+    [
+        (_no_evaluation, "was not evaluated: run `robustfpd evaluate", "Validation accuracy and gate"),
+        (_half_a_ledger, "the ledger is left out: no confusion, norms and queries", "a small network"),
+        (_no_ledger, "record.ledger.csv is missing: no confusion", "a small network"),
+        (_unfinished, "was not finished: so far ", "Validation accuracy and gate"),
+        (_newer, "is not an evaluation record of format 1 or 2, found 99", "Validation accuracy and gate"),
+        (_damaged, "record.json cannot be read", "Validation accuracy and gate"),
+        (_no_picture, "1 of the pictures in", "picture missing"),
+        (_no_pictures, "no pictures: ", "Confusion matrix"),
+        (_no_metrics, "metrics.csv is missing: no training curves", "a small network"),
+        (_half_metrics, "metrics.csv is damaged after 2 epochs", "Validation accuracy and gate"),
+        (_no_settings, "settings: ", "a small network"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_and_the_rest_is_shown(
+    run: Path, damage: Callable[[Path], None], said: str, kept: str
+) -> None:
+    damage(run)
+    page = _made(read(run))
+    assert "What is missing here" in page
+    assert said in page.replace("&#39;", "'")
+    assert kept in page
+
+
+def test_a_picture_that_is_none_is_left_blank(run: Path) -> None:
+    _bad_picture(run)
+    assert _made(read(run)).count('class="gone"') == 1
+
+
+def test_an_older_record_is_shown_as_unchecked(run: Path) -> None:
+    path = run / "evaluation" / "record.json"
+    values = json.loads(path.read_text())
+    old = ("verdict", "check_forward_passes", "check_backward_passes", "surrogates", "class_names", "settings_sha256")
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in old} | {"format": 1}))
+    page = _made(read(run))
+    assert "Nobody checked this number: it was measured before checks existed." in page
+    assert "This record is from before checks existed" in page
+
+
+def test_json_files_of_others_are_not_taken_for_records(run: Path) -> None:
+    (run / "evaluation" / "notes.json").write_text('{"mine": 1}')
+    (run / "evaluation" / "list.json").write_text("[1, 2]")
+    assert read(run).problems == ()
+    assert len(read(run).evaluations) == 1
