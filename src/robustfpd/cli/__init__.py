@@ -18,7 +18,7 @@ COMMANDS = {
     "report": "a page to read and to show; several runs side by side",
     "doctor": "find in seconds what would ruin an evaluation",
     "predict": "classify images, and tell what restoration changed",
-    "export": "write a network as ONNX or TorchScript, and verify it",
+    "export": "write a network as ONNX or a torch program, verified",
     "recipes": "what can be trained",
     "datasets": "which images are there, and how to get the others",
     "models": "trained networks that come with robustfpd",
