@@ -20,10 +20,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
-def on_post_page(output: str, **_: Any) -> str:
-    """Drop what the notebook's template would fetch for formulas and diagrams, of which there are none."""
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Mend the notebook's page, whose template would fetch scripts for formulas, and whose links stay as they are."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
     scripts = re.compile(r"<script[^>]*>(?:(?!</script>).)*</script>", flags=re.DOTALL)
-    return scripts.sub(lambda found: "" if FOREIGN.search(found.group()) else found.group(), output)
+    kept = scripts.sub(lambda found: "" if FOREIGN.search(found.group()) else found.group(), output)
+    kept = kept.replace('<div class="highlight-ipynb', '<div tabindex="0" class="highlight-ipynb')  # they scroll
+    return re.sub(r'href="([\w/-]+)\.md(#[\w-]+)?"', r'href="\1.html\2"', kept)
 
 
 def _commands() -> str:
@@ -54,10 +58,10 @@ def _flags(command: Any) -> str:
 
 
 def _recipes() -> str:
-    rows = ["| recipe | data set | backbone | noise | epochs | also as published |", "|---|---|---|---|---|---|"]
+    rows = ["| recipe | backbone | noise | epochs | published too |", "|---|---|---|---|---|"]
     for name in recipe_names():
         run = recipe(name)
         published = "yes" if "\npublished:" in (RECIPES / f"{name}.yaml").read_text() else ""
-        settings = f"{run.data.dataset} | `{run.model.backbone}` | {run.training.noise:g} | {run.training.epochs}"
+        settings = f"`{run.model.backbone}` | {run.training.noise:g} | {run.training.epochs}"
         rows.append(f"| `{name}` | {settings} | {published} |")
     return "\n".join(rows)

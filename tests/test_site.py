@@ -63,6 +63,19 @@ def test_pages_take_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"cdnjs|googleapis|unpkg|jsdelivr", text), page
 
 
+def test_links_between_pages_lead_somewhere(site: Path) -> None:
+    text = {page: page.read_text() for page in site.rglob("*.html") if page.name != "404.html"}
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', shown)) for page, shown in text.items()}
+    for page, shown in text.items():
+        for target in re.findall(r'<a [^>]*href="([^"]+)"', shown):
+            if re.match(r"https?:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path not in ("", ".") else page
+            assert found.exists(), (page.name, target)
+            assert not anchor or anchor in anchors[found] or anchor == "__top", (page.name, target)
+
+
 def test_the_references_tell_each_command_and_each_setting(site: Path) -> None:
     commands, settings = (
         (site / "reference" / "cli.html").read_text(),
@@ -93,6 +106,17 @@ def test_a_page_opens_without_requests_errors_or_overflow(
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
     page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "tutorial", "method", "look-inside", "reference/cli", "reference/settings"])
+def test_a_page_is_accessible(site: Path, browser: Any, name: str, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = browser.new_page(color_scheme=scheme)
+    page.goto((site / f"{name}.html").as_uri())
+    found = axe.Axe().run(page).response["violations"]
+    page.close()
+    assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
