@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from robustfpd.cli import main
+from robustfpd.config import recipe
+from robustfpd.evaluation import EvaluationRecord
+
+
+@pytest.fixture(scope="module")
+def trained(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs as training and evaluation leave them: a network and its plain twin."""
+    root = tmp_path_factory.mktemp("runs")
+    config = recipe("digits/mini")
+    make_run(root / "mine", config)
+    make_run(root / "mine-plain", config.twin())
+    return root
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs"))
+
+
+def test_one_run_is_reported_with_its_twin_beside_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(runs / "mine")])
+    said = capsys.readouterr().out
+    page = runs / "mine" / "report.html"
+    assert f"report: {page}, also as report.md and report.csv" in said
+    record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
+    assert f"{record.verdict.status}: " in said
+    text = page.read_text(encoding="utf-8")
+    assert "mine-plain" in text
+    assert "Settings that differ" in text
+    assert (runs / "mine" / "report.md").is_file()
+    assert "no evaluation" not in said
+
+
+def test_a_twin_that_was_not_evaluated_alike_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(runs / "mine-plain" / "evaluation")
+    main(["report", str(runs / "mine")])
+    assert "mine-plain" not in capsys.readouterr().out
+    assert "Settings that differ" not in (runs / "mine" / "report.html").read_text(encoding="utf-8")
+
+
+def test_several_runs_are_compared_in_the_first_one_s_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(runs / "mine-plain"), str(runs / "mine"), "--title", "Which?"])
+    assert f"report: {runs / 'mine-plain' / 'comparison.html'}" in capsys.readouterr().out
+    assert "<h1>Which?</h1>" in (runs / "mine-plain" / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(runs / "mine"), "--out", str(tmp_path / "x" / "page.html"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(f).name for f in found["files"]] == ["page.html", "page.md", "page.csv"]
+    assert all(Path(f).is_file() for f in found["files"])
+    record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
+    assert found["runs"][0]["clean_accuracy"] == record.clean_accuracy
+    assert list(found["runs"][0]["robust_accuracy"].values()) == [w.robust.value for w in record.worst_case]
+    main(["report", str(runs / "mine"), "--quiet"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report"], "name what to report on|needs RUNS"),
+        (["report", "runs/nope"], "unknown run or network 'runs/nope'"),
+        (["report", "digits/mini-fpd", "--out", "page.pdf"], r"must be an \.html file"),
+        (["report", "digits/mini-fpd", "--suite", "quik"], "did you mean 'quick'"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
