@@ -143,7 +143,7 @@ def bomb(path: Path, width: int, height: int) -> Path:
 
 def test_a_picture_of_30000_by_30000_pixels_is_refused_without_decoding(tmp_path: Path) -> None:
     found = one(bomb(tmp_path / "a.png", 30000, 30000))
-    assert str(found).startswith("too large to decode: Image size (900000000 pixels)")
+    assert found == "too large to decode: more than 179 million pixels"
 
 
 def test_a_line_is_not_blown_up(tmp_path: Path) -> None:

@@ -152,6 +152,21 @@ def test_modes(digits: Digits) -> None:
     assert "randomised-outputs" not in problems(diagnose(stuck, (images, labels)))
 
 
+def test_modes_of_networks_that_answer_with_a_tuple(digits: Digits) -> None:
+    net, images, labels = digits
+    found = diagnose(Broken(net, None, lambda z: (z, None)).train(), (images, labels))
+    assert problems(found) == {"output"}  # its modes change nothing
+
+
+def test_one_channel_for_three(digits: Digits) -> None:
+    _, images, labels = digits
+    net = nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten()).train()
+    (first, second) = diagnose(net, (images, labels))
+    assert (first.outcome, second.name, second.outcome) == ("ok", "answers", "problem")
+    assert "images.repeat(1, 3, 1, 1)" in second.fix
+    assert net.training
+
+
 def test_batch_norm_in_training_mode_is_the_mode_and_not_the_batch(digits: Digits) -> None:
     net, images, labels = digits
 

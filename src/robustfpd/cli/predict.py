@@ -215,7 +215,8 @@ def _show(output: Output, rows: Sequence[Row], found: Network, failed: int, rest
         table.add_column("changed by", justify="right")
     for row in rows:
         note = f" ({row['note']})" if row["note"] else ""
-        note += f" → {Path(row['restored']).name}" if row["restored"] else ""
+        if row["restored"] and Path(row["restored"]).stem != f"{Path(row['image']).stem}-restored":
+            note += f" → {Path(row['restored']).name}"  # another image of that name came first
         cells = [Text(row["image"] + note, overflow="fold")]
         if row["error"]:
             cells += [Text(row["error"], style="red")]

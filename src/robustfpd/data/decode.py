@@ -91,8 +91,8 @@ def picture(path: Path, size: tuple[int, int]) -> Picture | str:
             shown = shown if turn is None else shown.transpose(turn)
     except UnidentifiedImageError:
         return "not an image" if content else "the file is empty"
-    except Image.DecompressionBombError as error:
-        return f"too large to decode: {first_line(error)}"
+    except Image.DecompressionBombError:
+        return f"too large to decode: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to

@@ -1,5 +1,6 @@
 """Robust evaluation: suites of attacks, worst case per image, records."""
 
+from robustfpd.evaluation.doctor import Finding, diagnose
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
 from robustfpd.evaluation.runner import EvaluationObserver, Stage, evaluate
@@ -7,7 +8,7 @@ from robustfpd.evaluation.suite import suite_names
 from robustfpd.evaluation.verdict import Check, Verdict
 
 __all__ = [
-    "AttackResult", "Check", "EvaluationObserver", "EvaluationRecord", "LedgerRow", "OtherEvaluation",
+    "AttackResult", "Check", "EvaluationObserver", "EvaluationRecord", "Finding", "LedgerRow", "OtherEvaluation",
     "Proportion", "Stage", "Verdict", "WorstCase",
-    "evaluate", "is_unfinished", "suite_names",
+    "diagnose", "evaluate", "is_unfinished", "suite_names",
 ]  # fmt: skip

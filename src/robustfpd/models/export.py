@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
-import robustfpd
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.fpd import FPD, Plain
 from robustfpd.provenance import weights_sha256
@@ -129,11 +129,6 @@ class _Exportable(nn.Module):
         self.model = model
         self.restored = restored
 
-    @property
-    def channels(self) -> int:
-        """Of its images."""
-        return self.model.task.in_channels
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Classify images: (logits,) or (logits, restored)."""
         out = self.model(images)
@@ -159,7 +154,7 @@ def _facts(model: FPD | Plain, size: tuple[int, int], names: Sequence[str], outp
     shape = f"N×{model.task.in_channels}×{size[0]}×{size[1]}"
     colours = {1: ", grey", 3: ", RGB"}.get(model.task.in_channels, "")
     facts = {
-        "robustfpd": robustfpd.__version__,
+        "robustfpd": version("robustfpd"),
         "images": f"{shape} float32 in [0, 1]{colours}; mean and std are applied inside",
         "logits": f"N×{model.task.num_classes}"
         + (", squashed by tanh into (-1, 1)" if getattr(model.head, "squashes", False) else ""),
@@ -176,7 +171,7 @@ def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
 
     Not strict, which runs the network's Python: the backbone's hooks collect maps outside what strict tracing sees.
     """
-    images = torch.rand(2, module.channels, *size)
+    images = torch.rand(2, module.model.task.in_channels, *size)
     batch = torch.export.Dim("batch", min=1)
     traced: nn.Module = module
     try:
@@ -262,7 +257,7 @@ def _compare(module: _Exportable, run: Runner, size: tuple[int, int]) -> tuple[f
         InputError: the difference is too large.
     """
     largest, compared = 0.0, 0
-    for images in _pictures(module.channels, size):
+    for images in _pictures(module.model.task.in_channels, size):
         for expected, found in zip(module(images), run(images), strict=True):
             if found.shape != expected.shape:
                 raise InputError(f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}")

@@ -71,12 +71,13 @@ def diagnose(
 
 def _examined(patient: Patient, num_classes: int | None) -> list[Finding]:
     """All about the classifier, in the order in which one thing hides another."""
-    mode = behaviour.handed_over_mode(patient)
-    with left_alone(patient.classifier), reproducible(generator(patient.seed, "doctor")):
+    with left_alone(patient.classifier):
         findings = [behaviour.answers(patient)]
-        if findings[0].outcome == "problem":
-            return [*findings, mode]
-        findings += [mode, behaviour.output(patient)]
+    if findings[0].outcome == "problem":
+        return findings
+    findings.append(behaviour.handed_over_mode(patient))
+    with left_alone(patient.classifier), reproducible(generator(patient.seed, "doctor")):
+        findings.append(behaviour.output(patient))
         if findings[-1].outcome == "problem" and not isinstance(patient.classifier, behaviour.Unwrapped):
             return findings
         findings.append(behaviour.input_kept(patient))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,15 +56,25 @@ def answers(patient: Patient) -> Finding:
     """Does it take the images at all?"""
     x = patient.images[:4]
     try:
-        patient.ask(x)
+        patient.bare = isinstance(patient.ask(x), Tensor)
     except Exception as error:  # a classifier may raise anything
-        kinds = {p.dtype for p in patient.given.parameters() if p.is_floating_point()}
-        fix = f"make it take images {tuple(x.shape[1:])}: --image-size, or a layer that adapts channels"
-        if kinds and kinds != {x.dtype}:
-            fix = "its weights are " + ", ".join(sorted(map(str, kinds))) + ": model = model.float()"
         evidence = f"{type(error).__name__} on images {tuple(x.shape)}: {first_line(error)}"
-        return found("answers", True, evidence, fix)
+        return found("answers", True, evidence, _taking(patient, x))
     return found("answers", False, f"it takes images {tuple(x.shape[1:])}", "")
+
+
+def _taking(patient: Patient, images: Tensor) -> str:
+    """What to do about a classifier that does not take the images."""
+    kinds = {p.dtype for p in patient.given.parameters() if p.is_floating_point()}
+    if kinds and kinds != {images.dtype}:
+        return "its weights are " + ", ".join(sorted(map(str, kinds))) + ": model = model.float()"
+    if images.shape[1] == 1:
+        with suppress(Exception):
+            patient.ask(images.repeat(1, 3, 1, 1))
+            return "it takes three channels: hand over a module whose forward returns model(images.repeat(1, 3, 1, 1))"
+    return (
+        f"make it take images {tuple(images.shape[1:])}: another size (--image-size), or a layer that adapts channels"
+    )
 
 
 def output(patient: Patient) -> Finding:
@@ -120,9 +131,12 @@ def input_kept(patient: Patient) -> Finding:
 
 def handed_over_mode(patient: Patient) -> Finding:
     """Does it answer otherwise in the modes in which it was handed over?"""
-    return told(
-        training_mode(patient.classifier, patient.images, patient.device), "call model.eval() before it is handed over"
-    )
+    asked = patient.classifier
+    if not patient.bare:  # the check compares tensors
+        asked = Unwrapped(asked)
+        asked.training = patient.classifier.training
+    check = training_mode(asked, patient.images, patient.device)
+    return told(check, "call model.eval() before it is handed over")
 
 
 def stays(patient: Patient, subject: Subject) -> Finding:

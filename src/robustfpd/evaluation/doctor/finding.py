@@ -52,6 +52,8 @@ class Patient:
         self.classifier = classifier
         self.images, self.labels = images, labels
         self.device, self.seed = device, seed
+        self.bare = True
+        """Whether it answers with a tensor."""
         self.logits = torch.zeros(0)
         """Answers to the images as they are, N×K, on the CPU."""
 
