@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import robustfpd as rf
 from robustfpd import data
 from robustfpd.cli import main
 from robustfpd.cli import predict as command
-from robustfpd.config import DataConfig, RunConfig
+from robustfpd.config import DataConfig
+from robustfpd.models import shipped
 
 FPD, PLAIN = "digits/mini-fpd", "mnist/mini-plain"
 
@@ -134,13 +135,11 @@ def test_a_name_of_any_bytes_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "[red].png" in ask(capsys, FPD, tmp_path).replace("\n", "")
 
 
-def test_names_of_classes_come_from_the_run(
-    tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path / "run", RunConfig())
-    environment = json.loads((run / "environment.json").read_text())
-    environment["data"]["class_names"] = [f"digit {i}" for i in range(10)]
-    (run / "environment.json").write_text(json.dumps(environment))
+def test_names_of_classes_come_from_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(shipped.find(FPD), run)
+    names = [f"digit {i}" for i in range(10)]
+    (run / "environment.json").write_text(json.dumps({"data": {"class_names": names}}))
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     assert ask(capsys, run, tmp_path / "a.png", "--json")["images"][0]["class"].startswith("digit ")
     saved = tmp_path / "saved"
@@ -148,11 +147,8 @@ def test_names_of_classes_come_from_the_run(
     assert "nothing tells their names" in ask(capsys, saved, tmp_path / "a.png")
 
 
-def test_a_network_that_answers_nan_says_so(
-    tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path / "run", RunConfig())
-    model = rf.load(run)
+def test_a_network_that_answers_nan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = rf.load(FPD)
     with torch.no_grad():
         model.head.linear.bias.fill_(torch.nan)  # type: ignore[operator]
     model.save(tmp_path / "nan")
