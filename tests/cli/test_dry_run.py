@@ -49,12 +49,12 @@ def test_evaluation_is_planned_and_the_bound_holds(tmp_path: Path, capsys: pytes
         "validation_accuracy": 0, "validation_robust_accuracy": None,
     }  # fmt: skip
     run = trained["stages"][0]["folder"]
-    words = ["evaluate", run, "--num-images", "12", "--suite", "quick", "--eps", "0.001", "0.002"]
+    words = ["evaluate", run, "--num-images", "6", "--suite", "first-look", "--eps", "0.001", "0.002"]
     before = sorted(tmp_path.rglob("*"))
     main([*words, "--dry-run"])
     out = capsys.readouterr().out
-    assert "12 of 359 test images of digits" in out
-    assert "PGD-20 margin, bpda-restoration" in out
+    assert "6 of 359 test images of digits" in out
+    assert "PGD-40, pre-squash" in out
     assert "so most evaluations take far less" in out
     assert max(map(len, out.splitlines())) <= 80
     planned = _json(capsys, *words, "--dry-run")

@@ -117,8 +117,8 @@ def evaluate(
         every_attack=every_attack, surrogates=networks, class_names=class_names,
     )  # fmt: skip
     _show(output, record, plan, path)
-    if found.config is not None and found.results == Path(found.source) / "evaluation":
-        output.say(f"next: {program()} report {shlex.quote(str(found.source))}")
+    told = found.source if found.results == Path(found.source) / "evaluation" else found.results
+    output.say(f"next: {program()} report {shlex.quote(str(told))}")
     output.result(_summary(record, path))
     if strict and record.verdict.status != "trusted":
         raise SystemExit(NOT_TRUSTED)
@@ -181,7 +181,7 @@ def _show(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path
     if plan.divide_by is not None:
         output.say(_as_divided(record, plan.divide_by))
     output.say(verdict_text(record))
-    output.say(f"record: {path}, each image and attack beside it as CSV")
+    output.say(f"record: {path}", "        each image and attack beside it as CSV")
 
 
 def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""A newcomer with a folder of photographs and a network of his own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robustfpd.cli import main
+from robustfpd.config import load_run
+from robustfpd.evaluation import EvaluationRecord
+
+NETWORK = """
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.maxpool = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.MaxPool2d(2)
+        for i in range(1, 5):
+            convolution = nn.Conv2d(8, 8, 3, stride=1 + (i > 2), padding=1, bias=False)
+            setattr(self, f"layer{i}", nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU()))
+
+    def forward(self, x):
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(self.conv1(x))))))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "smallnets", raising=False)
+    monkeypatch.setenv("ROBUSTFPD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "smallnets.py").write_text(NETWORK)
+    draws = np.random.default_rng(0)
+    for number, name in enumerate(("cats", "dogs", "birds")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = draws.integers(80 * number, 80 * number + 60, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+
+
+SETTINGS = ("model.backbone=smallnets:Small", "data.image_size=16", "data.stored_size=18", "training.batch_size=8",
+            "training.epochs=1", "model.pyramid_channels=8")  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_from_photographs_and_a_network_to_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool
+) -> None:
+    train = ["train", "folder/mini", "--data-root", "photos", *SETTINGS, *(["--plain"] if plain else [])]
+    main([*train, "--dry-run"])
+    assert not (tmp_path / "cache").exists()  # the plan decodes nothing
+    assert "3 classes of 3×16×16 images" in capsys.readouterr().out
+    main(train)
+    run = Path("runs/folder-mini-plain" if plain else "runs/folder-mini")
+    assert f"next: robustfpd evaluate {run}\n" in capsys.readouterr().out.replace(sys.argv[0], "robustfpd")
+    assert load_run(run / "config.yaml").data.root == "photos"
+    main(["evaluate", str(run), "--suite", "first-look", "--num-images", "3", "--json"])  # knows where the images are
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_images"] == 3
+    assert set(EvaluationRecord.load(Path(found["path"])).surrogates) == set()
+    main(["evaluate", "--model", "smallnets:Small", "--dataset", "folder", "--data-root", "photos", "--dry-run"])
+    assert "attacked or written" in capsys.readouterr().out
+
+
+def test_what_is_not_there_any_more_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["train", "folder/mini", "--data-root", "photos", *SETTINGS, "--quiet"])
+    assert capsys.readouterr().out == ""
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    for moved, said in ((False, "no folder .*photos; give the one"), (True, "smallnets cannot be imported from here")):
+        if moved:
+            (tmp_path / "smallnets.py").unlink()
+            monkeypatch.delitem(sys.modules, "smallnets")
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", "runs/folder-mini", *(["--data-root", "elsewhere"] if moved else [])])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert re.search(said, error), error
