@@ -71,7 +71,9 @@ def demo(
         records.append(record)
     title = "What a Feature Pyramid Decoder buys on digits"
     page = write_report(out / "report.html", report_on([read(folder) for folder in folders], title=title))[0]
-    output.say(comparison_table(records), comparison_sentence(records) or "", f"report: {page}", "try next:")
+    output.say(comparison_table(records))
+    output.explain(comparison_sentence(records) or "")
+    output.say(f"report: {page}", "try next:")
     output.say(*(f"  {step}" for step in _next_steps(program())))
     networks = [{"folder": str(f), **_summary(r)} for f, r in zip(folders, records, strict=True)]
     output.result({"seed": seed, "report": str(page), "networks": networks})

@@ -25,6 +25,10 @@ class Output:
         for part in parts:
             self.console.print(part, highlight=False, markup=False)
 
+    def explain(self, text: str) -> None:
+        """Tell a person sentences, broken between words where the terminal ends; piped, they stay on one line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
+
     def result(self, values: Mapping[str, Any]) -> None:
         """Tell a machine, under `--json` only: the one object on standard output."""
         if self.json:

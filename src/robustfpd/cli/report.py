@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from robustfpd.errors import InputError
+from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from robustfpd.cli.output import Output
@@ -20,7 +20,7 @@ def report(
     /,
     out: Path | None = None,
     suite: str | None = None,
-    norm: str | None = None,
+    norm: Literal["linf", "l2", "l1"] | None = None,
     title: str | None = None,
     json: bool = False,
     quiet: bool = False,
@@ -36,7 +36,7 @@ def report(
         runs: run folders, networks by name (see `robustfpd models`), folders of evaluations, or single records.
         out: the page; default report.html in the first run's folder, comparison.html for several.
         suite: which evaluation to show; default the strongest that the runs share.
-        norm: which evaluation to show: linf, l2 or l1.
+        norm: which evaluation to show; default the strongest that the runs share.
         title: heading of the page.
         json: print one JSON object instead: the files and the numbers.
         quiet: print nothing but errors.
@@ -47,6 +47,13 @@ def report(
         raise InputError("name what to report on: robustfpd report RUN")
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be an .html file, found {out}; the .md and .csv go beside it")
+    from robustfpd.config import SUITES
+    from robustfpd.report.places import check_place
+
+    if suite is not None and suite not in SUITES:
+        raise unknown_name("suite", suite, SUITES)
+    for run in runs:
+        check_place(run)
     from robustfpd.report.page import report_on
     from robustfpd.report.sources import read
     from robustfpd.report.write import write_report
@@ -89,14 +96,14 @@ def _tell(output: Output, made: Report, files: list[Path]) -> None:
 
     if made.first is not None:
         verdict = made.first.record.verdict
-        output.say(f"{verdict.status}: {verdict_sentence(made.first.record)} {SAID[verdict.status]}")
+        output.explain(f"{verdict.status}: {verdict_sentence(made.first.record)} {SAID[verdict.status]}")
         for reason in verdict.reasons:
-            output.say(f"  {reason}")
+            output.explain(f"- {reason}")
         compared = comparison_sentence([c.record for c in made.columns])
         if compared:
-            output.say(compared)
+            output.explain(compared)
     for problem in made.problems:
-        output.say(f"note: {problem}")
+        output.explain(f"note: {problem}")
     output.say(f"report: {files[0]}, also as {files[1].name} and {files[2].name}")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from robustfpd.config import RunConfig, load_run, parse
-from robustfpd.errors import InputError, first_line, unknown_name
+from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation import EvaluationRecord, is_unfinished
 from robustfpd.evaluation.exhibits import Shown, exhibits_folder, read_exhibits
 from robustfpd.evaluation.ledger import CLEAN, read_rows
 from robustfpd.evaluation.record import FORMATS, LEDGER
 from robustfpd.evaluation.suite import STRENGTH
 from robustfpd.models import shipped
+from robustfpd.report.places import check_place, results_of
 from robustfpd.report.standing import fell
 from robustfpd.training import EpochMetrics, RunFolder
 
@@ -63,22 +64,19 @@ def read(given: str | Path) -> Source:
     Raises:
         InputError: there is nothing of that name.
     """
-    path = Path(given)
-    if path.is_file() and path.suffix == ".json":
-        return _assembled(str(given), path.parent, None, [path])
+    check_place(given)
+    path, name = Path(given), str(given)
+    if path.is_file():
+        return _assembled(name, path.parent, None, [path])
     if (path / "config.yaml").is_file():
-        return _assembled(str(given), path, RunFolder(path), _records(path / "evaluation"))
+        return _assembled(name, path, RunFolder(path), _records(path / "evaluation"))
     if path.is_dir():
         beside = path.with_name(f"{path.resolve().name}-evaluation")
-        return _assembled(str(given), path, None, _records(path) or _records(beside))
-    measured = Path("runs") / f"{str(given).replace('/', '-')}-evaluation"
-    if str(given) in shipped.names():
-        _, folder = shipped.place(str(given))
-        results = _records(folder / "results") if folder is not None else []
-        source = _assembled(str(given), measured, None, [*_records(measured), *results])
-        return dataclasses.replace(source, config=_settings(folder))
-    near = [str(p.parent) for p in Path("runs").glob("*/config.yaml")]
-    raise unknown_name("run or network", str(given), [*near, *shipped.names()])
+        return _assembled(name, path, None, _records(path) or _records(beside))
+    _, folder = shipped.place(name)
+    shown = _records(folder / "results") if folder is not None else []
+    source = _assembled(name, results_of(name), None, [*_records(results_of(name)), *shown])
+    return dataclasses.replace(source, config=_settings(folder))
 
 
 def _settings(folder: Path | None) -> RunConfig | None:

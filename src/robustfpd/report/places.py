@@ -1,0 +1,24 @@
+"""Where evaluations may lie. Needs no torch, so that a name that is nothing is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustfpd.errors import unknown_name
+from robustfpd.models import shipped
+
+RUNS = Path("runs")
+
+
+def check_place(given: str | Path) -> None:
+    """Refuse what is neither a folder, a record nor a network that comes with robustfpd, with the nearest names."""
+    path = Path(given)
+    if path.is_dir() or (path.is_file() and path.suffix == ".json") or str(given) in shipped.names():
+        return
+    near = [str(p.parent) for p in RUNS.glob("*/config.yaml")]
+    raise unknown_name("run or network", str(given), [*near, *shipped.names()])
+
+
+def results_of(network: str) -> Path:
+    """Where evaluations of a network that comes with robustfpd go."""
+    return RUNS / f"{network.replace('/', '-')}-evaluation"
