@@ -45,10 +45,10 @@ def _command(name: str, told: str) -> str:
 
 def _flags(command: Any) -> str:
     """A list of what a command takes, as `--help` tells it."""
-    hints, told = get_type_hints(command, include_extras=True), parsing._arguments(command)
+    hints, told = get_type_hints(command, include_extras=True), parsing.arguments(command)
     rows = []
     for parameter in inspect.signature(command).parameters.values():
-        value = parsing._placeholder(parameter, hints[parameter.name]) or ""
+        value = parsing.placeholder(parameter, hints[parameter.name]) or ""
         positional = parameter.kind is parameter.POSITIONAL_ONLY
         flag = value if positional else f"--{parameter.name.replace('_', '-')} {value}".strip()
         default = parameter.default

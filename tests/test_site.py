@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 from tests.documents import DOCS, PAGES, ROOT, name_of
 
@@ -119,10 +118,11 @@ def test_a_page_is_accessible(site: Path, browser: Any, name: str, scheme: str) 
     assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    notebook = nbformat.read(DOCS / "look-inside.ipynb", as_version=4)  # type: ignore[no-untyped-call]
-    for cell in notebook.cells:
+def test_the_notebook_ran_when_the_site_was_built(site: Path) -> None:
+    """Building executes it and fails where a cell does; here its outputs are looked for."""
+    notebook = json.loads((DOCS / "look-inside.ipynb").read_text())
+    for cell in notebook["cells"]:
         assert not cell.get("outputs"), "outputs are made when the pages are built; clear them"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    images = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
-    assert len(images) == 2
+    page = (site / "look-inside.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert "Traceback" not in page

@@ -42,8 +42,9 @@ With photographs of your own, in a folder for each class:
   robustfpd evaluate runs/folder-mini              attack it
   robustfpd report runs/folder-mini                read what withstood, and why
 
-With a network of your own:
+With a network of your own, made by the function `make` in mynets.py:
   robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
+To attack it as it is, without the defence:
   robustfpd evaluate --model mynets:make --dataset folder --data-root PHOTOS
 
 All commands:

@@ -51,13 +51,13 @@ def help_of(name: str, command: Command) -> str:
     kept = _Kept(sys.stdout)
     with redirect_stdout(kept), suppress(SystemExit):
         _parsed(name, command, ["--help"])
-    arguments = kept.getvalue().partition("\n")[2].strip("\n")  # after tyro's usage, which may be wider
+    boxes = kept.getvalue().partition("\n")[2].strip("\n")  # after tyro's usage, which may be wider
     parameters = inspect.signature(command).parameters.values()
     hints = get_type_hints(command)
-    places = [_placeholder(p, hints[p.name]) or "" for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    places = [placeholder(p, hints[p.name]) or "" for p in parameters if p.kind is p.POSITIONAL_ONLY]
     usage = " ".join(["usage: robustfpd", name, *places, "[OPTIONS]"])
     shown = "\n".join(_broken(example) for example in examples(command))
-    return f"{usage}\n\n{description(command)}\n\n{arguments}\nexamples:\n{shown}"
+    return f"{usage}\n\n{description(command)}\n\n{boxes}\nexamples:\n{shown}"
 
 
 class _Kept(io.StringIO):
@@ -89,12 +89,12 @@ def described(command: Command) -> Command:
     def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:
         return functools.partial(command, *args, **kwargs)
 
-    hints, told = get_type_hints(command, include_extras=True), _arguments(command)
+    hints, told = get_type_hints(command, include_extras=True), arguments(command)
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
         argument = tyro.conf.arg(
-            metavar=_placeholder(parameter, hint),
+            metavar=placeholder(parameter, hint),
             help=told.get(parameter.name, ""),
             help_behavior_hint=_hint(parameter),
         )
@@ -131,7 +131,7 @@ def check(name: str, command: Command, words: Sequence[str]) -> None:
     given = [word for word in words if not word.startswith("-")]
     for place, parameter in enumerate(needed):
         if len(given) <= place:
-            told = _arguments(command).get(parameter.name, "").rstrip(".")
+            told = arguments(command).get(parameter.name, "").rstrip(".")
             raise InputError(f"robustfpd {name} needs {parameter.name.upper()}: {told}; see robustfpd {name} --help")
         kind = plain(hints[parameter.name])
         if get_origin(kind) is Literal and words[place] == given[place] not in get_args(kind):
@@ -172,7 +172,7 @@ def _paragraphs(command: Command) -> list[str]:
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
-def _arguments(command: Command) -> dict[str, str]:
+def arguments(command: Command) -> dict[str, str]:
     """What the docstring says of each parameter, on one line, so that it is set to the width of the terminal."""
     text = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:\n")[2]
     entries = re.findall(r"^    (\w+): (.*(?:\n(?:     +.*)?)*)", text, flags=re.MULTILINE)
@@ -197,7 +197,7 @@ def several(hint: Any) -> bool:
     return get_origin(bare) is tuple
 
 
-def _placeholder(parameter: inspect.Parameter, hint: Any) -> str | None:
+def placeholder(parameter: inspect.Parameter, hint: Any) -> str | None:
     """What stands for the value in help; None for a flag without one."""
     kind, name = plain(hint), parameter.name
     positional = parameter.kind is parameter.POSITIONAL_ONLY
