@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/robustfpd demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

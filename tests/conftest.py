@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ SHARED = Path(__file__).parents[2] / "shared"
 def _threads() -> None:
     """One thread: the tensors are tiny, and threads wait for each other where other work runs beside the tests."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a test writes and imports are forgotten after it: the next one's has the same name."""
+    before, places = set(sys.modules), list(sys.path)
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(written):
+            del sys.modules[name]
+    sys.path[:] = places
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def _dies_of_interrupts() -> None:
 def test_ctrl_c_leaves_a_whole_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "robustfpd", "train", "digits/mini", "training.epochs=400", "--out", str(run)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         preexec_fn=_dies_of_interrupts,
