@@ -51,12 +51,13 @@ def accuracy_curves(records: Sequence[EvaluationRecord], names: Sequence[str]) -
 def attack_curves(record: EvaluationRecord, key: str) -> str:
     """Accuracy against eps, a line per attack: alone where it tried every image, else after it and those before it.
 
-    Attacks that turned nothing more are left out where the lines would be too many. Returns SVG.
+    Attacks that turned nothing more would draw the same line again and are left out. Returns SVG.
     """
     curves = after_each_attack(record)
-    if len(curves) > MOST_LINES:
+    if not record.every_attack:
         busy = {a.attack for a in record.attacks if a.fooled}
-        curves = dict([(label, c) for label, c in curves.items() if label in busy][:MOST_LINES]) or curves
+        curves = {label: points for label, points in curves.items() if label in busy} or dict([*curves.items()][:1])
+    curves = dict([*curves.items()][:MOST_LINES])
     with _figure(WIDE) as (figure, axes):
         for index, (label, points) in enumerate(curves.items()):
             eps, values = [0.0, *(e for e, _ in points)], [record.clean.value, *(v for _, v in points)]
@@ -164,7 +165,7 @@ def _finish(axes: Axes, x: str, y: str, *, below: bool = False) -> None:
         legend = axes.legend(fontsize=10, frameon=False, labelcolor=INK)
         if below and len(axes.get_lines()) > 4:
             legend.set_loc("upper center")
-            legend.set_bbox_to_anchor((0.45, -0.18))
+            legend.set_bbox_to_anchor((0.45, -0.24))
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

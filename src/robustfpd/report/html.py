@@ -18,11 +18,10 @@ from robustfpd.report.page import (
     comparison_sentence,
     confusions,
     drawn,
-    radius,
     settings_that_differ,
     verdict_sentence,
 )
-from robustfpd.report.standing import NORMS
+from robustfpd.report.standing import NORMS, radius
 
 HERE = Path(__file__).parent
 OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "nothing to look at"}

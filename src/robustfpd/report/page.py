@@ -13,7 +13,7 @@ from robustfpd.report import figures
 from robustfpd.report.commands import evaluation_command, training_command
 from robustfpd.report.pictures import BUDGET, Gallery, gallery
 from robustfpd.report.sources import Evaluated, Source
-from robustfpd.report.standing import NORMS, AttackLine, attack_lines, class_name, confusion_counts
+from robustfpd.report.standing import NORMS, AttackLine, attack_lines, class_name, confusion_counts, radius
 
 SAID = {
     "trusted": "No check found a reason to doubt this number.",
@@ -162,13 +162,6 @@ def comparison_sentence(records: Sequence[EvaluationRecord]) -> str | None:
         f"Where they differ most, at eps {radius(at)}, {first.subject} keeps {ours} and the best rival, "
         f"{records[rival].subject}, {theirs}: {relation}."
     )
-
-
-def radius(eps: float) -> str:
-    """A radius as people say it: 0.1, or 0.0314 (8/255)."""
-    levels = eps * 255
-    whole = abs(levels - round(levels)) < 1e-6 and len(f"{eps:.6g}") > 5
-    return f"{eps:.4g} ({round(levels)}/255)" if whole else f"{eps:.4g}"
 
 
 def confusions(record: EvaluationRecord) -> list[tuple[str, str, int]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.exhibits import Exhibit, Picture, Shown
-from robustfpd.report.standing import class_name
+from robustfpd.report.standing import class_name, radius
 
 BUDGET = 2_000_000
 """Bytes of all pictures together, as base64."""
@@ -77,7 +77,7 @@ def _card(
         for p in exhibit.pictures
     )  # fmt: skip
     outcome = f"{true} → {became}" if exhibit.fell else f"{true}, still"
-    caption = f"{outcome} · {exhibit.attack}, eps {exhibit.eps:.4g}, norm {exhibit.distance:.3g}"
+    caption = f"{outcome} · {exhibit.attack}, eps {radius(exhibit.eps)}, norm {exhibit.distance:.3g}"
     known = [pictures[key] for key in pictures if key[0] == exhibit.image]
     return Card(tiles, caption, bool(known) and max(known[0].size) <= SMALL)
 

@@ -95,3 +95,10 @@ def confusion_counts(record: EvaluationRecord) -> npt.NDArray[np.int64]:
 def class_name(record: EvaluationRecord, number: int) -> str:
     """What a class is called."""
     return record.class_names[number] if number < len(record.class_names) else str(number)
+
+
+def radius(eps: float) -> str:
+    """A radius as people say it: 0.1, or 8/255."""
+    levels = eps * 255
+    whole = abs(levels - round(levels)) < 1e-6 and len(f"{eps:.6g}") > 5
+    return f"{round(levels)}/255" if whole else f"{eps:.4g}"

@@ -6,8 +6,8 @@ import csv
 import dataclasses
 import io
 
-from robustfpd.report.page import SAID, Column, Report, commands, comparison_sentence, radius, verdict_sentence
-from robustfpd.report.standing import NORMS
+from robustfpd.report.page import SAID, Column, Report, commands, comparison_sentence, verdict_sentence
+from robustfpd.report.standing import NORMS, radius
 
 COLUMNS = (
     "run", "suite", "norm", "eps", "attack", "images", "tried", "turned", "accuracy", "low", "high", "median_norm",
