@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+CLEARLY = 0.15
+"""Likeness by which the nearest name must be ahead for the others not to be offered."""
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line and needs no traceback."""
@@ -30,6 +33,8 @@ def unknown_name(kind: str, found: object, choices: Iterable[str], *, listed: in
     """
     names = sorted(set(choices))
     near = difflib.get_close_matches(str(found), names, n=4, cutoff=0.5)
+    alike = [difflib.SequenceMatcher(None, str(found), name).ratio() for name in near]
+    near = [name for name, ratio in zip(near, alike, strict=True) if ratio > alike[0] - CLEARLY]
     if near:
         return InputError(f"unknown {kind} {found!r}; did you mean {' or '.join(map(repr, near))}?")
     rest = f" and {len(names) - listed} more" if len(names) > listed else ""

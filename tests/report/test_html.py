@@ -123,7 +123,10 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
     expected += ["0 (clean)", *[str(Proportion.of(190, 200))] * 3]
     for eps, counts in (("0.1", (150, 100, 90)), ("0.2", (60, 10, 5))):
         expected += [eps, *(str(Proportion.of(count, 200)) for count in counts)]
-    assert cells[: len(expected)] == expected
+    start = cells.index(expected[0])
+    assert cells[start : start + len(expected)] == expected
+    beside = ["FPD", "unchecked", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
+    assert cells[5:10] == beside
     assert "75.0 % [68.6, 80.5]" in compared
     assert "Where they differ most, at eps 0.1, FPD keeps" in compared
     assert compared.count("<title>What it buys: robustness report</title>") == 1

@@ -69,7 +69,7 @@ def test_other_images_and_radii_are_told(make_source: MakeSource) -> None:
     ("options", "message"),
     [
         ({"suite": "quik"}, r"suite among the evaluations 'quik'.*did you mean 'quick'"),
-        ({"norm": "l1"}, "no evaluation with suite any in norm l1; there are: quick in linf"),
+        ({"norm": "l1"}, "no evaluation in norm l1; there are: quick in linf"),
     ],
 )
 def test_what_no_run_was_evaluated_with_is_refused(
@@ -108,7 +108,7 @@ def test_comparison_of_clear_differences(make_record: MakeRecord) -> None:
         f"{Proportion.of(10, 200)}: more robust by 25 points."
     )
     assert str(comparison_sentence([worse, ours])).endswith(
-        f"B keeps {Proportion.of(10, 200)} and the best rival, A, {Proportion.of(60, 200)}: less robust by 25 points."
+        f"B keeps {Proportion.of(10, 200)} and A, {Proportion.of(60, 200)}: less robust by 25 points."
     )
     assert comparison_sentence([ours]) is None
 
@@ -133,6 +133,11 @@ def test_only_radii_that_all_have_are_compared(make_record: MakeRecord) -> None:
     assert "at eps 0.1," in str(comparison_sentence([ours, other]))
     apart = other.model_copy(update={"worst_case": (WorstCase(eps=0.7, robust=Proportion.of(1, 200)),)})
     assert comparison_sentence([ours, apart]) is None
+    elsewhere = other.model_copy(update={"data_sha256": "f" * 64})
+    assert comparison_sentence([ours, elsewhere]) is None
+    third = make_record("C", (90,))
+    assert "and the best rival, B," in str(comparison_sentence([ours, third, other]))
+    assert "and C," in str(comparison_sentence([ours, third, elsewhere]))
 
 
 def test_commands_as_typed_or_as_told_by_what_was_left(make_source: MakeSource, make_record: MakeRecord) -> None:

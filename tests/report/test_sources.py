@@ -72,6 +72,7 @@ def test_networks_that_come_with_robustfpd_have_their_results(tmp_path: Path, mo
 
 def test_a_saved_model_has_its_evaluations_beside_it(measured: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     shutil.copytree(measured, tmp_path / "model-evaluation")
     assert len(read(tmp_path / "model").evaluations) == 1
 
@@ -84,6 +85,12 @@ def test_a_name_that_is_nothing_is_refused_with_the_nearest(tmp_path: Path, monk
         read("runs/digits-mni")
     with pytest.raises(InputError, match="'digits/mini-fpd'"):
         read("digits/mini-fdp")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    with pytest.raises(InputError, match="photos is no run and holds no evaluation"):
+        read(tmp_path / "photos")
 
 
 def _no_evaluation(run: Path) -> None:
@@ -102,6 +109,10 @@ def _no_ledger(run: Path) -> None:
 def _unfinished(run: Path) -> None:
     (run / "evaluation" / "record.json").unlink()
     (run / "evaluation" / "record.unfinished.json").write_text("{}")
+
+
+def _no_record(run: Path) -> None:
+    (run / "evaluation" / "record.json").unlink()
 
 
 def _newer(run: Path) -> None:
@@ -142,8 +153,9 @@ def _no_settings(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said", "kept"),
     [
-        (_no_evaluation, "was not evaluated: run `robustfpd evaluate", "Validation accuracy and gate"),
-        (_half_a_ledger, "the ledger is left out: no confusion, norms and queries", "a small network"),
+        (_no_evaluation, "was not evaluated: run <code>robustfpd evaluate", "Validation accuracy and gate"),
+        (_half_a_ledger, "record.ledger.csv is cut off or damaged: no confusion", "a small network"),
+        (_no_record, "lost its record: so far ", "Validation accuracy and gate"),
         (_no_ledger, "record.ledger.csv is missing: no confusion", "a small network"),
         (_unfinished, "was not finished: so far ", "Validation accuracy and gate"),
         (_newer, "is not an evaluation record of format 1 or 2, found 99", "Validation accuracy and gate"),
@@ -160,7 +172,7 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(
 ) -> None:
     damage(run)
     page = _made(read(run))
-    assert "What is missing here" in page
+    assert "What is missing, or to be kept in mind" in page
     assert said in page.replace("&#39;", "'")
     assert kept in page
 

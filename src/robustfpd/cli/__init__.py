@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +102,7 @@ def _ending_well() -> Iterator[None]:
         sys.stdout = None
         raise SystemExit(1) from None
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -110,5 +112,13 @@ def _ending_well() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """One line, without the place in our code that says it."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Without the place in our code that says it."""
+    _tell(f"warning: {message}")
+
+
+def _tell(text: str) -> None:
+    """On standard error, broken between words where it is a terminal."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    print(text, file=sys.stderr)

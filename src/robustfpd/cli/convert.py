@@ -36,11 +36,13 @@ def convert(
         json: tell what was found as JSON.
         quiet: tell nothing but errors and warnings.
     """
+    if not published.is_file():
+        raise InputError(f"there is no file {published}; give the authors' bestmodel_params.pkl")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds files; give a new or empty folder for the model")
     from robustfpd.cli.running import program
     from robustfpd.models.published import read_published
 
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds files; give a new or empty folder for the model")
     found = read_published(published, image_size, mean or None, std or None)
     model, task = found.model, found.model.task
     model.save(folder)

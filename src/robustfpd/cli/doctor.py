@@ -88,7 +88,9 @@ def doctor(
         "model": found.name, "dataset": config.dataset, "images": len(pixels[1]), "problems": problems,
         "findings": [finding.model_dump() for finding in findings],
     })  # fmt: skip
-    output.say(_table(findings), *_summary(findings, found.name, config.dataset, len(pixels[1])))
+    output.say(_table(findings))
+    for line in _summary(findings, found.name, config.dataset, len(pixels[1])):
+        output.explain(line)
     if problems:
         raise SystemExit(PROBLEM)
 
@@ -144,9 +146,12 @@ def _table(findings: Sequence[Finding]) -> Table:
 def _summary(findings: Sequence[Finding], name: str, dataset: str, images: int) -> list[str]:
     problems = [finding.name for finding in findings if finding.outcome == "problem"]
     warnings = [finding.name for finding in findings if finding.outcome == "warning"]
+    unseen = [finding.name for finding in findings if finding.outcome == "skipped"]
     on = f"{name} on {images} images of {dataset}"
     if problems:
         return [f"{on}: mend {', '.join(problems)} before you evaluate"]
     if warnings:
         return [f"{on}: nothing that would ruin an evaluation; look at {', '.join(warnings)}"]
+    if unseen:
+        return [f"{on}: nothing seen that would ruin an evaluation; not looked at: {', '.join(unseen)}"]
     return [f"{on}: nothing that would ruin an evaluation"]

@@ -18,7 +18,7 @@ DEFENCES = {"fpd": "FPD", "none": "no defence"}
 def models(json: bool = False, quiet: bool = False) -> None:
     """List the trained networks that come with robustfpd: what `robustfpd evaluate` and `rf.load` take by name.
 
-    Accuracy is in % with its 95 % interval; the second is what withstood the attacks at the largest radius measured.
+    Accuracy is in % with its 95 % interval, on clean images and on what withstood the attacks at each radius.
 
     For example `robustfpd models`, or `robustfpd models --json`.
 
@@ -68,8 +68,7 @@ def _accuracy(record: EvaluationRecord | None) -> str:
     """Clean and worst-case accuracy."""
     if record is None:
         return "not at hand"
-    worst = record.worst_case[-1]
-    rows = (("clean", record.clean), (f"{record.norm} {worst.eps:.3g}", worst.robust))
+    rows = [("clean", record.clean), *((f"{record.norm} {w.eps:.3g}", w.robust) for w in record.worst_case)]
     return "\n".join(f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows)
 
 

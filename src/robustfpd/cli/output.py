@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 
 class Output:
@@ -23,7 +25,18 @@ class Output:
     def say(self, *parts: RenderableType) -> None:
         """Tell a person: text as it is (no markup, no colouring of numbers), tables and the like."""
         for part in parts:
-            self.console.print(part, highlight=False, markup=False)
+            if isinstance(part, Table) and not self.console.is_terminal:
+                self._plain(part)
+            else:  # a string may hold a command to copy, which no line break may cut
+                wrapped = isinstance(part, Text) and self.console.is_terminal
+                self.console.print(part, highlight=False, markup=False, soft_wrap=not wrapped)
+
+    def _plain(self, table: Table) -> None:
+        """A table without lines, boxes and spaces at the ends, for files and pipes."""
+        table.box = None
+        with self.console.capture() as kept:
+            self.console.print(table, highlight=False, soft_wrap=False)
+        self.console.out("\n".join(line.rstrip() for line in kept.get().rstrip().splitlines()), highlight=False)
 
     def explain(self, text: str) -> None:
         """Tell a person sentences, broken between words where the terminal ends; piped, they stay on one line."""

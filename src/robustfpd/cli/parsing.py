@@ -127,6 +127,20 @@ def check(name: str, command: Command, words: Sequence[str]) -> None:
     """Refuse what is missing, unknown flags and choices, and what is no number, in one line."""
     hints = get_type_hints(command)
     parameters = inspect.signature(command).parameters.values()
+    flags = flags_of(command)
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag == "--":
+            continue
+        flag = flag.replace("_", "-")
+        if flag not in flags:
+            raise unknown_name(f"flag of robustfpd {name}", flag, [*flags, "--help"])
+        kind = plain(flags[flag])
+        value = value if equals else next(iter(words[place + 1 :]), "")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise unknown_name(flag, value, get_args(kind))
+        if kind in NUMBERS and not _is_number(value, kind):
+            raise InputError(f"{flag} takes {NUMBERS[kind]}, found {value!r}")
     needed = [p for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     given = [word for word in words if not word.startswith("-")]
     for place, parameter in enumerate(needed):
@@ -136,20 +150,6 @@ def check(name: str, command: Command, words: Sequence[str]) -> None:
         kind = plain(hints[parameter.name])
         if get_origin(kind) is Literal and words[place] == given[place] not in get_args(kind):
             raise unknown_name(parameter.name, given[place], get_args(kind))
-    flags = flags_of(command)
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or flag == "--":
-            continue
-        flag = flag.replace("_", "-")
-        if flag not in flags:
-            raise unknown_name(f"flag of robustfpd {name}", flag, flags)
-        kind = plain(flags[flag])
-        value = value if equals else next(iter(words[place + 1 :]), "")
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise unknown_name(flag, value, get_args(kind))
-        if kind in NUMBERS and not _is_number(value, kind):
-            raise InputError(f"{flag} takes {NUMBERS[kind]}, found {value!r}")
 
 
 def flags_of(command: Command) -> dict[str, Any]:

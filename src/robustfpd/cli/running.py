@@ -84,5 +84,7 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(chosen)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use --device cpu, or leave it out"
+        ) from None
     return device

@@ -152,7 +152,7 @@ class EvaluationRecord(Config):
         except InputError:
             raise
         except (ValueError, OSError, csv.Error) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
+            raise InputError(f"{path} cannot be read: {error}; delete it and repeat the evaluation") from None
         if not isinstance(values, dict) or values.get("format") not in FORMATS:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise InputError(

@@ -110,9 +110,10 @@ def _own(name: str, in_channels: int) -> tuple[nn.Module, tuple[str, ...]] | Non
 def _resnet_stages(net: nn.Module) -> tuple[str, ...]:
     """Where the stages of a ResNet end, under the names that torchvision gave them and most others took over."""
     if not all(isinstance(getattr(net, name, None), nn.Module) for name in RESNET_STAGES):
+        parts = ", ".join(name for name, _ in net.named_children())
         raise InputError(
-            f"stages must name the modules of {type(net).__name__} where its stages end, stem first, as in "
-            f"[{','.join(RESNET_STAGES)}]; found None"
+            f"stages must name the modules of {type(net).__name__} where its stages end, stem first, and found None; "
+            f"on the command line model.stages=[first,second,third]. Its parts are {parts}"
         )
     return RESNET_STAGES
 

@@ -28,6 +28,8 @@ INK = "#010203"
 """Stands for the page's text colour."""
 MOST_LINES = 9
 WIDE, LOW = (5.8, 3.5), (5.8, 4.4)
+FEW = 12
+"""Epochs up to which each has a dot of its own: a single one would not be seen."""
 NUMBERED = 12
 """Up to so many classes a confusion matrix has its counts written in."""
 
@@ -76,13 +78,16 @@ def training_curves(histories: Mapping[str, Sequence[EpochMetrics]]) -> str:
         for index, (name, history) in enumerate(histories.items()):
             colour, style, _ = _look(index)
             share = [100 * (m.epoch + 1) / len(history) for m in history]
-            axes.plot(share, [100 * m.validation_accuracy for m in history], style, color=colour, label=name)
+            marker = "o" if len(history) <= FEW else None
+            accuracy = [100 * m.validation_accuracy for m in history]
+            axes.plot(share, accuracy, style, color=colour, marker=marker, label=name)
             robust = [(s, m.validation_robust_accuracy) for s, m in zip(share, history, strict=True)]
             known = [(s, 100 * r) for s, r in robust if r is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), ":", color=colour, label=f"{name}, under PGD-10")
             if name in gated:
-                panels[1].plot(share, [100 * m.gate_open for m in history], style, color=colour, drawstyle="steps-mid")
+                panels[1].plot(share, [100 * m.gate_open for m in history], style, color=colour, marker=marker)
+        axes.set_xlim(0, 102)
         _finish(axes, "" if gated else "share of the training done (%)", "validation\naccuracy (%)")
         if gated:
             _finish(panels[1], "share of the training done (%)", "batches with the\ngate open (%)")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.report.meanings import meanings
@@ -24,6 +25,17 @@ from robustfpd.report.page import (
 from robustfpd.report.standing import NORMS, radius
 
 HERE = Path(__file__).parent
+VIEWS = {
+    "pre-squash": "the logits before the head's squashing, which hides gradients where it saturates",
+    "bpda-restoration": "as if the restored image were the image: past the decoder, straight through",
+    "bpda-denoising": "past the denoising layers, straight through",
+    "front-pass": "through the restoration only, not through the image that goes around it",
+    "back-pass": "through the image that goes around the restoration only",
+    "joint": "with a loss that spoils the restoration as well",
+    "joint-hidden": "with a loss that keeps the restoration as it is",
+    "straight-through": "past parts of the network that give no gradients",
+}
+"""What the names behind an attack mean: where it takes its gradients from."""
 OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "nothing to look at"}
 
 
@@ -33,6 +45,7 @@ def render(report: Report) -> str:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["quoted"] = _quoted
     environment.globals |= {
         "radius": radius, "norms": NORMS, "said": SAID, "outcomes": OUTCOMES, "commands": commands,
         "percent": lambda value: f"{100 * value:.1f} %",
@@ -57,8 +70,19 @@ def render(report: Report) -> str:
         differing=settings_that_differ(report.sources) if len(report.sources) > 1 else [],
         environments=_environments(report.columns),
         config=_yaml(report),
-        passes=None if first is None else _passes(first.record),
+        passes=_passes,
+        views={name: told for name, told in VIEWS.items() if any(_seen(name, c.record) for c in report.columns)},
     )
+
+
+def _quoted(text: str) -> Markup:
+    """Text with what stands in backticks set as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+
+
+def _seen(view: str, record: EvaluationRecord) -> bool:
+    return any(attack.attack.endswith(f", {view}") for attack in record.attacks)
 
 
 def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Any]]]:

@@ -118,7 +118,8 @@ def _refuse(sources: Sequence[Source], suite: str | None, norm: str | None) -> N
     if suite is not None and suite not in {r.suite for r in there}:
         raise unknown_name("suite among the evaluations", suite, sorted({r.suite for r in there}))
     known = ", ".join(sorted({f"{r.suite} in {r.norm}" for r in there}))
-    raise InputError(f"no evaluation with suite {suite or 'any'} in norm {norm or 'any'}; there are: {known}")
+    asked = " ".join([*([f"with suite {suite}"] if suite else []), *([f"in norm {norm}"] if norm else [])])
+    raise InputError(f"no evaluation {asked}; there are: {known}")
 
 
 def _differing(columns: Sequence[Column]) -> list[str]:
@@ -142,25 +143,32 @@ def verdict_sentence(record: EvaluationRecord) -> str:
 
 
 def comparison_sentence(records: Sequence[EvaluationRecord]) -> str | None:
-    """How the first network does against the best of the others where they differ most; None without others."""
+    """How the first network does against the best of the others where they differ most; None where none compares.
+
+    Others are those that were attacked on the same images, at radii that the first one was attacked at as well.
+    """
     first = records[0]
-    shared = {w.eps for r in records for w in r.worst_case}.intersection(
-        *({w.eps for w in r.worst_case} for r in records)
-    )
-    if len(records) < 2 or not shared:
+    ours = {w.eps: w.robust for w in first.worst_case}
+    pairs = {
+        other.subject: [(w.eps, ours[w.eps], w.robust) for w in other.worst_case if w.eps in ours]
+        for other in records[1:]
+        if other.data_sha256 == first.data_sha256
+    }
+    pairs = {name: shared for name, shared in pairs.items() if shared}
+    if not pairs:
         return None
-    robust = [{w.eps: w.robust for w in r.worst_case if w.eps in shared} for r in records]
-    rival = max(range(1, len(records)), key=lambda i: sum(p.value for p in robust[i].values()))
-    at = max(sorted(shared), key=lambda eps: abs(robust[0][eps].value - robust[rival][eps].value))
-    ours, theirs = robust[0][at], robust[rival][at]
-    gap = ours.value - theirs.value
-    if ours.low <= theirs.high and theirs.low <= ours.high:
+    gains = {name: sum(b.value - a.value for _, a, b in shared) / len(shared) for name, shared in pairs.items()}
+    rival = max(gains, key=lambda name: gains[name])
+    eps, mine, theirs = max(pairs[rival], key=lambda at: abs(at[1].value - at[2].value))
+    if mine.low <= theirs.high and theirs.low <= mine.high:
         relation = "no clear difference: the intervals overlap"
     else:
-        relation = f"{'more' if gap > 0 else 'less'} robust by {100 * abs(gap):.0f} points"
+        more = "more" if mine.value > theirs.value else "less"
+        relation = f"{more} robust by {100 * abs(mine.value - theirs.value):.0f} points"
+    best = "the best rival, " if len(pairs) > 1 else ""
     return (
-        f"Where they differ most, at eps {radius(at)}, {first.subject} keeps {ours} and the best rival, "
-        f"{records[rival].subject}, {theirs}: {relation}."
+        f"Where they differ most, at eps {radius(eps)}, {first.subject} keeps {mine} and {best}{rival}, {theirs}: "
+        f"{relation}."
     )
 
 

@@ -89,6 +89,7 @@ def _records(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     names = {p.name.removesuffix(UNFINISHED).removesuffix(".json") for p in folder.glob("*.json")}
+    names |= {p.name.removesuffix(LEDGER) for p in folder.glob(f"*{LEDGER}")}
     paths = [folder / f"{name}.json" for name in sorted(names)]
     return [p for p in paths if is_unfinished(p) or _may_be_record(p)]
 
@@ -127,7 +128,7 @@ def _assembled(name: str, home: Path, run: RunFolder | None, paths: list[Path]) 
 
 def _evaluated(path: Path) -> Evaluated:
     """Read a record; without its ledger where that is damaged, without pictures where there are none."""
-    if is_unfinished(path):
+    if is_unfinished(path) or not path.is_file():
         raise InputError(_so_far(path))
     problems = []
     try:
@@ -136,7 +137,8 @@ def _evaluated(path: Path) -> Evaluated:
             problems.append(f"{path.with_suffix(LEDGER)} is missing: no confusion, norms and queries of single images")
     except InputError as error:
         record = _without_ledger(path, error)
-        problems.append(f"{first_line(error)}; the ledger is left out: no confusion, norms and queries")
+        ledger = path.with_suffix(LEDGER)
+        problems.append(f"{ledger} is cut off or damaged: no confusion, norms and queries of single images")
     folder = exhibits_folder(path)
     shown = None
     if folder.is_dir():
@@ -173,13 +175,15 @@ def _so_far(path: Path) -> str:
     try:
         rows = read_rows(ledger, cut_off=True) if ledger.is_file() else []
     except (InputError, ValueError) as error:
-        return f"{path.stem} was not finished, and its ledger cannot be read: {first_line(error)}"
+        return f"{path.stem} has no record, and its ledger cannot be read: {first_line(error)}"
     clean = [r for r in rows if r.attack == CLEAN]
     right = sum(r.clean_prediction == r.label for r in clean)
     fallen = {(r.image) for r in rows if r.attack != CLEAN and fell(r)}
+    unfinished = is_unfinished(path)
+    lost = "was not finished" if unfinished else "lost its record"
     return (
-        f"{path.stem} was not finished: so far {right} of {len(clean)} images were classified rightly and "
-        f"{len(fallen)} of these fell; repeat the evaluation, it goes on from there"
+        f"{path.stem} {lost}: so far {right} of {len(clean)} images were classified rightly and {len(fallen)} of these "
+        f"fell; repeat the evaluation{', it goes on from there' if unfinished else ''}"
     )
 
 

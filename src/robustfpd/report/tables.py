@@ -41,7 +41,9 @@ def verdict_text(record: EvaluationRecord) -> Text:
     verdict = record.verdict
     text = Text("verdict: ").append(verdict.status, style=f"bold {STYLES[verdict.status]}")
     passed = sum(c.outcome == "passed" for c in verdict.checks)
-    text.append(f" ({passed} of {len(verdict.checks)} checks passed)" if verdict.checks else "")
+    skipped = [c.name for c in verdict.checks if c.outcome == "skipped"]
+    unseen = f", nothing to look at: {', '.join(skipped)}" if skipped else ""
+    text.append(f" ({passed} of {len(verdict.checks)} checks passed{unseen})" if verdict.checks else "")
     for reason in verdict.reasons:
         text.append(f"\n  {reason}")
     text.append(f"\npasses: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")

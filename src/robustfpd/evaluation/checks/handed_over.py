@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustfpd.attacks.attack import reproducible
 from robustfpd.evaluation.bench import tensors
-from robustfpd.evaluation.checks.subject import Subject, judged, passed
+from robustfpd.evaluation.checks.subject import Subject, judged, passed, skipped
 from robustfpd.evaluation.verdict import Check
 from robustfpd.models.mode import evaluating
 
 ONE_LEVEL = 1 / 255
-MANY = 20
-"""Fewer images do not tell an accuracy from chance."""
+GUESSED = 0.05
+"""How often guessing may get as many images right before an accuracy counts as more than that."""
 
 
 def training_mode(classifier: nn.Module, images: Tensor, device: torch.device) -> Check:
@@ -69,10 +70,12 @@ def clean_accuracy(subject: Subject) -> Check:
     bench = subject.bench
     count, right = len(bench.labels), int((bench.clean == bench.labels).sum())
     classes = max(bench.classes, int(bench.labels.max()) + 1)
-    chance = count / classes + 2 * (count / classes) ** 0.5  # two standard deviations of a Poisson count
     evidence = f"{right} of {count} images are classified rightly, of {classes} classes"
-    bad = right == 0 or (count >= MANY and right <= chance)
-    return judged("clean-accuracy", bad, evidence + (": no better than chance" if bad else ""), right=right)
+    if classes**-count > GUESSED:
+        return skipped("clean-accuracy", f"{evidence}: too few images to tell from guessing")
+    guessed = binomtest(right, count, 1 / classes, alternative="greater").pvalue
+    told = ": no better than chance, guessing does as well" if guessed > GUESSED else ""
+    return judged("clean-accuracy", guessed > GUESSED, evidence + told, right=right, guessed=guessed)
 
 
 def eps_units(subject: Subject) -> Check:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from robustfpd.evaluation.checks.handed_over import MANY, clean_accuracy
+from robustfpd.evaluation.checks.handed_over import clean_accuracy
 from robustfpd.evaluation.doctor.finding import Finding, Patient, found, skipped, told
 
 NORMALISATION, ORDER, LABELS, ACCURACY = "normalisation", "channel-order", "label-order", "clean-accuracy"
+MANY = 20
+"""Fewer images do not tell one explanation from another."""
 LEAST = 0.05
 """Share of the images that an explanation must gain."""
 SIGMAS = 3
