@@ -219,7 +219,8 @@ def _show(output: Output, rows: Sequence[Row], found: Network, failed: int, rest
             note += f" → {Path(row['restored']).name}"  # another image of that name came first
         cells = [Text(row["image"] + note, overflow="fold")]
         if row["error"]:
-            cells += [Text(row["error"], style="red")]
+            cells[0].append(f"\n  {row['error']}", style="red")
+            cells += [Text("not read")]
         else:
             cells += [Text("\n".join(one["class"] for one in row["top"]))]
             cells += [Text("\n".join(f"{100 * one['confidence']:.1f} %" for one in row["top"]))]

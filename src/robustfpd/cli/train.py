@@ -65,9 +65,10 @@ def train(
     run = run.twin() if plain else run
     variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
     folder = out or Path("runs") / (recipe_slug(recipe) + variant)
-    planned = plan(run, _stage_names(stages), folder, resume)
+    names = _stage_names(stages)
     check_settings(run)
     check_device(device)
+    planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
     output = Output(json=json, quiet=quiet)
     if dry_run:
         from robustfpd.cli.train_plan import tell_plan
