@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, Stage
-from robustfpd.evaluation.exhibits import Exhibit, Shown, exhibits_folder, picture_of, read_exhibits
+from robustfpd.evaluation.exhibits import Exhibit, Exhibits, Shown, exhibits_folder, picture_of, read_exhibits
 
 Digits = tuple[nn.Module, Tensor, Tensor]
 Evaluate = Callable[..., tuple[EvaluationRecord, Path]]
@@ -161,6 +161,69 @@ def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> 
     assert all((folder / e.file(p)).is_file() for e in (*shown.fell, *shown.stood) for p in e.pictures)
     named = {e.image for e in (*shown.fell, *shown.stood)}
     assert {int(path.name[:6]) for path in folder.glob("*.png")} == named
+
+
+@pytest.mark.parametrize("where", ["checks.after_attacks", "runner.EvaluationRecord.save"])
+def test_one_killed_after_its_attacks_keeps_all_its_pictures(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected = read_exhibits(evaluate(name="whole")[1].with_name("whole.exhibits"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"robustfpd.evaluation.{where}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate()
+    shown = read_exhibits(evaluate()[1])
+    assert [e.image for e in shown.fell] == [e.image for e in expected.fell]
+    assert [e.image for e in shown.stood] == [e.image for e in expected.stood]
+    assert shown.surface is not None
+
+
+def test_what_a_smallest_perturbation_turns_at_a_larger_radius_is_shown(evaluate: Evaluate) -> None:
+    from robustfpd.evaluation.suite import _SUITES, Planned, Suite
+
+    _SUITES["smallest"] = Suite(lambda target: [Planned("FMN", "fmn", options={"steps": 20})], probes=0)
+    try:
+        record, folder = evaluate(suite="smallest", norm="l2", eps=(0.1, 0.5, 1.0), exhibits=100)
+    finally:
+        del _SUITES["smallest"]
+    fallen, shown = _fallen(record), read_exhibits(folder)
+    assert len({eps for _, _, eps, _ in fallen.values()}) > 1
+    assert {e.image: e.eps for e in shown.fell} == {image: eps for image, (_, _, eps, _) in fallen.items()}
+    assert all(e.distance <= e.eps * (1 + 1e-5) + 1e-5 for e in shown.fell)
+
+
+def test_a_picture_that_cannot_be_made_costs_no_evaluation(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("robustfpd.evaluation.exhibits.loss_surface", out_of_memory)
+    record, folder = evaluate()
+    shown = read_exhibits(folder)
+    assert shown.fell
+    assert shown.surface is None
+    assert shown.problems == ("the loss surface was not drawn: RuntimeError: out of memory",)
+    assert record.worst_case
+
+
+def test_candidates_do_not_hold_the_batches_that_they_were_in(
+    digits: Digits, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    finish = Exhibits.finish
+
+    def watched(self: Exhibits, view: nn.Module, standing: Tensor) -> None:
+        kept = [*self._fallen.values(), *self._standing.values()]
+        sizes.extend(t.untyped_storage().nbytes() for c in kept for t in c.pixels)
+        finish(self, view, standing)
+
+    monkeypatch.setattr(Exhibits, "finish", watched)
+    evaluate()
+    assert len(sizes) > LIMIT
+    assert set(sizes) == {digits[1][0].numel() * 4}
 
 
 def test_another_evaluation_does_not_keep_the_pictures_of_the_one_before(evaluate: Evaluate, tmp_path: Path) -> None:

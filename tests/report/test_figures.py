@@ -44,8 +44,8 @@ def test_attack_curves_draw_every_attack_that_turned_something(make_record: Make
 def test_training_curves_show_the_gate_of_networks_that_have_one(history: tuple[EpochMetrics, ...]) -> None:
     plain = tuple(EpochMetrics(**{**vars(m), "restoration": None}) for m in history)
     gate = "gate open (%)"
-    assert gate in _texts(figures.training_curves({"FPD": history, "twin": plain}))
-    assert gate not in _texts(figures.training_curves({"twin": plain}))
+    assert gate in _texts(figures.training_curves({"FPD": history, "twin": plain}, {"FPD": 3, "twin": 3}))
+    assert gate not in _texts(figures.training_curves({"twin": plain}, {"twin": 50}))
 
 
 def test_figures_on_one_page_share_no_ids_and_take_the_page_s_ink(
@@ -54,7 +54,7 @@ def test_figures_on_one_page_share_no_ids_and_take_the_page_s_ink(
     record = make_record("FPD")
     made = [
         figures.accuracy_curves([record], ["FPD"]), figures.attack_curves(record, "0"),
-        figures.attack_curves(record, "1"), figures.training_curves({"FPD": history}),
+        figures.attack_curves(record, "1"), figures.training_curves({"FPD": history}, {"FPD": 3}),
         figures.confusion(np.eye(3, dtype=np.int64), ["a", "b", "c"]),
     ]  # fmt: skip
     ids = [i for svg in made for i in re.findall(r'\bid="([^"]+)"', svg)]

@@ -163,6 +163,10 @@ def test_a_report_is_written_as_three_files_and_replaces_what_was_there(
     page.write_text("old")
     write_report(page, report)
     assert page.read_text(encoding="utf-8") == first
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"README\.md is there and is no report's"):
+        write_report(tmp_path / "README.html", report)
+    assert (tmp_path / "README.md").read_text() == "mine"
     with pytest.raises(InputError, match=r"must be an \.html file"):
         write_report(tmp_path / "r.pdf", report)
 

@@ -150,6 +150,16 @@ def _no_settings(run: Path) -> None:
     (run / "config.yaml").write_text("model: [")
 
 
+def _other_pictures(run: Path) -> None:
+    path = run / "evaluation" / "record.exhibits" / "exhibits.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings_sha256": "0" * 64}))
+
+
+def _bytes_in_metrics(run: Path) -> None:
+    path = run / "metrics.csv"
+    path.write_bytes(path.read_bytes() + b"\xff\xfe\x00,\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "said", "kept"),
     [
@@ -164,6 +174,8 @@ def _no_settings(run: Path) -> None:
         (_no_pictures, "no pictures: ", "Confusion matrix"),
         (_no_metrics, "metrics.csv is missing: no training curves", "a small network"),
         (_half_metrics, "metrics.csv is damaged after 2 epochs", "Validation accuracy and gate"),
+        (_other_pictures, "are another evaluation's", "Confusion matrix"),
+        (_bytes_in_metrics, "metrics.csv is damaged after 3 epochs", "Validation accuracy and gate"),
         (_no_settings, "settings: ", "a small network"),
     ],
 )  # fmt: skip
@@ -180,6 +192,17 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(
 def test_a_picture_that_is_none_is_left_blank(run: Path) -> None:
     _bad_picture(run)
     assert _made(read(run)).count('class="gone"') == 1
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "huge"])
+def test_a_picture_that_is_none_of_ours_is_left_blank(run: Path, kind: str) -> None:
+    from PIL import Image
+
+    path = next((run / "evaluation" / "record.exhibits").glob("*-clean.png"))
+    Image.new("CMYK" if kind == "CMYK" else "1", (8, 8) if kind == "CMYK" else (20000, 20000)).save(
+        path, "JPEG" if kind == "CMYK" else "PNG"
+    )
+    assert _made(read(run)).count('class="gone"') == (kind == "huge")
 
 
 def test_an_older_record_is_shown_as_unchecked(run: Path) -> None:

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from robustfpd.report.page import report_on
 from robustfpd.report.sources import read
-from robustfpd.report.text import COLUMNS, markdown, table
+from robustfpd.report.text import COLUMNS, MARK, markdown, table
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeSource
@@ -37,7 +37,7 @@ def test_the_markdown_has_verdict_numbers_attacks_and_checks(measured: Path, mak
     source = read(measured)
     record = source.evaluations[0].record
     text = markdown(report_on([source]))
-    assert text.startswith(f"# {record.subject}\n\n**trusted**: {record.subject} classifies ")
+    assert text.startswith(f"{MARK}\n\n# {record.subject}\n\n**trusted**: {record.subject} classifies ")
     html = MarkdownIt().enable("table").render(text)
     assert html.count("<tr>") == 3 + len(record.worst_case) - 1 + 2 + len(record.attacks) + len(record.verdict.checks)
     for check in record.verdict.checks:
@@ -54,3 +54,15 @@ def test_what_is_missing_is_told_in_markdown(make_source: MakeSource) -> None:
     assert "There is no evaluation to report on." in text
     assert "- a was not evaluated" in text
     assert table(report_on([bare])) == ",".join(COLUMNS) + "\n"
+
+
+def test_names_cannot_break_the_markdown(make_source: MakeSource) -> None:
+    nasty = "a|b\n# <script>alert(1)</script> `x"
+    typed = {"python": "3", "packages": {}, "command": "robustfpd evaluate 'x```\n# y'"}
+    source = make_source("n", (150, 60))
+    record = source.evaluations[0].record.model_copy(update={"subject": nasty, "environment": typed})
+    changed = dataclasses.replace(source, evaluations=(dataclasses.replace(source.evaluations[0], record=record),))
+    html = MarkdownIt("js-default", {"html": True}).enable("table").render(markdown(report_on([changed])))
+    assert "<script>" not in html
+    assert html.count("<h1>") == 1
+    assert html.count("<pre>") == 1

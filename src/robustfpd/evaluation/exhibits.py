@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from robustfpd import attacks
 from robustfpd.config import Config, Norm, parse
-from robustfpd.errors import InputError
+from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation.bench import OUTSIDE, Bench
-from robustfpd.evaluation.ledger import LedgerRow, writing
+from robustfpd.evaluation.ledger import LedgerRow, Outcome, writing
 from robustfpd.evaluation.suite import Planned
 from robustfpd.evaluation.surface import Surface, loss_surface
 from robustfpd.models import FPD
@@ -49,6 +49,8 @@ class Exhibit(Config):
     eps: float
     distance: float
     fell: bool
+    closeness: float
+    """How near it came to falling, as the ledger has it."""
     amplification: float
     """What the perturbation was multiplied by for its picture, in which 0 is middle grey."""
     restores: bool = False
@@ -73,7 +75,10 @@ class Shown(Config):
     fell: tuple[Exhibit, ...] = ()
     """In the order in which they fell."""
     stood: tuple[Exhibit, ...] = ()
+    """Beside each the point that came closest at the largest radius."""
     surface: Surface | None = None
+    problems: tuple[str, ...] = ()
+    """What could not be drawn, and why."""
 
 
 def exhibits_folder(record: Path) -> Path:
@@ -85,7 +90,7 @@ def read_exhibits(folder: Path) -> Shown:
     """Read `exhibits.json`; a missing or damaged one is an InputError, missing pictures are not looked for."""
     path = folder / FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -95,102 +100,156 @@ def read_exhibits(folder: Path) -> Shown:
 
 @dataclass
 class _Candidate:
-    """An image that may be shown."""
+    """An image that may be shown, with the point that was found, C×H×W on the CPU."""
 
-    exhibit: Exhibit
+    row: LedgerRow
     order: tuple[int, float]
     """The attack that found it, by number, and a lot drawn for the image: data often come sorted by class."""
-    closeness: float
-    pixels: tuple[Tensor, Tensor] | None
-    """The image and the point that was found, C×H×W on the CPU; None where the pictures were written earlier."""
+    pixels: tuple[Tensor, Tensor]
+    exhibit: Exhibit | None = None
+    """What was written of it; None until its pictures are."""
 
 
 class Exhibits:
-    """Chooses images while an evaluation runs and keeps pictures of them."""
+    """Chooses images while an evaluation runs and keeps pictures of them.
+
+    Nothing that goes wrong here ends the evaluation: it is told in `Shown.problems`.
+    """
 
     def __init__(self, folder: Path, bench: Bench, settings_sha256: str, limit: int) -> None:
         self.folder, self.bench, self.limit = folder, bench, limit
         self._settings = settings_sha256
         self._lots = torch.rand(len(bench.images), generator=generator(bench.seed, "exhibits")).tolist()
-        self._fallen = self._kept_before()
+        self._place = {int(number): i for i, number in enumerate(bench.numbers)}
+        self._fallen: dict[int, _Candidate] = {}
         self._standing: dict[int, _Candidate] = {}
+        self._outside: dict[str, dict[int, Tensor]] = {}
+        """Points of attacks that look for the smallest perturbation, which a larger ball may hold; by attack, image."""
+        self._problems: dict[str, None] = {}
+        self._surface: Surface | None = None
+        self._guarded("what was kept before cannot be read", self._go_on)
         self._down = set(self._fallen)
-        self._written = set(self._fallen)
 
     def see(self, stage: int, planned: Planned, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
-        """Look at what an attack made of a batch; of one that was read from the ledger there are no images."""
+        """Look at what an attack made of a batch; where it was read from the ledger there may be no images."""
+        if not self.limit:
+            return
+        outside = self._outside.setdefault(planned.label, {})
         for place, (index, row) in enumerate(zip(indices.tolist(), rows, strict=True)):
-            known, fell = row.image in self._down, row.outcome == "fooled"
-            if fell:
+            first = row.image not in self._down
+            if row.outcome == "fooled":
                 self._down.add(row.image)
                 self._standing.pop(row.image, None)
-            inside = not attacks.get(planned.attack).minimal or row.distance <= eps * (1 + OUTSIDE)
-            if self.bench.found is None or known or row.outcome == "failed" or not inside:
+            if not first or row.outcome == "failed":
                 continue
-            clean, found = self.bench.images[index], self.bench.found[place].detach().cpu()
-            order = stage, self._lots[index]
-            candidate = _Candidate(_exhibit(row, found - clean), order, row.closeness, (clean, found))
-            (self._fallen if fell else self._closest(candidate))[row.image] = candidate
-        self._fallen = {c.exhibit.image: c for c in _ordered(self._fallen)[: self.limit]}
-        by_lot = sorted(self._standing.values(), key=lambda c: c.order[1])
-        self._standing = {c.exhibit.image: c for c in by_lot[: CANDIDATES * self.limit]}
+            found = outside.get(row.image) if self.bench.found is None else self.bench.found[place]
+            if found is not None:
+                self._keep(row, (stage, self._lots[index]), index, found, outside)
 
-    def _closest(self, candidate: _Candidate) -> dict[int, _Candidate]:
-        """Where a candidate that still stands goes: to the others, unless a point came closer at that radius."""
-        before = self._standing.get(candidate.exhibit.image)
-        if before is None:
-            return self._standing
-        old, new = ((c.exhibit.eps, c.closeness) for c in (before, candidate))
-        return self._standing if new >= old else {}
+    def _keep(
+        self, row: LedgerRow, order: tuple[int, float], index: int, found: Tensor, outside: dict[int, Tensor]
+    ) -> None:
+        """Keep a point if it is among those that will be shown; copied, because it is a part of its whole batch."""
+        most, key = CANDIDATES * self.limit, row.image
+        if row.distance > row.eps * (1 + OUTSIDE) + OUTSIDE:
+            outside[key] = found.detach().cpu().clone()
+            self._drop(outside, most, lambda image: self._lots[self._place[image]])
+            return
+        kept, most = (self._fallen, self.limit) if row.outcome == "fooled" else (self._standing, most)
+        before = kept.get(key)
+        if before is not None and (before.row.eps, before.row.closeness) > (row.eps, row.closeness):
+            return
+        kept[key] = _Candidate(row, order, (self.bench.images[index].clone(), found.detach().cpu().clone()))
+        fell = row.outcome == "fooled"
+        self._drop(kept, most, lambda image: kept[image].order if fell else (0, kept[image].order[1]))
 
-    def save(self) -> None:
-        """Keep what was found so far; called after each attack, so that little is lost to whoever is killed."""
-        if self._fallen.keys() != self._written:
-            self._save({}, None)
+    @staticmethod
+    def _drop(kept: dict[int, Any], most: int, rank: Callable[[int], Any]) -> None:
+        if len(kept) > most:
+            del kept[max(kept, key=rank)]
+
+    def save(self, *, final: bool) -> None:
+        """Write what was found so far; called after each attack, so that little is lost to whoever is killed.
+
+        Args:
+            final: the radius is the largest, so that what stands now may never fall.
+        """
+        if self.limit:
+            self._guarded("pictures were not written", lambda: self._write(final=final))
 
     def finish(self, view: nn.Module, standing: Tensor) -> None:
-        """Add images that withstood everything, and the loss around the first that fell.
+        """Leave out what does not stand after all, and add the loss around the first image that fell.
 
         Args:
             view: images → logits, before squashing where these can be had; whose loss is looked at.
             standing: which images withstood everything, N.
         """
+        if not self.limit:
+            return
         up = {int(number) for number in self.bench.numbers[standing.cpu()]}
-        stood = dict([(image, c) for image, c in self._standing.items() if image in up][: self.limit])
-        candidates = [*_ordered(self._fallen), *stood.values()]
-        surface = None
-        around = next((c for c in candidates if c.pixels is not None and not torch.equal(*c.pixels)), None)
-        if around is not None and around.pixels is not None:
-            draws = generator(self.bench.seed, "surface", around.exhibit.image)
-            surface = loss_surface(view, *around.pixels, around.exhibit, self.bench, draws)
-        self._save(stood, surface)
+        self._standing = {image: c for image, c in self._standing.items() if image in up}
+        around = next((c for c in [*self._ordered(), *self._shown()] if not torch.equal(*c.pixels)), None)
+        if around is not None and self._surface is None:
+            self._guarded("the loss surface was not drawn", lambda: self._draw(view, around))
+        self.save(final=True)
 
-    def _save(self, stood: dict[int, _Candidate], surface: Surface | None) -> None:
+    def _draw(self, view: nn.Module, around: _Candidate) -> None:
+        draws = generator(self.bench.seed, "surface", around.row.image)
+        self._surface = loss_surface(view, *around.pixels, around.row, self.bench, draws)
+
+    def _ordered(self) -> list[_Candidate]:
+        """Images that fell, the first ones first."""
+        return sorted(self._fallen.values(), key=lambda c: c.order)
+
+    def _shown(self) -> list[_Candidate]:
+        """Images that stand, as many as are shown, by lot."""
+        return sorted(self._standing.values(), key=lambda c: c.order[1])[: self.limit]
+
+    def _guarded(self, what: str, action: Callable[[], None]) -> None:
+        """Do something that the evaluation can do without."""
+        try:
+            action()
+        except Exception as error:  # a classifier may raise anything, a disk may be full
+            self._problems[f"{what}: {type(error).__name__}: {first_line(error)}"] = None
+
+    def _write(self, *, final: bool) -> None:
         """Write the pictures that are not there yet, remove those of images that are no longer shown, and the list."""
-        shown = {**self._fallen, **stood}
-        new = {image: c.pixels for image, c in shown.items() if image not in self._written and c.pixels is not None}
-        restored = self._restored([adversarial for _, adversarial in new.values()])
+        fell, stood = self._ordered(), self._shown() if final else []
+        new = [c for c in [*fell, *stood] if c.exhibit is None]
+        restored = self._restored([c.pixels[1] for c in new])
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for place, (image, (clean, adversarial)) in enumerate(new.items()):
-                exhibit = shown[image].exhibit
-                delta = exhibit.amplification * (adversarial.float() - clean.float())
-                pictures = {"clean": clean, "adversarial": adversarial, "perturbation": 0.5 + delta}
-                if restored is not None:
-                    pictures["restored"] = restored[place]
-                    shown[image].exhibit = exhibit.model_copy(update={"restores": True})
-                for name, pixels in pictures.items():
-                    picture_of(pixels).save(self.folder / f"{image:06d}-{name}.png")
-            for image in self._written - shown.keys():
-                for old in self.folder.glob(f"{image:06d}-*.png"):
-                    old.unlink()
-            self._written = set(shown)
+            for place, candidate in enumerate(new):
+                self._pictures(candidate, None if restored is None else restored[place])
+            shown = {c.row.image for c in [*fell, *stood]}
+            for path in self.folder.glob("*-*.png"):
+                number = path.name.partition("-")[0]
+                if number.isdecimal() and int(number) not in shown:
+                    path.unlink()
             listed = Shown(
-                settings_sha256=self._settings, norm=self.bench.norm, surface=surface,
-                fell=tuple(c.exhibit for c in _ordered(self._fallen)),
-                stood=tuple(c.exhibit for c in stood.values()),
+                settings_sha256=self._settings, norm=self.bench.norm, surface=self._surface,
+                fell=tuple(c.exhibit for c in fell if c.exhibit), stood=tuple(c.exhibit for c in stood if c.exhibit),
+                problems=tuple(self._problems),
             )  # fmt: skip
             write_json(self.folder / FILE, listed.model_dump(mode="json"))
+
+    def _pictures(self, candidate: _Candidate, restored: Tensor | None) -> None:
+        row, (clean, adversarial) = candidate.row, candidate.pixels
+        delta = adversarial.float() - clean.float()
+        amplification = 0.5 / max(float(delta.abs().max()), 1 / 255)
+        exhibit = Exhibit(
+            image=row.image, label=row.label, clean_prediction=row.clean_prediction,
+            adversarial_prediction=row.adversarial_prediction, attack=row.attack, eps=row.eps, distance=row.distance,
+            fell=row.outcome == "fooled", closeness=row.closeness, amplification=amplification,
+            restores=restored is not None,
+        )  # fmt: skip
+        pictures: dict[Picture, Tensor] = {
+            "clean": clean, "adversarial": adversarial, "perturbation": 0.5 + amplification * delta,
+        }  # fmt: skip
+        pictures |= {} if restored is None else {"restored": restored}
+        for name, pixels in pictures.items():
+            picture_of(pixels).save(self.folder / exhibit.file(name))
+        candidate.exhibit = exhibit
 
     @torch.no_grad()
     def _restored(self, adversarial: list[Tensor]) -> Tensor | None:
@@ -198,34 +257,45 @@ class Exhibits:
         fpd = getattr(self.bench.classifier, "fpd", None)
         if not adversarial or not isinstance(fpd, FPD):
             return None
-        parts = torch.split(torch.stack(adversarial).to(self.bench.device), self.bench.batch_size)
-        return torch.cat([fpd.restore(part).cpu() for part in parts])
+        parts = torch.split(torch.stack(adversarial), self.bench.batch_size)
+        return torch.cat([fpd.restore(part.to(self.bench.device)).cpu() for part in parts])
 
-    def _kept_before(self) -> dict[int, _Candidate]:
-        """What an evaluation that was killed had kept; whatever else lies there is another evaluation's."""
+    def _go_on(self) -> None:
+        """Take up what this evaluation had kept before it was killed; whatever else lies there is another's."""
         if not self.folder.is_dir():
-            return {}
+            return
         try:
             found = read_exhibits(self.folder)
-            if found.settings_sha256 == self._settings and not found.stood:
-                # Attacks that come now come later.
-                return {e.image: _Candidate(e, (-1, place), 0.0, None) for place, e in enumerate(found.fell)}
         except InputError:
-            pass
-        shutil.rmtree(self.folder)
-        return {}
+            found = None
+        if found is None or found.settings_sha256 != self._settings:
+            shutil.rmtree(self.folder)
+            return
+        self._surface = found.surface
+        for place, exhibit in enumerate((*found.fell, *found.stood)):
+            pixels = _pixels(self.folder, exhibit), _pixels(self.folder, exhibit, "adversarial")
+            if exhibit.image not in self._place or pixels[0] is None or pixels[1] is None:
+                continue
+            # What fell before fell before everything that comes now.
+            order = (-1, float(place)) if exhibit.fell else (0, self._lots[self._place[exhibit.image]])
+            outcome: Outcome = "fooled" if exhibit.fell else "withstood"
+            row = LedgerRow(
+                image=exhibit.image, label=exhibit.label, clean_prediction=exhibit.clean_prediction,
+                attack=exhibit.attack, eps=exhibit.eps, adversarial_prediction=exhibit.adversarial_prediction,
+                distance=exhibit.distance, outcome=outcome, closeness=exhibit.closeness,
+            )  # fmt: skip
+            kept = self._fallen if exhibit.fell else self._standing
+            kept[exhibit.image] = _Candidate(row, order, (pixels[0], pixels[1]), exhibit)
 
 
-def _exhibit(row: LedgerRow, delta: Tensor) -> Exhibit:
-    return Exhibit(
-        image=row.image, label=row.label, clean_prediction=row.clean_prediction,
-        adversarial_prediction=row.adversarial_prediction, attack=row.attack, eps=row.eps, distance=row.distance,
-        fell=row.outcome == "fooled", amplification=0.5 / max(float(delta.abs().max()), 1 / 255),
-    )  # fmt: skip
-
-
-def _ordered(candidates: dict[int, _Candidate]) -> list[_Candidate]:
-    return sorted(candidates.values(), key=lambda c: c.order)
+def _pixels(folder: Path, exhibit: Exhibit, picture: Picture = "clean") -> Tensor | None:
+    """A picture as it was written, C×H×W in [0, 1]; None where it is missing."""
+    try:
+        with Image.open(folder / exhibit.file(picture)) as file:
+            values = torch.from_numpy(np.array(file, dtype=np.float32)) / 255
+    except (OSError, ValueError):
+        return None
+    return values[None] if values.ndim == 2 else values.permute(2, 0, 1)
 
 
 def picture_of(image: Tensor) -> Image.Image:

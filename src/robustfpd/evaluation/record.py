@@ -146,7 +146,7 @@ class EvaluationRecord(Config):
         if not path.is_file():
             raise MissingDataError(f"no evaluation in {path.absolute()}; run robustfpd evaluate first")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             ledger = path.with_suffix(LEDGER)
             rows = read_rows(ledger) if ledger.is_file() else []
         except InputError:

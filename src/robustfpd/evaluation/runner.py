@@ -139,7 +139,7 @@ def evaluate(
     with forward_passes(classifier) as looks:
         handed_over = checks.handed_over(classifier, images, device)
     bench = Bench(classifier, images, labels, numbers, device, norm, seed, batch_size, classes)
-    shown = None if path is None or not exhibits else Exhibits(exhibits_folder(path), bench, sha, exhibits)
+    shown = None if path is None else Exhibits(exhibits_folder(path), bench, sha, exhibits)
     watcher = observer or EvaluationObserver()
     run = _Run(bench, ledger, suite, radii, others, handed_over, every_attack, watcher, shown)
     with evaluating(classifier):
@@ -197,8 +197,7 @@ class _Run:
         self.checks = handed_over
         self.closest = torch.full((len(bench.images),), -torch.inf)
         """How near each image has come to falling."""
-        self.stages = 0
-        """Attacks that are done."""
+        self.stages = 0  # attacks that are done
         self.smallest: dict[str, dict[int, LedgerRow]] = {}
         """What attacks that look for the smallest perturbation found, by attack and image."""
 
@@ -246,7 +245,7 @@ class _Run:
                 standing[fallen] = False
                 results.append(result)
                 if self.exhibits is not None:
-                    self.exhibits.save()
+                    self.exhibits.save(final=eps == self.radii[-1])
             worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), count)))
         findings = checks.Findings(planned, tuple(self.ledger.rows), results, standing, self.closest)
         self.checks += checks.after_attacks(self.subject, findings)
@@ -300,8 +299,7 @@ class _Run:
         if rows is None:
             rows = self.bench.run(planned, eps, indices)
             self.ledger.add(rows)
-        if self.exhibits is not None:
-            self.exhibits.see(self.stages, planned, eps, indices, rows)
+        self._see(planned, eps, indices, rows)
         # What lies outside the ball tells nothing of how near an image came to falling inside.
         limit = eps * (1 + OUTSIDE) + OUTSIDE
         told = [r.outcome != "failed" and r.distance <= limit for r in rows]
@@ -324,7 +322,14 @@ class _Run:
                 changes: dict[str, Any] = {"eps": eps, "outcome": "fooled" if fooled else "withstood"}
                 rows.append(row.model_copy(update={**changes, "queries": 0, "gradients": 0, "seconds": 0.0}))
             self.ledger.add(rows)
+        self.bench.found = None
+        self._see(planned, eps, indices, rows)
         return rows
+
+    def _see(self, planned: Planned, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
+        """Let images be chosen for the report."""
+        if self.exhibits is not None:
+            self.exhibits.see(self.stages, planned, eps, indices, rows)
 
     def _result(self, planned: Planned, eps: float, rows: Sequence[LedgerRow], spared: int) -> AttackResult:
         attack, total = attacks.get(planned.attack), len(self.bench.labels)

@@ -5,8 +5,6 @@ As in Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +13,7 @@ from robustfpd.attacks.losses import margin
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import Config
 from robustfpd.evaluation.bench import Bench
-
-if TYPE_CHECKING:
-    from robustfpd.evaluation.exhibits import Exhibit
+from robustfpd.evaluation.ledger import LedgerRow
 
 ALONG, ACROSS = (-0.5, 1.5), (-1.0, 1.0)
 POINTS = 21
@@ -41,7 +37,7 @@ class Surface(Config):
 
 @torch.no_grad()
 def loss_surface(
-    view: nn.Module, clean: Tensor, adversarial: Tensor, of: Exhibit, bench: Bench, draws: torch.Generator
+    view: nn.Module, clean: Tensor, adversarial: Tensor, of: LedgerRow, bench: Bench, draws: torch.Generator
 ) -> Surface:
     """Ask a classifier about points around an image.
 
@@ -49,7 +45,7 @@ def loss_surface(
         view: images → logits.
         clean: the image, C×H×W in [0, 1].
         adversarial: a point near it; the two must differ.
-        of: what is known of that point.
+        of: what the ledger says of that point.
         bench: device, norm and batch size.
         draws: the random direction's.
     """

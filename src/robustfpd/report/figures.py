@@ -53,13 +53,15 @@ def accuracy_curves(records: Sequence[EvaluationRecord], names: Sequence[str]) -
 def attack_curves(record: EvaluationRecord, key: str) -> str:
     """Accuracy against eps, a line per attack: alone where it tried every image, else after it and those before it.
 
-    Attacks that turned nothing more would draw the same line again and are left out. Returns SVG.
+    Attacks that turned nothing more would draw the same line again and are left out; of more than nine, the hardest
+    are drawn. Returns SVG.
     """
     curves = after_each_attack(record)
     if not record.every_attack:
         busy = {a.attack for a in record.attacks if a.fooled}
         curves = {label: points for label, points in curves.items() if label in busy} or dict([*curves.items()][:1])
-    curves = dict([*curves.items()][:MOST_LINES])
+    hardest = sorted(curves, key=lambda label: curves[label][-1][1])[:MOST_LINES]
+    curves = {label: points for label, points in curves.items() if label in hardest}
     with _figure(WIDE) as (figure, axes):
         for index, (label, points) in enumerate(curves.items()):
             eps, values = [0.0, *(e for e, _ in points)], [record.clean.value, *(v for _, v in points)]
@@ -70,14 +72,14 @@ def attack_curves(record: EvaluationRecord, key: str) -> str:
         return _svg(figure, f"attacks-{key}")
 
 
-def training_curves(histories: Mapping[str, Sequence[EpochMetrics]]) -> str:
-    """Validation accuracy, and the share of batches with the gate open, over the training. Returns SVG."""
+def training_curves(histories: Mapping[str, Sequence[EpochMetrics]], planned: Mapping[str, int]) -> str:
+    """Validation accuracy, and the share of batches with the gate open, over the planned epochs. Returns SVG."""
     gated = {n: h for n, h in histories.items() if any(m.restoration is not None for m in h)}
     with _figure(LOW if gated else WIDE, rows=2 if gated else 1) as (figure, axes):
         panels = list(figure.axes)
         for index, (name, history) in enumerate(histories.items()):
             colour, style, _ = _look(index)
-            share = [100 * (m.epoch + 1) / len(history) for m in history]
+            share = [100 * (m.epoch + 1) / planned[name] for m in history]
             marker = "o" if len(history) <= FEW else None
             accuracy = [100 * m.validation_accuracy for m in history]
             axes.plot(share, accuracy, style, color=colour, marker=marker, label=name)
@@ -88,9 +90,9 @@ def training_curves(histories: Mapping[str, Sequence[EpochMetrics]]) -> str:
             if name in gated:
                 panels[1].plot(share, [100 * m.gate_open for m in history], style, color=colour, marker=marker)
         axes.set_xlim(0, 102)
-        _finish(axes, "" if gated else "share of the training done (%)", "validation\naccuracy (%)")
+        _finish(axes, "" if gated else "share of the planned epochs (%)", "validation\naccuracy (%)")
         if gated:
-            _finish(panels[1], "share of the training done (%)", "batches with the\ngate open (%)")
+            _finish(panels[1], "share of the planned epochs (%)", "batches with the\ngate open (%)")
         return _svg(figure, "training")
 
 

@@ -99,7 +99,7 @@ def _environments(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
     found: dict[str, list[str]] = {}
     for column in columns:
         env = column.record.environment
-        packages = (f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
+        packages = (f"{name} {version}" for name, version in (env.get("packages") or {}).items() if version)
         machine = f"Python {env.get('python', 'unknown')} on {env.get('device', 'unknown')} ({env.get('machine', '?')})"
         words = ", ".join([machine, *packages, f"git {env.get('git_revision') or 'unknown'}"])
         found.setdefault(words, []).append(column.name)

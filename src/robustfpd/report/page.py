@@ -185,7 +185,11 @@ def confusions(record: EvaluationRecord) -> list[tuple[str, str, int]]:
 def drawn(report: Report) -> dict[str, Any]:
     """The report's figures as SVG, and its gallery; what there is nothing to draw of is None."""
     histories = {_name(s, report): s.history for s in report.sources if s.history}
-    found: dict[str, Any] = {"training": figures.training_curves(histories) if histories else None, "gallery": None}
+    planned = {
+        _name(s, report): s.config.procedure.epochs if s.config else len(s.history) for s in report.sources if s.history
+    }
+    training = figures.training_curves(histories, planned) if histories else None
+    found: dict[str, Any] = {"training": training, "gallery": None}
     first = report.first
     if first is None:
         return found

@@ -15,6 +15,8 @@ from robustfpd.report.standing import class_name, radius
 
 BUDGET = 2_000_000
 """Bytes of all pictures together, as base64."""
+LARGEST = 4096**2
+"""Pixels of a picture; larger ones are none of ours."""
 SMALL = 64
 """Pixels a side up to which pictures are kept as they are."""
 SIDES = (160, 128, 104, 88, 72, 56)
@@ -85,9 +87,10 @@ def _card(
 def _open(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, ValueError):  # missing, cut off, or no picture
+            if picture.width * picture.height > LARGEST:
+                return None
+            return picture.convert("L" if picture.mode == "L" else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # missing, cut off, or no picture of ours
         return None
 
 

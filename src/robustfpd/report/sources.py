@@ -71,7 +71,7 @@ def read(given: str | Path) -> Source:
     if (path / "config.yaml").is_file():
         return _assembled(name, path, RunFolder(path), _records(path / "evaluation"))
     if path.is_dir():
-        beside = path.with_name(f"{path.resolve().name}-evaluation")
+        beside = path.resolve().with_name(f"{path.resolve().name}-evaluation")
         return _assembled(name, path, None, _records(path) or _records(beside))
     _, folder = shipped.place(name)
     shown = _records(folder / "results") if folder is not None else []
@@ -96,7 +96,7 @@ def _records(folder: Path) -> list[Path]:
 
 def _may_be_record(path: Path) -> bool:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return path.with_suffix(LEDGER).is_file()  # a record that was damaged, not somebody else's file
     return isinstance(values, dict) and "worst_case" in values
@@ -146,6 +146,10 @@ def _evaluated(path: Path) -> Evaluated:
             shown = read_exhibits(folder)
         except InputError as error:
             problems.append(f"no pictures: {error}")
+        if shown is not None and record.settings_sha256 not in (None, shown.settings_sha256):
+            shown = None
+            problems.append(f"the pictures in {folder} are another evaluation's")
+        problems += [] if shown is None else shown.problems
         lost = [] if shown is None else list(_missing(folder, shown))
         problems += [f"{len(lost)} of the pictures in {folder} are missing, the first is {lost[0]}"] if lost else []
     return Evaluated(path, record, shown, tuple(problems))
@@ -192,8 +196,8 @@ def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
     if not path.is_file():
         return (), [f"{path} is missing: no training curves"]
     history: list[EpochMetrics] = []
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for line in csv.DictReader(file.read().replace("\0", "").splitlines()):
             try:
                 values: dict[str, Any] = {f.name: _number(line[f.name]) for f in dataclasses.fields(EpochMetrics)}
                 whole = None not in (values["gate_open"], values["validation_accuracy"])
@@ -212,7 +216,7 @@ def _number(text: str) -> float | None:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

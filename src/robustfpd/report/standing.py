@@ -25,9 +25,9 @@ class AttackLine:
     accuracy: float
     """Under this attack alone where it tried every image; else after it and all attacks before it."""
     median_norm: float | None
-    """Of the perturbations that turned an image; from the ledger."""
+    """Of the perturbations that turned an image, from the ledger; None without one, and where none was turned."""
     median_queries: float | None
-    """Forward passes per image that it tried; from the ledger."""
+    """Forward passes per image that it turned; None where it turned none."""
     passes: int
     """Images forward and backward."""
     seconds: float
@@ -45,12 +45,12 @@ def attack_lines(record: EvaluationRecord) -> list[AttackLine]:
         standing -= result.fooled
         mine = rows.get((result.attack, result.eps), [])
         norms = [r.distance for r in mine if fell(r)]
-        queries = [r.queries for r in mine if r.queries]
+        queries = [r.queries for r in mine if fell(r) and r.queries]
         alone = result.accuracy.value if result.accuracy is not None else standing / record.num_images
         lines.append(
             AttackLine(
                 result.attack, result.eps, result.attacked, result.fooled, alone,
-                statistics.median(norms) if norms else result.median_distance,
+                statistics.median(norms) if norms else None,
                 statistics.median(queries) if queries else result.median_queries,
                 result.forward_passes + result.backward_passes, result.seconds, result.failed, result.spared,
             )

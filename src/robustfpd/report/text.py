@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 
 from robustfpd.report.page import SAID, Column, Report, commands, comparison_sentence, verdict_sentence
 from robustfpd.report.standing import NORMS, radius
@@ -14,26 +15,30 @@ COLUMNS = (
     "median_queries", "passes", "seconds", "failed", "spared", "verdict",
 )  # fmt: skip
 
+MARK = "<!-- robustfpd report -->"
+"""How the Markdown begins, so that it is told from other files."""
+
 
 def markdown(report: Report) -> str:
     """The report without its pictures."""
     first = report.first
-    parts = [f"# {report.title}"]
+    parts = [MARK, f"# {_plain(report.title)}"]
     if first is None:
         parts.append("There is no evaluation to report on.")
     else:
         verdict = first.record.verdict
-        parts.append(f"**{verdict.status}**: {verdict_sentence(first.record)} {SAID[verdict.status]}")
-        parts += ["\n".join(f"- {reason}" for reason in verdict.reasons)] if verdict.reasons else []
+        parts.append(f"**{verdict.status}**: {_plain(verdict_sentence(first.record))} {SAID[verdict.status]}")
+        parts += ["\n".join(f"- {_plain(reason)}" for reason in verdict.reasons)] if verdict.reasons else []
         compared = comparison_sentence([c.record for c in report.columns])
-        parts += [compared] if compared else []
+        parts += [_plain(compared)] if compared else []
         parts.append(_accuracy(report))
         parts += [_attacks(column) for column in report.columns]
         parts.append(_checks(first))
     if report.problems:
-        parts.append("## What is missing here\n\n" + "\n".join(f"- {problem}" for problem in report.problems))
+        parts.append("## What is missing here\n\n" + "\n".join(f"- {_plain(problem)}" for problem in report.problems))
     typed = [line for c in report.columns for line in commands(c.source, c.evaluated)]
-    parts += ["## To repeat this\n\n```sh\n" + "\n".join(typed) + "\n```"] if typed else []
+    fence = "`" * max([3, *(1 + len(run) for line in typed for run in re.findall("`+", line))])
+    parts += [f"## To repeat this\n\n{fence}sh\n" + "\n".join(typed) + f"\n{fence}"] if typed else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,7 +84,7 @@ def _attacks(column: Column) -> str:
         ]
         for line in column.lines
     ]  # fmt: skip
-    return f"## Attacks on {column.name}\n\n" + _grid(head, rows)
+    return f"## Attacks on {_plain(column.name)}\n\n" + _grid(head, rows)
 
 
 def _checks(column: Column) -> str:
@@ -91,7 +96,12 @@ def _checks(column: Column) -> str:
 
 def _grid(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Names as text: on one line, no tags."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from robustfpd.evaluation.checks.handed_over import ONE_LEVEL, images_in_range
 from robustfpd.evaluation.doctor.finding import Finding, found, told
 
 IMAGES, LABELS = "images-in-range", "labels"
+ONE_EACH = "give one integer per image, from 0 to K-1"
 OVERSHOOT = 0.25
 """How far resizing with bicubic or Lanczos filters leads out of [0, 1], at most."""
 
@@ -48,7 +49,9 @@ def together(data: Any) -> tuple[Tensor, Any]:
         raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
     if images.ndim != 4 or images.numel() == 0:
         raise InputError(f"images must be N×C×H×W with at least one image, found shape {tuple(images.shape)}")
-    return images.detach().cpu(), labels.detach().cpu() if isinstance(labels, Tensor) else labels
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a number alone has no length to compare
+    return images.detach().cpu(), labels
 
 
 def look_at_images(images: Tensor, classifier: nn.Module) -> tuple[Finding, Tensor, nn.Module]:
@@ -99,25 +102,43 @@ def look_at_labels(labels: Any, count: int, classes: int) -> tuple[Finding, Tens
         count: how many images there are.
         classes: how many classes there are, as far as is known.
     """
-    if isinstance(labels, Tensor) and labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1:
-        fix = "give the number of the class: labels = labels.argmax(dim=1)"
-        return found(LABELS, True, f"shape {tuple(labels.shape)}: one row per image", fix), labels.argmax(dim=1)
-    if isinstance(labels, Tensor) and labels.is_floating_point() and bool((labels == labels.round()).all()):
-        fix = "make them integers: labels = labels.long()"
-        return found(LABELS, True, f"labels are {labels.dtype}", fix), labels.reshape(count, -1)[:, 0].long()
-    if isinstance(labels, Tensor) and labels.shape == (count, 1):
-        return found(LABELS, True, f"shape {(count, 1)}", "labels = labels.squeeze(1)"), labels[:, 0].long()
+    if not isinstance(labels, Tensor):
+        return _labels([(f"labels must be a torch.Tensor, found {type(labels).__name__}", ONE_EACH)]), None
+    mended, wrong = _integers(labels, count)
     try:
-        checked = check_labels(labels, count)
+        checked = check_labels(mended, count)
     except InputError as error:
-        return found(LABELS, True, str(error), "give one integer per image, from 0 to K-1"), None
+        return _labels([*wrong, (str(error), ONE_EACH)]), None
     low, high = int(checked.min()), int(checked.max())
     if high == classes and low >= 1:
         evidence = f"labels run from {low} to {high}, but classes from 0 to {classes - 1}"
-        return found(LABELS, True, evidence, "count classes from 0: labels = labels - 1"), checked - 1
+        return _labels([*wrong, (evidence, "count classes from 0: labels = labels - 1")]), checked - 1
     if high >= classes:
         evidence = f"labels run up to {high}, but there are {classes} classes"
-        return found(LABELS, True, evidence, "take the data set that the model was trained for"), None
+        return _labels([*wrong, (evidence, "take the data set that the model was trained for")]), None
+    if wrong:
+        return _labels(wrong), checked
     return found(
         LABELS, False, f"{len(set(checked.tolist()))} classes among {count} labels, {low} to {high}", ""
     ), checked
+
+
+def _integers(labels: Tensor, count: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Labels in the form of one integer each as far as that can be had, and what was in the way: evidence and fix."""
+    wrong = []
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        wrong.append((f"shape {tuple(labels.shape)}", "labels = labels.squeeze(1)"))
+        labels = labels[:, 0]
+    if labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1:
+        fix = "give the number of the class: labels = labels.argmax(dim=1)"
+        wrong.append((f"shape {tuple(labels.shape)}: one row per image", fix))
+        labels = labels.int().argmax(dim=1) if labels.dtype == torch.bool else labels.argmax(dim=1)
+    if labels.is_floating_point() and bool((labels.isfinite() & (labels == labels.round())).all()):
+        wrong.append((f"labels are {labels.dtype}", "make them integers: labels = labels.long()"))
+        labels = labels.long()
+    return labels, wrong
+
+
+def _labels(wrong: Sequence[tuple[str, str]]) -> Finding:
+    """All that is wrong with the labels in one finding."""
+    return found(LABELS, True, "; ".join(told for told, _ in wrong), "; then ".join(fix for _, fix in wrong))
