@@ -13,6 +13,10 @@ PAGES = sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"(<!-- run -->\n)?^```(\w+)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
+LANGUAGES = ("sh", "python", "text")
+"""What blocks may be; tests run the first two."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of code."""
@@ -39,9 +43,15 @@ def _words(line: str) -> list[str]:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All blocks of a page, in order."""
+    """All blocks of a page, in order; refuses a page with fences that no test would look behind."""
     found = []
-    for run, language, info, body in FENCE.findall(page.read_text()):
+    text = page.read_text()
+    missed = [line for line in FENCE.sub("", text).splitlines() if line.lstrip().startswith(("```", "~~~"))]
+    assert not missed, f"{page} has fences that are no blocks: {missed}; begin them in column 0, with a language"
+    for run, language, info, body in FENCE.findall(text):
+        assert language in LANGUAGES, f"{page} has a block of {language}; known are {', '.join(LANGUAGES)}"
+        inside = [line for line in body.splitlines() if line.lstrip().startswith("```")]
+        assert not inside, f"{page} has fences inside a block: {inside}; end it in column 0"
         title = re.search(r'title="([^"]+)"', info)
         found.append(Block(language, title and title.group(1), body, bool(run)))
     return found

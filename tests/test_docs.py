@@ -103,6 +103,17 @@ def _accepted(words: list[str]) -> None:
         assert given["suite"] in suite_names(), words
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a list\n\n  ```sh\n  robustfpd nope\n  ```\n", "no blocks"), ("```\nrobustfpd nope\n```\n", "no blocks"),
+    ("~~~sh\nrobustfpd nope\n~~~\n", "no blocks"), ("```bash\nrobustfpd nope\n```\n", "a block of bash"),
+    ("```sh\nmake\n ```\n\n```sh\nmake\n```\n", "inside|no blocks"),
+])  # fmt: skip
+def test_a_fence_that_no_test_would_look_behind_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(AssertionError, match=message):
+        blocks(tmp_path / "page.md")
+
+
 def test_every_page_is_in_the_navigation() -> None:
     def leaves(node: Any) -> list[str]:
         if isinstance(node, str):

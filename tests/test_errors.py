@@ -15,6 +15,10 @@ def test_without_a_near_name_the_choices_are_listed_sorted_and_once() -> None:
     assert str(error) == "unknown attack 'qqqq'; choose from bim, fgsm, pgd"
 
 
+def test_without_choices_it_says_so() -> None:
+    assert str(unknown_name("run", "x", [])) == "unknown run 'x'; there are none to choose from"
+
+
 @pytest.mark.parametrize(("count", "rest"), [(12, ""), (13, " and 1 more"), (20, " and 8 more")])
 def test_a_long_list_is_cut_and_the_rest_counted(count: int, rest: str) -> None:
     names = [f"name{i:02}" for i in range(count)]

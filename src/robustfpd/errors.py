@@ -37,5 +37,7 @@ def unknown_name(kind: str, found: object, choices: Iterable[str], *, listed: in
     near = [name for name, ratio in zip(near, alike, strict=True) if ratio > alike[0] - CLEARLY]
     if near:
         return InputError(f"unknown {kind} {found!r}; did you mean {' or '.join(map(repr, near))}?")
+    if not names:
+        return InputError(f"unknown {kind} {found!r}; there are none to choose from")
     rest = f" and {len(names) - listed} more" if len(names) > listed else ""
     return InputError(f"unknown {kind} {found!r}; choose from {', '.join(names[:listed])}{rest}")

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from robustfpd import data
-from robustfpd.cli import COMMANDS, function, main
-from robustfpd.cli.parsing import examples, flags_of, parse
+from robustfpd.cli import COMMANDS, function, main, overview, parsing
+from robustfpd.cli.completion import answers
+from robustfpd.cli.completion import answers
+from robustfpd.cli.parsing import examples, flags_of, parse, walk
 from robustfpd.cli.running import settings_together
-from robustfpd.config import DATASETS, SUITES
+from robustfpd.config import DATASETS, SUITES, recipe_names
 from robustfpd.evaluation import suite_names
 
 WIDTH = 80
@@ -125,10 +127,15 @@ done
 def test_bash_completes_commands_flags_and_names(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    (tmp_path / "runs" / "[a-z]ine").mkdir()
+    (tmp_path / "runs" / "[a-z]ine" / "config.yaml").touch()
+    (tmp_path / "runs" / "[a-z]ine").mkdir()
+    (tmp_path / "runs" / "[a-z]ine" / "config.yaml").touch()
     expected = {
         "robustfpd tr": "train",
         "robustfpd train dig": "digits/mini", "robustfpd train digits/mini --pro": "--protocol",
-        "robustfpd train digits/mini --protocol _": "corrected published", "robustfpd evaluate runs/": "runs/mine",
+        "robustfpd train digits/mini --protocol _": "corrected published",
+        "robustfpd evaluate runs/": "runs/[a-z]ine runs/mine", "robustfpd evaluate x --norm =": "linf l2 l1",
         "robustfpd evaluate x --suite = st": "standard", "robustfpd evaluate --every-attack mnist/mini-f":
         "mnist/mini-fpd mnist/mini-fpd-adversarial", "robustfpd evaluate x --eps 0.1 --norm l": "linf l2 l1",
         "robustfpd train x --out _": "", "robustfpd nope _": "", "robustfpd completion z": "zsh",
@@ -138,6 +145,54 @@ def test_bash_completes_commands_flags_and_names(tmp_path: Path) -> None:
         check=False, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert dict(zip(expected, done.stdout.splitlines(), strict=True)) == expected, done.stderr
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["evaluate", "--suite", "="], SUITES), (["evaluate", "--suite", "=", ""], SUITES),
+    (["evaluate", "--suite", "=", "qu"], ["quick"]), (["evaluate", "--suite=qu"], ["--suite=quick"]),
+    (["evaluate", "--suite="], [f"--suite={name}" for name in SUITES]), (["evaluate", "--out=x"], []),
+    (["evaluate", "--nope=x"], []), (["train", "digits/mini", "training.epochs", "=", "3", "--seed", "-1", "x"], []),
+    (["evaluate", "--suite=quick", "--norm", "l"], ["linf", "l2", "l1"]), (["evaluate", "--json=x"], []),
+    (["train", "--seed=1", "digits/mini-f"], [n for n in recipe_names() if n.startswith("digits/mini-f")]),
+])  # fmt: skip
+def test_values_behind_an_equals_sign_are_completed(words: list[str], expected: list[str]) -> None:
+    assert answers(words) == list(expected)
+
+
+def test_the_journey_tells_which_commands_take_json_and_quiet() -> None:
+    without = [name for name in COMMANDS if not {"--json", "--quiet"} <= flags_of(function(name)).keys()]
+    assert f"All but {' and '.join(without)} take --json and\n--quiet" in overview()
+
+
+@pytest.mark.parametrize("words", [
+    ["predict", "--top", "3"], ["predict", "--device", "cpu", "--csv"], ["report", "--title", "a"],
+])  # fmt: skip
+def test_values_of_flags_are_no_words_that_a_command_needs(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: robustfpd {words[0]} needs RUN")
+    assert said.count("\n") == 1
+
+
+def test_only_settings_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_together(["x", "a.b=1", "--out", "c.d=2", "e.f=3"]) == ["x", "--out", "c.d=2", "a.b=1", "e.f=3"]
+    seen: list[list[str]] = []
+    monkeypatch.setattr(parsing, "parse", lambda name, command, words: lambda: seen.append(words))
+    for words in (["report", "x.y=z", "--title", "a.b=c"], ["train", "a.b=1", "x"]):
+        main(words)
+    assert seen == [["x.y=z", "--title", "a.b=c"], ["x", "a.b=1"]]
+
+
+def test_words_are_told_apart_as_argparse_does() -> None:
+    def shown(*words: str) -> list[str]:
+        return [word.flag or str(word.place) for word in walk(function("predict"), words)]
+
+    assert shown("a", "--top", "-1", "b", "--json", "c") == ["0", "--top", "--top", "1", "--json", "2"]
+    assert shown("--top=3", "a", "-", "--nope", "b") == ["--top", "0", "1", "-1", "2"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

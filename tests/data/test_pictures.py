@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,53 @@ def test_what_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path, pho
     assert ["truncated" in str(bad[0]), *bad[1:]] == [
         True, "the file is empty", "not an image", "not a regular file", "not a regular file",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures were decoded at once, each time that one was begun; each takes a while."""
+    running, seen, lock, original = [0], list[int](), threading.Lock(), picture
+
+    def slowly(path: Path, size: tuple[int, int]) -> Picture | str:
+        with lock:
+            running[0] += 1
+            seen.append(running[0])
+        time.sleep(0.02)
+        try:
+            return original(path, size)
+        finally:
+            with lock:
+                running[0] -= 1
+
+    monkeypatch.setattr(pictures, "picture", slowly)
+    return seen
+
+
+def some(folder: Path, size: int) -> list[Path]:
+    for place in range(8):
+        Image.new("RGB", (size, size)).save(folder / f"{place}.png")
+    return sorted(folder.glob("*.png"))
+
+
+def test_as_many_threads_as_cores_that_the_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: list[int]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert all(isinstance(found, Picture) for found in read(some(tmp_path, 9), (8, 8), 3))
+    assert most == [1] * 8
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(100, 2), (200, 1)])
+def test_large_pictures_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: list[int], size: int, at_once: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(pictures, "AT_ONCE", 100_000, raising=False)  # 40 kB and 160 kB as they are decoded
+    found = list(read([*some(tmp_path, size), tmp_path / "gone.png"], (8, 8), 3))
+    assert [isinstance(one, Picture) for one in found] == [True] * 8 + [False]
+    assert max(most) == at_once
 
 
 def bomb(path: Path, width: int, height: int) -> Path:

@@ -52,8 +52,8 @@ To attack it as it is, without the defence:
 All commands:
 """
 ENDING = """
-`robustfpd COMMAND --help` has examples; --json and --quiet go with every one.
-`robustfpd train` and `evaluate` tell with --dry-run what they would do.
+`robustfpd COMMAND --help` has examples. All but completion take --json and
+--quiet; `train` and `evaluate` tell with --dry-run what they would do.
 """
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif words[0] == ASKING:
             from robustfpd.cli.completion import answers
 
-            print("\n".join(answers(words[1:])))
+            print("".join(f"{answer}\n" for answer in answers(words[1:])), end="")  # an empty line would be an answer
         elif words[0] == "--version":
             from robustfpd import __version__
 
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from robustfpd.cli.parsing import parse
             from robustfpd.cli.running import settings_together
 
-            parse(words[0], function(words[0]), settings_together(words[1:]))()
+            name, *rest = words
+            parse(name, function(name), settings_together(rest) if name == "train" else rest)()
 
 
 def overview() -> str:

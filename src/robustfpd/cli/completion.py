@@ -11,8 +11,11 @@ import tyro
 
 BASH = """\
 _robustfpd() {
-  local IFS=$'\\n'
-  COMPREPLY=($("${COMP_WORDS[0]}" __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+  local found
+  COMPREPLY=()
+  while IFS= read -r found; do  # neither split nor globbed; bash 3 of macOS has no mapfile
+    COMPREPLY+=("$found")
+  done < <("${COMP_WORDS[0]}" __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
 }
 complete -o default -F _robustfpd robustfpd
 """
@@ -51,43 +54,54 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]], /) -
 def answers(words: Sequence[str]) -> list[str]:
     """What the last of `words` may become; nothing where any file may be meant, or anything else."""
     from robustfpd.cli import COMMANDS, function
-    from robustfpd.cli.parsing import flags_of
+    from robustfpd.cli.parsing import flags_of, walk
 
-    *before, now = [word for word in words if word != "="] or [""]  # bash parts --flag=value
+    *before, now = _whole(words) or [""]
     if not before:
         return _beginning(COMMANDS, now)
     if before[0] not in COMMANDS:
         return []
     command = function(before[0])
-    if now.startswith("-"):
+    flag, equals, start = now.partition("=")
+    if now.startswith("-") and not equals:
         return _beginning([*flags_of(command), "--help"], now)
-    parameter = _asked(command, before[1:])
-    if parameter is None:
-        return []
-    return _beginning(_names(parameter, get_type_hints(command)[parameter]), now)
+    last = walk(command, [*before[1:], now])[-1]
+    if now.startswith("-"):
+        # bash parts --flag=value and replaces the value alone; zsh and fish replace the word.
+        kept = f"{flag}=" if words[-1] == now else ""
+        return [kept + name for name in _named(command, last.flag, start)]
+    return _named(command, last.flag or _place(command, last.place), now)
 
 
-def _asked(command: Any, before: Sequence[str]) -> str | None:
-    """The parameter that the next word is for; None where there is none."""
-    from robustfpd.cli.parsing import flags_of, plain, several
-
-    flags, taking, rest, places = flags_of(command), "", False, 0
-    for word in before:
-        if word.startswith("-"):
-            flag = word.partition("=")[0].replace("_", "-")
-            taking = flag if flag in flags and plain(flags[flag]) is not bool else ""
-            rest = bool(taking) and several(flags[flag])
-        elif taking:
-            taking = taking if rest else ""
+def _whole(words: Sequence[str]) -> list[str]:
+    """Words that bash parted at "=", put together again."""
+    found: list[str] = []
+    parted = False
+    for word in words:
+        if found and (parted or word == "="):
+            found[-1] += word
         else:
-            places += 1
-    if taking:
-        return taking.removeprefix("--").replace("-", "_")
+            found.append(word)
+        parted = word == "=" and not parted
+    return found
+
+
+def _place(command: Any, place: int) -> str:
+    """The parameter of the word at a place; empty where there is none."""
+    from robustfpd.cli.parsing import several
+
     hints, parameters = get_type_hints(command), inspect.signature(command).parameters.values()
     open_ = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    if places < len(open_):
-        return open_[places]
-    return open_[-1] if open_ and several(hints[open_[-1]]) else None
+    if place < len(open_):
+        return open_[place]
+    return open_[-1] if open_ and several(hints[open_[-1]]) else ""
+
+
+def _named(command: Any, parameter: str, start: str) -> list[str]:
+    """Names that begin so, of those that a parameter, or the flag for it, chooses from."""
+    parameter = parameter.removeprefix("--").replace("-", "_")
+    hints = get_type_hints(command)
+    return _beginning(_names(parameter, hints[parameter]), start) if parameter in hints else []
 
 
 def _names(parameter: str, hint: Any) -> Collection[str]:
@@ -101,7 +115,7 @@ def _names(parameter: str, hint: Any) -> Collection[str]:
     if parameter in ("run", "runs", "surrogate"):
         from robustfpd.models import shipped
 
-        return [*shipped.names(), *(str(path.parent) for path in Path("runs").glob("*/config.yaml"))]
+        return [*shipped.names(), *sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))]
     lists: dict[str, Collection[str]] = {
         "dataset": DATASETS, "device": DEVICES, "norm": NORMS, "suite": SUITES,
         "stages": [*STAGES, ",".join(STAGES)],

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import itertools
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
@@ -128,28 +130,75 @@ def check(name: str, command: Command, words: Sequence[str]) -> None:
     hints = get_type_hints(command)
     parameters = inspect.signature(command).parameters.values()
     flags = flags_of(command)
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or flag == "--":
+    walked = walk(command, words)
+    for place, word in enumerate(walked):
+        if not word.is_flag or not word.text.startswith("--") or word.text == "--":
             continue
-        flag = flag.replace("_", "-")
-        if flag not in flags:
-            raise unknown_name(f"flag of robustfpd {name}", flag, [*flags, "--help"])
-        kind = plain(flags[flag])
-        value = value if equals else next(iter(words[place + 1 :]), "")
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise unknown_name(flag, value, get_args(kind))
-        if kind in NUMBERS and not _is_number(value, kind):
-            raise InputError(f"{flag} takes {NUMBERS[kind]}, found {value!r}")
+        flag, equals, value = word.text.partition("=")
+        if not word.flag:
+            raise unknown_name(f"flag of robustfpd {name}", flag.replace("_", "-"), [*flags, "--help"])
+        kind = plain(flags[word.flag])
+        values = [value] if equals else _values(walked[place + 1 :], word.flag) or [next(iter(words[place + 1 :]), "")]
+        for value in values:
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise unknown_name(word.flag, value, get_args(kind))
+            if kind in NUMBERS and not _is_number(value, kind):
+                raise InputError(f"{word.flag} takes {NUMBERS[kind]}, found {value!r}")
     needed = [p for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
-    given = [word for word in words if not word.startswith("-")]
+    given = [word.text for word in walked if word.place >= 0]
     for place, parameter in enumerate(needed):
         if len(given) <= place:
             told = arguments(command).get(parameter.name, "").rstrip(".")
             raise InputError(f"robustfpd {name} needs {parameter.name.upper()}: {told}; see robustfpd {name} --help")
         kind = plain(hints[parameter.name])
-        if get_origin(kind) is Literal and words[place] == given[place] not in get_args(kind):
+        if get_origin(kind) is Literal and given[place] not in get_args(kind):
             raise unknown_name(parameter.name, given[place], get_args(kind))
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word after a command, and what it is there for."""
+
+    text: str
+    flag: str = ""
+    """The flag that it is or belongs to, as help writes it; empty for an unknown one and for a word without any."""
+    place: int = -1
+    """Which of the words without a flag it is, from 0; -1 where it is none."""
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it names a flag, maybe with a value behind "="."""
+        return _names_a_flag(self.text)
+
+
+def walk(command: Command, words: Sequence[str]) -> list[Word]:
+    """Tell flags, their values and other words apart, as argparse does."""
+    flags, walked = flags_of(command), list[Word]()
+    taking, rest, places = "", False, 0
+    for text in words:
+        if _names_a_flag(text):
+            given, equals, _ = text.partition("=")
+            flag = given.replace("_", "-") if given.replace("_", "-") in flags else ""
+            walked.append(Word(text, flag))
+            taking = flag if flag and not equals and plain(flags[flag]) is not bool else ""
+            rest = bool(taking) and several(flags[flag])
+        elif taking:
+            walked.append(Word(text, taking))
+            taking = taking if rest else ""
+        else:
+            walked.append(Word(text, place=places))
+            places += 1
+    return walked
+
+
+def _names_a_flag(text: str) -> bool:
+    """Whether a word begins as flags do; "-" and negative numbers are values."""
+    return text.startswith("-") and text != "-" and not re.fullmatch(r"-\d+|-\d*\.\d+", text)
+
+
+def _values(walked: Sequence[Word], flag: str) -> list[str]:
+    """The words up to the next flag that belong to `flag`."""
+    return [word.text for word in itertools.takewhile(lambda w: w.flag == flag and not w.is_flag, walked)]
 
 
 def flags_of(command: Command) -> dict[str, Any]:

@@ -25,9 +25,17 @@ def program() -> str:
 
 
 def settings_together(arguments: Sequence[str]) -> list[str]:
-    """Move `group.field=value` words to the end: argparse takes a list of words only where they stand together."""
+    """Move the `group.field=value` words of `train` to the end; values of flags stay, whatever they look like.
+
+    argparse takes a list of words only where they stand together.
+    """
+    from robustfpd.cli import function
+    from robustfpd.cli.parsing import walk
+
     setting = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
-    return sorted(arguments, key=lambda word: setting.fullmatch(word) is not None)  # a stable sort
+    walked = walk(function("train"), arguments)
+    moved = sorted(walked, key=lambda w: w.place >= 0 and setting.fullmatch(w.text) is not None)  # a stable sort
+    return [word.text for word in moved]
 
 
 def configured(run: RunConfig, data_root: str | None, download: bool, seed: int | None) -> RunConfig:

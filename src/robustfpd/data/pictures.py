@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from robustfpd.data.decode import Picture, picture
+from robustfpd.data.decode import Picture, _cores, picture
 from robustfpd.data.inventory import EXTENSIONS
 from robustfpd.errors import InputError
 
@@ -19,6 +23,8 @@ SHOWN = (*EXTENSIONS, ".gif")
 """Names of files in a folder that count as images; a file that is named itself may be called anything."""
 LARGEST_FILE = 2**30
 """Bytes that one image file may have."""
+AT_ONCE = 2**30
+"""Bytes that pictures may take together while they are decoded; a larger one is decoded alone."""
 GREY = (19595, 38470, 7471)
 """ITU-R 601 luma in 1/65536, as Pillow computes it."""
 
@@ -45,8 +51,44 @@ def named(given: Sequence[str | Path]) -> list[Named]:
 
 def read(files: Sequence[Path], size: tuple[int, int], channels: int) -> Iterator[Picture | str]:
     """Decode files in parallel, in order: uint8 pixels channels×H×W, or why there are none."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda path: _read(path, size, channels), files)
+    memory = _Memory(AT_ONCE)
+
+    def one(path: Path) -> Picture | str:
+        with memory.holding(_needs(path)):
+            return _read(path, size, channels)
+
+    with ThreadPoolExecutor(_cores()) as pool:
+        yield from pool.map(one, files)
+
+
+class _Memory:
+    """Lets threads wait until what they are about to hold fits; what never fits is let in alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.held = total, 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def holding(self, amount: int) -> Iterator[None]:
+        """Hold so many bytes inside the block."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.held == 0 or self.held + amount <= self.total)
+            self.held += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.held -= amount
+                self.changed.notify_all()
+
+
+def _needs(path: Path) -> int:
+    """Bytes that decoding a file takes at most, about: itself, and four for each pixel that its head tells of."""
+    with suppress(Exception):  # what is wrong with it, decoding tells
+        if path.is_file():  # a pipe would be waited for
+            with Image.open(path) as file:
+                return path.stat().st_size + 4 * math.prod(file.size)
+    return 0
 
 
 def _of(word: str) -> list[Named]:
