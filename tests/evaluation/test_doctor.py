@@ -247,29 +247,6 @@ def test_labels_of_another_form_are_counted_and_compared_too(digits: Digits, dis
     assert re.search(fix, one.fix), one.fix
 
 
-TWICE_WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
-    "floats from 1": (lambda y: (y + 1).float(), "run from 1 to 10", r"\.long\(\).*labels - 1"),
-    "a column from 1": (lambda y: y[:, None] + 1, "run from 1 to 10", r"squeeze\(1\).*labels - 1"),
-    "rows of 12": (lambda y: F.one_hot(y + 2, 12), "up to 11, but there are 10", "argmax.*trained for"),
-    "50 floats": (lambda y: y[:50].float(), r"found \(50,\)", "long.*one integer per image"),
-    "floats from -1": (lambda y: (y - 1).float(), "not be negative, found -1", "long.*from 0 to K-1"),
-    "a column of floats": (lambda y: y[:, None].float(), "float32", "squeeze.*long"),
-    "a number": (lambda y: y[0], r"found \(1,\)", "one integer per image"),
-    "infinite": (lambda y: y / 0.0, "integers, found", "one integer per image"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("disease", TWICE_WRONG)
-def test_labels_of_another_form_are_counted_and_compared_too(digits: Digits, disease: str) -> None:
-    net, images, labels = digits
-    change, evidence, fix = TWICE_WRONG[disease]
-    findings = diagnose(net, (images, change(labels)), num_classes=10)
-    assert problems(findings) == {"labels"}
-    (one,) = (finding for finding in findings if finding.name == "labels")
-    assert re.search(evidence, one.evidence), one.evidence
-    assert re.search(fix, one.fix), one.fix
-
-
 def test_colours_in_another_order() -> None:
     draws = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
