@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -60,9 +61,10 @@ def test_from_photographs_and_a_network_to_an_evaluation(
     assert "3 classes of 3×16×16 images" in capsys.readouterr().out
     main(train)
     run = Path("runs/folder-mini-plain" if plain else "runs/folder-mini")
-    assert f"next: robustfpd evaluate {run}\n" in capsys.readouterr().out.replace(sys.argv[0], "robustfpd")
+    assert f"next: robustfpd evaluate {run} --trust-code\n" in capsys.readouterr().out.replace(sys.argv[0], "robustfpd")
     assert load_run(run / "config.yaml").data.root == "photos"
-    main(["evaluate", str(run), "--suite", "first-look", "--num-images", "3", "--json"])  # knows where the images are
+    words = ["evaluate", str(run), "--suite", "first-look", "--num-images", "3", "--json"]
+    main([*words, "--trust-code"])  # knows where the images are
     found = json.loads(capsys.readouterr().out)
     assert found["num_images"] == 3
     assert set(EvaluationRecord.load(Path(found["path"])).surrogates) == set()
@@ -81,7 +83,54 @@ def test_what_is_not_there_any_more_is_named(
             (tmp_path / "smallnets.py").unlink()
             monkeypatch.delitem(sys.modules, "smallnets")
         with pytest.raises(SystemExit) as ended:
-            main(["evaluate", "runs/folder-mini", *(["--data-root", "elsewhere"] if moved else [])])
+            main(["evaluate", "runs/folder-mini", "--trust-code", *(["--data-root", "elsewhere"] if moved else [])])
         assert ended.value.code == 2
         error = capsys.readouterr().err
         assert re.search(said, error), error
+
+
+def test_a_run_brings_no_code_unless_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = ["--stages", "two-phase,adversarial", "adversarial.epochs=1"]
+    main(["train", "folder/mini", "--data-root", "photos", *SETTINGS, *stages, "--quiet"])
+    main(["train", "folder/mini", "--data-root", "photos", *SETTINGS, *stages, "--quiet", "--resume"])  # typed again
+    monkeypatch.delitem(sys.modules, "smallnets")
+    (tmp_path / "smallnets.py").write_text("open('ran', 'w')\n" + NETWORK)
+    picture, run = "photos/cats/0.png", "runs/folder-mini"
+    first_look = ["--suite", "first-look", "--num-images", "3"]
+    commands = (
+        ["predict", run, picture], ["doctor", run], ["export", run, "--format", "torch"],
+        ["evaluate", run, *first_look],
+        ["evaluate", "digits/mini-fpd", *first_look, "--surrogate", run],
+    )  # fmt: skip
+    for words in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert "is made by smallnets:Small; loading it runs that code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    for words in commands[:3]:
+        with contextlib.suppress(SystemExit):  # the doctor finds much in a network that was trained for an epoch
+            main([*words, "--trust-code"])
+        assert "is made by" not in capsys.readouterr().err
+        assert (tmp_path / "ran").exists()
+        (tmp_path / "ran").unlink()
+        monkeypatch.delitem(sys.modules, "smallnets")
+
+
+def test_a_resumed_run_does_not_bring_code_that_its_settings_do_not_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "folder/mini", "--data-root", "photos", *SETTINGS, "--quiet"]
+    main(train)
+    settings = tmp_path / "runs" / "folder-mini" / "checkpoints" / "best" / "config.json"
+    settings.write_text(settings.read_text().replace("smallnets:Small", "evilnets:make"))
+    (tmp_path / "evilnets.py").write_text("open('ran', 'w')")
+    with pytest.raises(SystemExit):
+        main([*train, "--resume"])
+    assert "is made by evilnets:make" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*train, "--stages", "adversarial"])
+    assert "backbone was 'evilnets:make', now 'smallnets:Small'" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()

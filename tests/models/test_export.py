@@ -194,6 +194,43 @@ def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.Mon
         export(tiny(), path, format="torch")
 
 
+def test_the_network_itself_is_what_the_file_is_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    altered = exporting._plain_copy
+
+    def wrong(model: FPD | Plain) -> FPD | Plain:
+        found = altered(model)
+        with torch.no_grad():
+            for p in found.parameters():
+                p.mul_(1.5)
+        return found
+
+    monkeypatch.setattr(exporting, "_plain_copy", wrong)
+    with pytest.raises(InputError, match=r"differs from the network by .*; nothing was written"):
+        export(tiny(), tmp_path / "new" / "folder" / "a.pt2", format="torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_exports_to_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, runner, inner = tmp_path / "new" / "a.pt2", exporting._program_runner, list[Exported]()
+
+    def during(partial: Path) -> Any:
+        monkeypatch.setattr(exporting, "_program_runner", runner)
+        inner.append(export(tiny(), path, format="torch"))
+        return runner(partial)
+
+    monkeypatch.setattr(exporting, "_program_runner", during)
+    model = tiny(num_classes=5)
+    export(model, path, format="torch")
+    assert len(inner) == 1
+    assert run_torch(path, torch.rand(2, 1, 8, 8))[0].shape == (2, 5)
+    assert [p.name for p in tmp_path.rglob("*")] == ["new", "a.pt2"]
+    probe = tmp_path / "probe"
+    probe.write_text("")
+    assert path.stat().st_mode == probe.stat().st_mode  # others may read it as they may any new file
+    with pytest.raises(InputError, match=r"probe is a file, so there can be no .*b.pt2; give a file in a folder"):
+        export(tiny(), probe / "b.pt2", format="torch")
+
+
 def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="format must be onnx or torch, found 'tflite'"):
         export(tiny(), tmp_path / "a", format=cast(Format, "tflite"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_a_named_network_is_wrapped_with_its_weights_and_loads_again(tmp_path: P
     assert bool((sys.modules["tinynets"].one.conv1.weight == 0.25).all())  # a copy was taken
     model.save(tmp_path / "model")
     x = torch.rand(2, 3, 16, 16)
-    again = models.load(tmp_path / "model")
+    again = models.load(tmp_path / "model", trust_code=True)
+    assert again.config.backbone == "tinynets:make"
     assert torch.equal(again.classifier()(x), model.classifier()(x))
 
 
@@ -79,7 +81,52 @@ def test_loading_looks_where_one_works_and_never_in_the_models_folder(
     (tmp_path / "tinynets.py").rename(tmp_path / "model" / "tinynets.py")
     monkeypatch.delitem(sys.modules, "tinynets")
     with pytest.raises(InputError, match=r"tinynets cannot be imported from here: .* there is no 'tinynets' in "):
+        models.load(tmp_path / "model", trust_code=True)
+
+
+def test_a_saved_model_runs_no_code_unless_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.build(TASK, _config("tinynets:make")).eval()
+    model.save(tmp_path / "model")
+    net = sys.modules["tinynets"].one
+    monkeypatch.delitem(sys.modules, "tinynets")
+    (tmp_path / "tinynets.py").write_text("open('ran', 'w')\n" + MODULE)
+    said = r"the network in .*model is made by tinynets:make; loading it runs that code: if it is yours, repeat with "
+    with pytest.raises(InputError, match=said + r"--trust-code \(in Python trust_code=True\), or pass net="):
         models.load(tmp_path / "model")
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(models.load(tmp_path / "model", net=net)(x).logits, model(x).logits)
+    assert "tinynets" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+    models.load(tmp_path / "model", trust_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("named", ["http.server:test", "torchvision.models.resnet:resnet18", "torchvision:models"])
+def test_nothing_of_the_standard_library_is_called_either(tmp_path: Path, named: str) -> None:
+    models.build(TASK, _config("tinynets:make")).save(tmp_path / "model")
+    settings = tmp_path / "model" / "config.json"
+    settings.write_text(settings.read_text().replace("tinynets:make", named))
+    with pytest.raises(InputError, match=f"is made by {named}; loading it runs that code"):
+        models.load(tmp_path / "model")
+
+
+def test_torchvisions_networks_need_no_trust_and_never_come_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.build(TASK, _config("torchvision.models:resnet18")).save(tmp_path / "model")
+    assert models.load(tmp_path / "model").config.backbone == "torchvision.models:resnet18"
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "model" / "torchvision").mkdir()
+    (tmp_path / "model" / "torchvision" / "__init__.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path / "model")
+    installed = [p for p in sys.path if not (Path(p) / "torchvision").exists()]
+    for path in (installed, ["", *installed], [str(tmp_path / "model"), *installed]):
+        monkeypatch.setattr(sys, "path", list(path))
+        with pytest.raises(InputError, match="there is no 'torchvision' among the installed packages"):
+            models.load(tmp_path / "model")
+        assert sys.path == path
+    assert not (tmp_path / "model" / "ran").exists()
 
 
 @pytest.mark.parametrize(("backbone", "values", "message"), [
@@ -105,3 +152,32 @@ def test_stages_of_a_resnet_are_found_and_others_can_be_named() -> None:
 def test_finding_a_name_imports_nothing() -> None:
     assert find("tinynets:make", "--model") == ("tinynets", "make")
     assert "tinynets" not in sys.modules
+
+
+def test_the_path_stays_as_it_was(tmp_path: Path) -> None:
+    before = list(sys.path)
+    assert str(tmp_path) not in before
+    find("tinynets:make", "--model")
+    with pytest.raises(InputError, match="cannot be imported from here"):
+        find("nonets:make", "--model")
+    (tmp_path / "lazynets.py").write_text("def make():\n    import tinynets\n    return tinynets.one\n")
+    assert isinstance(foreign("lazynets:make"), torch.nn.Module)  # what lies beside it is found while it is called
+    with pytest.raises(InputError, match="raised OSError"):
+        foreign("tinynets:broken")
+    assert sys.path == before
+
+
+def test_what_is_installed_comes_before_the_folder_one_is_in(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError")
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(InputError, match="unknown name in colorsys 'make'"):
+        foreign("colorsys:make")
+
+
+def test_submodules_are_attributes_of_the_package() -> None:
+    code = (
+        "import robustfpd.models as m; assert m.checkpoint.CONFIG and m.shipped.names() and m.published.load_published;"
+        "assert {'__name__', '__file__', 'load'} <= set(dir(m)); assert not hasattr(m, 'nonesuch')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

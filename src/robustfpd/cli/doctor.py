@@ -27,6 +27,7 @@ def doctor(
     run: tyro.conf.Positional[Path | None] = None,
     /,
     model: str | None = None,
+    trust_code: bool = False,
     dataset: str | None = None,
     data_root: str | None = None,
     image_size: int | None = None,
@@ -51,6 +52,8 @@ def doctor(
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
             wrote (then --dataset is needed).
         model: any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed.
+        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
+            only for runs of your own.
         dataset: test images of this data set instead of the run's.
         data_root: folder where torchvision keeps its data sets, or the `folder` data set itself.
         image_size: pixels a side that --model wants; default the data set's own.
@@ -71,7 +74,7 @@ def doctor(
     from robustfpd.cli.subjects import subject
 
     output = Output(json=json, quiet=quiet)
-    found = subject(run, model)
+    found = subject(run, model, trust_code)
     config = _settings(found, dataset, data_root, image_size)
     chosen = torch_device(device)
     from robustfpd import data

@@ -34,6 +34,7 @@ def evaluate(
     suite: str | None = None,
     num_images: int | None = None,
     surrogate: tuple[str, ...] = (),
+    trust_code: bool = False,
     strict: bool = False,
     split: Literal["test", "validation"] = "test",
     space: Literal["pixels", "normalised"] | None = None,
@@ -67,6 +68,8 @@ def evaluate(
         num_images: how many images; default the recipe's.
         surrogate: networks that attacks are transferred from, named like run or model; the plain twin of a network
             that comes with robustfpd joins by itself.
+        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
+            only for runs of your own.
         strict: end with exit code 3 unless the verdict is `trusted`.
         split: which images: validation are those held out of training, to choose settings by.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
@@ -88,13 +91,13 @@ def evaluate(
 
     check_device(device)
     _check_names(norm, suite, dataset, num_images, image_size)
-    found = subject(run, model)
+    found = subject(run, model, trust_code)
     config = configured(_settings(found, dataset, image_size), data_root, download, seed)
     plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
     check_settings(config.model_copy(update={"evaluation": plan}))
     if surrogate and plan.space == "normalised":
         raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
-    others = surrogates(surrogate, found.twin if plan.space == "pixels" else None)
+    others = surrogates(surrogate, found.twin if plan.space == "pixels" else None, trust_code)
     output = Output(json=json, quiet=quiet)
     chosen = torch_device(device)
     config = as_made_for(found, config)

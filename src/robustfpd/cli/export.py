@@ -21,6 +21,7 @@ def export(
     out: Path | None = None,
     restored: bool = False,
     image_size: tuple[int, ...] = (),
+    trust_code: bool = False,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -43,6 +44,8 @@ def export(
         out: the file; default the network's name in the folder you are in.
         restored: give the restored images as a second output.
         image_size: height and width of the images, or one number; default what the network was made for.
+        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
+            only for runs of your own.
         json: write one JSON object.
         quiet: say nothing.
     """
@@ -54,7 +57,7 @@ def export(
     from robustfpd.cli.output import Output
 
     output = Output(json=json, quiet=quiet)
-    found = network(run)
+    found = network(run, trust_code)
     from robustfpd.models.export import SUFFIXES
     from robustfpd.models.export import export as exported
 

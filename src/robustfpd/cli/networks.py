@@ -28,15 +28,15 @@ class Network:
         return self.class_names[index] if self.class_names else str(index)
 
 
-def network(given: Path) -> Network:
+def network(given: Path, trust_code: bool = False) -> Network:
     """Load what the user named; what is not there is refused before torch is imported."""
     from robustfpd.cli.subjects import trained
 
-    found = trained(given)
+    found = trained(given, trust_code)
     from robustfpd.data.class_names import class_names
     from robustfpd.models import load
 
-    model = load(found.source)
+    model = load(found.source, trust_code=trust_code)
     if found.config is None:
         return Network(found.name, model, None, ())
     data, classes = found.config.data, model.task.num_classes

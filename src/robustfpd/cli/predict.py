@@ -33,6 +33,7 @@ def predict(
     /,
     restored: Path | None = None,
     top: int = 1,
+    trust_code: bool = False,
     csv: bool = False,
     json: bool = False,
     quiet: bool = False,
@@ -58,6 +59,8 @@ def predict(
         images: files, folders (with all folders below), and quoted patterns such as 'shots/**/*.jpg'.
         restored: folder for the restored images, as PNG.
         top: how many classes to tell for each image, most likely first.
+        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
+            only for runs of your own.
         csv: write comma-separated values, a row for each image as soon as it is known.
         json: write one JSON object.
         quiet: say nothing; the exit code and the restored images tell.
@@ -76,7 +79,7 @@ def predict(
     from robustfpd.cli.running import torch_device
 
     output = Output(json=json, quiet=quiet or csv)
-    found = network(run)
+    found = network(run, trust_code)
     _check(found, restored)
     found.model.to(torch_device(device))
     rows = _rows(found, images, restored, top, output)

@@ -32,16 +32,20 @@ class Subject:
     results: Path
     twin: str | None = None
     """The trained network that is its plain twin."""
+    trust_code: bool = False
+    """Import and run what a saved network is made by."""
 
     def classifier(self) -> nn.Module:
         """Load it."""
         from robustfpd.models import load
         from robustfpd.models.foreign import foreign
 
-        return foreign(self.source) if isinstance(self.source, str) else load(self.source).classifier()
+        if isinstance(self.source, str):
+            return foreign(self.source)
+        return load(self.source, trust_code=self.trust_code).classifier()
 
 
-def subject(run: Path | None, model: str | None) -> Subject:
+def subject(run: Path | None, model: str | None, trust_code: bool = False) -> Subject:
     """Find what the user named, by a path or by `package.module:factory`."""
     from robustfpd.models.foreign import find
 
@@ -56,18 +60,21 @@ def subject(run: Path | None, model: str | None) -> Subject:
         folder = Path("runs") / f"{model.replace(':', '-').replace('.', '-')}-evaluation"
         return Subject(model, model, None, None, folder)
     assert run is not None
-    return trained(run)
+    return trained(run, trust_code)
 
 
-def trained(given: Path) -> Subject:
-    """Tell a network that comes with robustfpd, a run and a saved model apart."""
+def trained(given: Path, trust_code: bool = False) -> Subject:
+    """Tell a network that comes with robustfpd, a run and a saved model apart; refuse code that is not trusted."""
     from robustfpd.config import load_run
     from robustfpd.models import shipped
     from robustfpd.models.checkpoint import read_settings
+    from robustfpd.models.foreign import check_trusted
 
     folder = shipped.locate(given)
     name = shipped.named(folder)
-    task, _ = read_settings(_model_in(folder))
+    task, config = read_settings(_model_in(folder))
+    if not trust_code:
+        check_trusted(config.backbone, folder)
     if name is not None:  # its folder is the repository's, or one that can be fetched again: results go to the user's
         results = Path("runs") / f"{name.replace('/', '-')}-evaluation"
         twin = name.replace("fpd", "plain")
@@ -75,10 +82,10 @@ def trained(given: Path) -> Subject:
         return Subject(name, folder, task, load_run(folder / shipped.SETTINGS), results, known)
     settings = folder / shipped.SETTINGS
     if settings.is_file():
-        return Subject(str(given), folder, task, load_run(settings), folder / "evaluation")
+        return Subject(str(given), folder, task, load_run(settings), folder / "evaluation", trust_code=trust_code)
     # A saved model's folder stays as it is: model.save replaces only folders that hold nothing else.
     results = folder.with_name(f"{folder.resolve().name}-evaluation")
-    return Subject(str(given), folder, task, None, results)
+    return Subject(str(given), folder, task, None, results, trust_code=trust_code)
 
 
 def _model_in(folder: Path) -> Path:
@@ -100,7 +107,7 @@ def _model_in(folder: Path) -> Path:
     raise MissingDataError(f"no model in {folder}: {why}; {hint}")
 
 
-def surrogates(given: tuple[str, ...], twin: str | None) -> dict[str, Subject]:
+def surrogates(given: tuple[str, ...], twin: str | None, trust_code: bool = False) -> dict[str, Subject]:
     """Networks to make transferred attacks on, by name: those that were named, and the plain twin that is known."""
     names = dict.fromkeys((*given, *([twin] if twin is not None else [])))
-    return {name: subject(None, name) if ":" in name else trained(Path(name)) for name in names}
+    return {name: subject(None, name) if ":" in name else trained(Path(name), trust_code) for name in names}

@@ -60,6 +60,7 @@ def train(
     """
     from robustfpd import config as configuration
     from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
+    from robustfpd.models.foreign import needs_trust
 
     run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
     run = run.twin() if plain else run
@@ -88,7 +89,8 @@ def train(
         result = _train(stage, resume, str(chosen), output, command, title)
         output.say(_ending(result, stage.run))
         results.append(_found(stage, result))
-    output.say(f"next: {program()} evaluate {shlex.quote(str(planned[-1].folder))}")
+    trusting = " --trust-code" if needs_trust(run.model.backbone) else ""
+    output.say(f"next: {program()} evaluate {shlex.quote(str(planned[-1].folder))}{trusting}")
     output.result({"recipe": recipe, "seed": run.seed, "stages": results})
 
 

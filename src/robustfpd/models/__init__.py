@@ -6,6 +6,7 @@ Names are imported when they are first used: what only asks which networks there
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        if not name.startswith("_") and find_spec(f"robustfpd.models.{name}") is not None:
+            return import_module(f"robustfpd.models.{name}")
         raise AttributeError(f"module 'robustfpd.models' has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(f"robustfpd.models.{_WHERE[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__})

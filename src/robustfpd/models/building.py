@@ -14,7 +14,7 @@ from torch import nn
 from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError
 from robustfpd.models.checkpoint import read_settings, read_weights, whole
-from robustfpd.models.foreign import foreign, is_foreign
+from robustfpd.models.foreign import check_trusted, foreign, is_foreign
 from robustfpd.models.fpd import FPD, Plain
 from robustfpd.models.mode import evaluating
 from robustfpd.models.networks import from_module, from_timm
@@ -82,8 +82,13 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
     return model
 
 
-def assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0) -> FPD | Plain:
-    """Build as `build` does, without looking at what comes out."""
+def assemble(
+    task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0, here: bool = True
+) -> FPD | Plain:
+    """Build as `build` does, without looking at what comes out.
+
+    It imports and calls a backbone `package.module:factory`, from the folder one is in only with `here`.
+    """
     named = net is None and is_foreign(config.backbone)
     if config.pretrained and (named or net is not None):
         raise InputError("pretrained=True loads timm's weights; your own module brings its own: leave pretrained out")
@@ -93,7 +98,7 @@ def assemble(task: TaskConfig, config: ModelConfig, net: nn.Module | None = None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "weights"))  # torch.manual_seed would reseed GPUs too
         if named:
-            net = foreign(config.backbone, "model.backbone")
+            net = foreign(config.backbone, "model.backbone", here)
         if net is not None:
             network = from_module(net, config.stages)
         else:
@@ -129,27 +134,39 @@ def _check_finite(model: FPD | Plain) -> None:
     )
 
 
-def load(folder: str | Path, *, net: nn.Module | None = None) -> FPD | Plain:
-    """Load a saved model, in evaluation mode, on the CPU.
+def saved_in(folder: str | Path) -> Path:
+    """Where the model lies that `load` takes: a run's best checkpoint, or the folder itself."""
+    path = locate(folder)
+    best = whole(path / "checkpoints" / "best")
+    return best if best.is_dir() else path
+
+
+def load(folder: str | Path, *, net: nn.Module | None = None, trust_code: bool = False) -> FPD | Plain:
+    """Load a saved model, in evaluation mode, on the CPU. It runs no code that the folder names, unless told to.
 
     Args:
         folder: what `model.save` wrote, or a run's folder (its best checkpoint is taken). Where there is no such
             folder, the name of a network that comes with robustfpd: `mnist/mini-fpd`; it is fetched where needed.
         net: for a model around your own module, a module of the same architecture; its weights do not matter.
+        trust_code: import and call what a backbone `package.module:factory` names, only for models of your own;
+            torchvision's networks (`torchvision.models:resnet18`) need no trust.
 
     Raises:
-        InputError: no model there, damaged files, or weights that do not fit the architecture.
+        InputError: no model there, damaged files, weights that do not fit the architecture, or a network made by code
+            that was not trusted.
     """
-    path = locate(folder)
-    best = whole(path / "checkpoints" / "best")
-    path = best if best.is_dir() else path
+    path = saved_in(folder)
     task, config = read_settings(path)
+    if net is None and not trust_code:
+        check_trusted(config.backbone, path)
     if config.backbone == CUSTOM_BACKBONE and net is None:
         raise InputError(f"the model in {path} is built around your own module: pass one like it as net=")
     weights = read_weights(path)
     # The saved weights follow; asking timm for pretrained ones would need the network.
-    fixed = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
-    model = assemble(task, config.model_copy(update=fixed), net)
+    fixed: dict[str, Any] = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
+    if net is not None and is_foreign(config.backbone):
+        fixed["backbone"] = CUSTOM_BACKBONE
+    model = assemble(task, config.model_copy(update=fixed), net, here=trust_code)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

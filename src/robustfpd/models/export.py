@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,24 +94,29 @@ def export(
         raise InputError("a plain network restores nothing; export it without restored")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file to export to")
+    home = next(place for place in path.absolute().parents if place.exists())
+    if not home.is_dir():
+        raise InputError(f"{home} is a file, so there can be no {path}; give a file in a folder")
     module = _Exportable(_plain_copy(model), restored)
+    # Not the copy that is exported: what went wrong in making it would be in both.
+    reference = _Exportable(copy.deepcopy(model).cpu().eval(), restored)
     outputs = ("logits", "restored") if restored else ("logits",)
     facts = _facts(model, size, class_names, outputs)
-    partial = path.with_name(f".{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _quietly():
+        program = _traced(module, size)
+    # A folder of its own, so that two exports do not meet; on the file system of the target, so that it can be renamed.
+    with tempfile.TemporaryDirectory(prefix=".robustfpd-", dir=home) as folder:
+        partial = Path(folder) / path.name
         with _quietly():
-            program = _traced(module, size)
             if format == "onnx":
                 _write_onnx(program, partial, outputs, facts)
                 run = _onnx_runner(partial)
             else:
                 _write_program(program, partial, facts)
                 run = _program_runner(partial)
-            difference, compared = _compare(module, run, size)
+            difference, compared = _compare(reference, run, size)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return Exported(path, outputs, size, difference, compared, facts)
 
 

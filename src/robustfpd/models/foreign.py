@@ -1,7 +1,9 @@
 """Networks of the user's own, by name: `package.module:factory`.
 
-To import a module runs it. A name is looked up among the packages that are installed here and in the folder one works
-in, never in the folder that a saved model lies in: weights from elsewhere bring no code.
+To import a module runs it, and to call what it holds runs that too. So a name that the user typed is imported, from the
+packages that are installed here or from the folder one works in; a name that a saved model tells only where the user
+trusts it. Torchvision's networks need no trust, but then the folder one works in is not looked at: it may be the
+model's.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,47 +21,99 @@ from robustfpd.errors import InputError, first_line, unknown_name
 if TYPE_CHECKING:
     from torch import nn
 
+HARMLESS = "torchvision.models"
+"""A module whose functions only build networks."""
+
 
 def is_foreign(backbone: str) -> bool:
     """Whether a backbone is named as `package.module:factory`."""
     return ":" in backbone
 
 
-def find(given: str, what: str) -> tuple[str, str]:
+def needs_trust(backbone: str) -> bool:
+    """Whether a saved model of this backbone is loaded only with `trust_code`."""
+    return is_foreign(backbone) and backbone.partition(":")[0] != HARMLESS
+
+
+def check_trusted(backbone: str, folder: Path) -> None:
+    """Refuse a backbone that a saved model names, unless its code does no harm."""
+    if needs_trust(backbone):
+        raise InputError(
+            f"the network in {folder} is made by {backbone}; loading it runs that code: if it is yours, repeat with "
+            "--trust-code (in Python trust_code=True), or pass net="
+        )
+
+
+@contextmanager
+def _path(here: bool) -> Iterator[None]:
+    """Look for modules in the folder one is in too, after all other places; or, where `here` is false, not there."""
+    cwd = str(Path.cwd())
+    before = list(sys.path)
+    if not here:
+        sys.path[:] = [entry for entry in before if entry and Path(entry).absolute() != Path(cwd)]
+        try:
+            yield
+        finally:
+            sys.path[:] = before
+        return
+    added = "" not in before and cwd not in before
+    if added:
+        sys.path.append(cwd)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if added and cwd in sys.path:  # what was imported may have changed the path: only our entry goes
+            sys.path.reverse()
+            sys.path.remove(cwd)
+            sys.path.reverse()
+
+
+def find(given: str, what: str, here: bool = True) -> tuple[str, str]:
     """Return module and name of `package.module:factory`; an InputError where there is no such module. Needs no torch.
 
     Args:
         given: what the user wrote.
         what: the flag or setting that he wrote it for.
+        here: look in the folder one is in too.
     """
     place, _, name = given.partition(":")
     if not place or not name:
         raise InputError(f"{what} must be package.module:factory, found {given!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    importlib.invalidate_caches()
     package = place.partition(".")[0]
-    try:
-        there = package in sys.modules or importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        there = False
+    with _path(here):
+        try:
+            there = package in sys.modules or importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):
+            there = False
     if not there:
+        places = f"in {Path.cwd()} or " if here else ""
         raise InputError(
-            f"{place} cannot be imported from here: ModuleNotFoundError: there is no {package!r} in {Path.cwd()} or "
-            "among the installed packages"
+            f"{place} cannot be imported from here: ModuleNotFoundError: there is no {package!r} {places}among the "
+            "installed packages"
         )
     return place, name
 
 
-def foreign(given: str, what: str = "--model") -> nn.Module:
-    """Import `package.module:factory`, also from the folder one is in, and call it; a module is taken as it is.
+def foreign(given: str, what: str = "--model", here: bool = True) -> nn.Module:
+    """Import `package.module:factory` and call it; a module is taken as it is.
+
+    Args:
+        given: what the user wrote, or what he trusts.
+        what: the flag or setting that he wrote it for.
+        here: look in the folder one is in too.
 
     Raises:
         InputError: it cannot be imported or called, or gives no module.
     """
+    place, name = find(given, what, here)
+    with _path(here):  # around the call too: a function may import what lies beside it
+        return _made(given, place, name)
+
+
+def _made(given: str, place: str, name: str) -> nn.Module:
     from torch import nn
 
-    place, name = find(given, what)
     try:
         module = importlib.import_module(place)
     except Exception as error:  # a module of the user's may raise anything

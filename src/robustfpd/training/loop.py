@@ -22,7 +22,8 @@ from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Plain, build, load
-from robustfpd.models.checkpoint import read_weights
+from robustfpd.models.building import saved_in
+from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.seeding import derive, generator
 from robustfpd.training.adversarial import adversarial_step
 from robustfpd.training.early_stopping import EarlyStopping
@@ -89,17 +90,19 @@ def train(
 
 def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: str) -> None:
     """Give `model` the weights of the checkpoint `start`, which must be of the same architecture and task."""
-    source = load(start, net=net)
-    if source.task != model.task:
+    path = saved_in(start)
+    task, config = read_settings(path)
+    if task != model.task:
         raise InputError(
-            f"{start} was trained for {source.task}, but data set {dataset} has {model.task}; "
+            f"{start} was trained for {task}, but data set {dataset} has {model.task}; "
             "start from a checkpoint of the same classes and image size, or give the data it was trained on"
         )
     ignored = {"pretrained", "dropout"}  # they leave a trained network as it is
-    old, new = (m.config.model_dump(exclude=ignored) for m in (source, model))
+    old, new = (c.model_dump(exclude=ignored) for c in (config, model.config))
     differing = [f"{k} was {v!r}, now {new[k]!r}" for k, v in old.items() if v != new[k]]
     if differing:
         raise InputError(f"{start} holds another network than this run's model settings: {'; '.join(differing)}")
+    source = load(path, net=net, trust_code=True)  # the backbone is the one that this run's settings name
     try:
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:
@@ -150,7 +153,8 @@ class _Training:
             self.history.append(metrics)
             self._save(best)
             self.observer.on_epoch(metrics, best)
-        model = load(self.folder.best, net=net)
+        named = read_settings(self.folder.best)[1].backbone  # a resumed folder may hold what it did not write
+        model = load(self.folder.best, net=net, trust_code=named == self.config.model.backbone)
         return TrainResult(model, self.history, self.stopping.best_epoch, self.stopping.exhausted)
 
     def _epoch(self, epoch: int) -> tuple[EpochMetrics, float, float]:
