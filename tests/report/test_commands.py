@@ -93,3 +93,9 @@ def test_an_evaluation_is_told_in_full(make_record: MakeRecord) -> None:
     )
     mnist = evaluation_command(record, recipe("mnist/mini"), "mnist/x")
     assert mnist.endswith("--seed 7 --data-root data")
+
+
+@pytest.mark.parametrize(("backbone", "asked"), [("mynets:make", True), ("torchvision.models:resnet18", False)])
+def test_networks_of_one_s_own_are_evaluated_with_trust(make_record: MakeRecord, backbone: str, asked: bool) -> None:
+    config = recipe("folder/mini", [f"model.backbone={backbone}"])
+    assert ("--trust-code" in shlex.split(evaluation_command(make_record("x"), config, "runs/x"))) is asked

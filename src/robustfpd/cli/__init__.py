@@ -46,6 +46,7 @@ With photographs of your own, in a folder for each class:
 
 With a network of your own, made by the function `make` in mynets.py:
   robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
+  robustfpd evaluate runs/folder-mini --trust-code
 To attack it as it is, without the defence:
   robustfpd evaluate --model mynets:make --dataset folder --data-root PHOTOS
 

@@ -11,6 +11,7 @@ import yaml
 from robustfpd.config import RunConfig, recipe, recipe_names
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord
+from robustfpd.models.foreign import needs_trust
 
 ELSEWHERE = ("data.root", "data.download", "data.cache", "evaluation", "stage", "seed", "recipe", "protocol")
 """What flags say, or what does not change the training."""
@@ -46,6 +47,7 @@ def evaluation_command(record: EvaluationRecord, config: RunConfig, subject: str
     words = ["robustfpd", "evaluate", subject, "--suite", record.suite, "--norm", record.norm]
     words += ["--eps", *(_radius(worst.eps) for worst in record.worst_case), "--num-images", str(record.num_images)]
     words += ["--every-attack"] if record.every_attack else []
+    words += ["--trust-code"] if needs_trust(config.model.backbone) else []
     words += ["--seed", str(record.seed)] if record.seed != config.seed else []
     return shlex.join([*words, *(["--data-root", "data"] if config.data.dataset not in BUNDLED else [])])
 
