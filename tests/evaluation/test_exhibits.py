@@ -209,6 +209,34 @@ def test_a_picture_that_cannot_be_made_costs_no_evaluation(evaluate: Evaluate, m
     assert record.worst_case
 
 
+def test_what_cannot_be_restored_is_shown_without(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, images, labels = digits
+    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8)
+    fpd.train()(images)
+    cut = torch.split
+
+    def out_of_memory(tensor: Tensor, *rest: Any) -> Any:
+        if tensor.ndim == 4:
+            raise RuntimeError("out of memory")
+        return cut(tensor, *rest)
+
+    finish = Exhibits.save
+
+    def failing(self: Exhibits, *, final: bool) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("robustfpd.evaluation.exhibits.torch.split", out_of_memory)
+            finish(self, final=final)
+
+    monkeypatch.setattr(Exhibits, "save", failing)
+    rf.evaluate(fpd, (images[:9], labels[:9]), suite="first-look", eps=0.2, out_dir=tmp_path)
+    shown = read_exhibits(exhibits_folder(tmp_path / "record.json"))
+    assert shown.fell or shown.stood
+    assert not any(e.restores for e in (*shown.fell, *shown.stood))
+    assert shown.problems == ("nothing was restored: RuntimeError: out of memory",)
+
+
 def test_candidates_do_not_hold_the_batches_that_they_were_in(
     digits: Digits, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

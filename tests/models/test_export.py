@@ -99,7 +99,8 @@ def test_heads_as_torch_programs(head: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("denoise", DENOISE)
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_head_and_denoising(head: str, denoise: str, format: Format, tmp_path: Path) -> None:
-    check(tiny(head=head, denoise=denoise), format, tmp_path / "file", (8, 8))
+    made = check(tiny(head=head, denoise=denoise), format, tmp_path / "file", (8, 8))
+    assert made.difference < 1e-4
 
 
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
@@ -123,13 +124,14 @@ def test_a_torchvision_network(format: Format, tmp_path: Path) -> None:
 
     net = torchvision.models.resnet18(weights=None)
     stages = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
-    check(rf.enhance(net, stages=stages, num_classes=5, image_size=64).eval(), format, tmp_path / "file", (64, 64))
+    model = rf.enhance(net, stages=stages, num_classes=5, image_size=64).eval()
+    assert check(model, format, tmp_path / "file", (64, 64)).outputs == ("logits", "restored")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist/mini-fpd", "mnist/mini-fpd-adversarial"])
 def test_shipped_networks_of_mnist(name: str, tmp_path: Path) -> None:
-    check(cast(FPD, rf.load(name)), "onnx", tmp_path / "file", (28, 28))
+    assert check(cast(FPD, rf.load(name)), "onnx", tmp_path / "file", (28, 28)).difference < 1e-4
 
 
 def test_a_plain_network(tmp_path: Path) -> None:

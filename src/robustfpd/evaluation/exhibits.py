@@ -257,8 +257,14 @@ class Exhibits:
         fpd = getattr(self.bench.classifier, "fpd", None)
         if not adversarial or not isinstance(fpd, FPD):
             return None
-        parts = torch.split(torch.stack(adversarial), self.bench.batch_size)
-        return torch.cat([fpd.restore(part.to(self.bench.device)).cpu() for part in parts])
+        restored: list[Tensor] = []
+
+        def restore() -> None:
+            for part in torch.split(torch.stack(adversarial), self.bench.batch_size):
+                restored.append(fpd.restore(part.to(self.bench.device)).cpu())
+
+        self._guarded("nothing was restored", restore)
+        return torch.cat(restored) if sum(map(len, restored)) == len(adversarial) else None
 
     def _go_on(self) -> None:
         """Take up what this evaluation had kept before it was killed; whatever else lies there is another's."""
