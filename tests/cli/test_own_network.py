@@ -61,7 +61,7 @@ def test_from_photographs_and_a_network_to_an_evaluation(
     assert "3 classes of 3×16×16 images" in capsys.readouterr().out
     main(train)
     run = Path("runs/folder-mini-plain" if plain else "runs/folder-mini")
-    assert f"next: robustfpd evaluate {run} --trust-code\n" in capsys.readouterr().out.replace(sys.argv[0], "robustfpd")
+    assert f"next: robustfpd evaluate {run} --trust-code\n" in capsys.readouterr().out
     assert load_run(run / "config.yaml").data.root == "photos"
     words = ["evaluate", str(run), "--suite", "first-look", "--num-images", "3", "--json"]
     main([*words, "--trust-code"])  # knows where the images are
