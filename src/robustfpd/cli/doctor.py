@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from robustfpd.cli.output import Output
     from robustfpd.cli.subjects import Subject
     from robustfpd.config import DataConfig
     from robustfpd.evaluation.doctor import Finding
@@ -86,16 +87,21 @@ def doctor(
         pixels = splits.test.floats(_drawn(len(splits.test), num_images, seed))
         classes = splits.info.num_classes
         findings = diagnose(classifier.to(chosen), pixels, num_images=num_images, num_classes=classes, seed=seed)
+    _tell(output, findings, found.name, config.dataset, len(pixels[1]))
+    if any(finding.outcome == "problem" for finding in findings):
+        raise SystemExit(PROBLEM)
+
+
+def _tell(output: Output, findings: Sequence[Finding], name: str, dataset: str, images: int) -> None:
+    """The findings, for machines and for people."""
     problems = sum(finding.outcome == "problem" for finding in findings)
     output.result({
-        "model": found.name, "dataset": config.dataset, "images": len(pixels[1]), "problems": problems,
+        "model": name, "dataset": dataset, "images": images, "problems": problems,
         "findings": [finding.model_dump() for finding in findings],
     })  # fmt: skip
     output.say(_table(findings))
-    for line in _summary(findings, found.name, config.dataset, len(pixels[1])):
+    for line in _summary(findings, name, dataset, images):
         output.explain(line)
-    if problems:
-        raise SystemExit(PROBLEM)
 
 
 def _settings(

@@ -60,7 +60,6 @@ def train(
     """
     from robustfpd import config as configuration
     from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
-    from robustfpd.models.foreign import needs_trust
 
     run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
     run = run.twin() if plain else run
@@ -89,8 +88,7 @@ def train(
         result = _train(stage, resume, str(chosen), output, command, title)
         output.say(_ending(result, stage.run))
         results.append(_found(stage, result))
-    trusting = " --trust-code" if needs_trust(run.model.backbone) else ""
-    output.say(f"next: {program()} evaluate {shlex.quote(str(planned[-1].folder))}{trusting}")
+    output.say(f"next: {_evaluating(planned[-1])}")
     output.result({"recipe": recipe, "seed": run.seed, "stages": results})
 
 
@@ -101,6 +99,15 @@ class Planned:
     run: RunConfig
     folder: Path
     start: Path | None
+
+
+def _evaluating(stage: Planned) -> str:
+    """The command that attacks what was trained."""
+    from robustfpd.cli.running import program
+    from robustfpd.models.foreign import needs_trust
+
+    trusting = " --trust-code" if needs_trust(stage.run.model.backbone) else ""
+    return f"{program()} evaluate {shlex.quote(str(stage.folder))}{trusting}"
 
 
 def _stage_names(text: str) -> list[StageName]:
