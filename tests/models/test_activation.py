@@ -50,6 +50,42 @@ def test_the_second_derivative_is_that_of_torch() -> None:
     assert torch.allclose(curvature(ELU(), x), curvature(nn.ELU(), x), atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 200, 300), (2, 3, 4, 5), (0, 3)])
+def test_large_and_halved_numbers_are_those_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (3 * torch.randn(shape)).to(dtype)
+    expected = F.elu(x)
+    maps = [x, x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else [x]
+    for values in (*maps, x.transpose(0, 1).transpose(0, 1)):
+        assert torch.allclose(ELU()(values), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_in_place_it_overwrites_its_input_and_the_gradient_is_the_same() -> None:
+    leaf = torch.randn(4, 3, 2, 2, requires_grad=True)
+    expected = F.elu(2 * leaf)
+    (slope,) = torch.autograd.grad(expected.square().sum(), leaf)
+    doubled = 2 * leaf
+    out = ELU(inplace=True)(doubled)
+    assert out.data_ptr() == doubled.data_ptr()
+    (found,) = torch.autograd.grad(out.square().sum(), leaf)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(found, slope, atol=1e-5)
+
+
+def test_an_overwritten_input_that_is_still_needed_is_noticed() -> None:
+    leaf = torch.randn(4, requires_grad=True)
+    squared = leaf.exp()  # its gradient needs its value
+    out = ELU(inplace=True)(squared)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_what_was_in_place_stays_so() -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU(), nn.GELU())
+    swap_activations(net)
+    assert [m.inplace for m in net if isinstance(m, ELU)] == [True, False, False]
+
+
 def test_its_input_is_left_alone() -> None:
     x = torch.randn(10)
     before = x.clone()

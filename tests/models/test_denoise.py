@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustfpd.errors import InputError
+from robustfpd.models import denoise
 from robustfpd.models.denoise import (
     Bottleneck,
     NonLocal,
@@ -144,6 +145,9 @@ def test_affinities_have_the_right_gradient(kind: Any) -> None:
     assert torch.autograd.gradcheck(affinity(kind), (x,))
     wide = maps((1, 6, 2, 2), 0).requires_grad_()
     assert torch.autograd.gradcheck(affinity(kind), (wide,))
+    kept = lambda y: affinity(kind)(y, kept=0.5)  # noqa: E731
+    assert torch.autograd.gradcheck(kept, (x,))
+    assert torch.autograd.gradgradcheck(kept, (x,))
 
 
 def test_a_bottleneck_with_the_identity_is_the_dot_product_layer() -> None:
@@ -178,3 +182,16 @@ def test_between_the_passes_other_kinds_mean_the_dot_product(kind: Any) -> None:
 def test_channels_last_maps_give_the_same(kind: Any) -> None:
     x = maps((2, 4, 3, 5), 0)
     assert torch.allclose(affinity(kind)(x.contiguous(memory_format=torch.channels_last)), affinity(kind)(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_of_a_map_are_not_copied(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
+    assert denoise._rows(x).data_ptr() == x.data_ptr()
+    assert dot_product(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["dot", "softmax", "gaussian"])
+def test_what_is_kept_is_added(kind: Any) -> None:
+    x = maps((2, 3, 4, 5), 0)
+    assert torch.allclose(affinity(kind)(x, kept=2.0), 2 * x + affinity(kind)(x), atol=1e-12)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError
+from robustfpd.models.folding import Layer, fold
 
 
 class RestorationDecoder(nn.Module):
@@ -51,11 +52,22 @@ class RestorationDecoder(nn.Module):
         p = maps.pop()
         while maps:
             lateral = maps.pop()
-            p = lateral + F.interpolate(p, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        restored: Tensor = self.upscale(self.smooth(p))
+            p = F.interpolate(p, size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
+        restored = self._upscaled(p)
         if restored.shape[-2:] != size:  # odd sides: strided stages round, transposed convolutions double
             restored = F.interpolate(restored, size=size, mode="bilinear", align_corners=False)
         return restored
+
+    def _upscaled(self, p: Tensor) -> Tensor:
+        """Smoothing and transposed convolutions, which are linear, as few convolutions as they make."""
+        folded = fold([self.smooth, *self._transposed()])
+        if folded is not None:
+            return folded(p)
+        restored: Tensor = self.upscale(self.smooth(p))
+        return restored
+
+    def _transposed(self) -> list[Layer]:
+        return [layer for layer in self.upscale if isinstance(layer, nn.ConvTranspose2d)]
 
 
 def _upscaling(reduction: int, width: int, out_channels: int, unstrided_kernel: int) -> list[nn.Module]:

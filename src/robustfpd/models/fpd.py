@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TaskConfig
@@ -82,7 +83,7 @@ class Defendable(nn.Module, ABC):
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.dtype)  # float64 images, as numpy makes them, go through a float32 model
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _pooled(self, features: list[Tensor]) -> Tensor:
         pooled: Tensor = self.dropout(features[-1].mean(dim=(2, 3)))
@@ -133,7 +134,7 @@ class FPD(Defendable):
         features = self._features(images, raw=self.config.pyramid_reads == "raw")
         levels = len(self.decoder.laterals)
         height, width = images.shape[-2:]
-        restored: Tensor = self.decoder(features[-levels:], self.backbone.padded((height, width)))
+        restored: Tensor = self.decoder(features[-levels:], self.backbone.padded((height, width))).to(self.mean.dtype)
         if self.config.normalise == "once":
             restored = restored * self.std + self.mean
         return restored[:, :, :height, :width]
