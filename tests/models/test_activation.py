@@ -77,7 +77,7 @@ def test_an_overwritten_input_that_is_still_needed_is_noticed() -> None:
     squared = leaf.exp()  # its gradient needs its value
     out = ELU(inplace=True)(squared)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()  # type: ignore[no-untyped-call]
+        out.sum().backward()
 
 
 def test_what_was_in_place_stays_so() -> None:

@@ -5,6 +5,7 @@ from robustfpd.config.base import (
     DATASETS,
     DEVICES,
     NORMS,
+    PRECISIONS,
     STAGES,
     SUITES,
     Config,
@@ -12,6 +13,7 @@ from robustfpd.config.base import (
     Head,
     Middle,
     Norm,
+    Precision,
     Protocol,
     StageName,
 )
@@ -26,8 +28,8 @@ from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_na
 from robustfpd.config.run import AugmentConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
 
 __all__ = [
-    "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "RECIPES", "STAGES", "SUITES", "AdversarialConfig",
-    "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle", "ModelConfig", "Norm",
-    "OptimizerConfig", "ProcedureConfig", "Protocol", "RunConfig", "ScheduleConfig", "StageName", "TaskConfig",
-    "TrainingConfig", "load_run", "parse", "recipe", "recipe_names",
+    "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
+    "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle",
+    "ModelConfig", "Norm", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
+    "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "load_run", "parse", "recipe", "recipe_names",
 ]  # fmt: skip

@@ -12,9 +12,11 @@ Middle = Literal["input", "restored", "none"]
 Head = Literal["tanh", "spectral", "orthogonal", "linear"]
 StageName = Literal["two-phase", "adversarial"]
 Protocol = Literal["corrected", "published"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 NORMS: tuple[str, ...] = get_args(Norm)
 STAGES: tuple[str, ...] = get_args(StageName)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 DATASETS = ("caltech101", "caltech256", "cifar10", "digits", "fashion_mnist", "folder", "mnist", "svhn")
 """Names of the data sets, as `robustfpd.data` has them: known here so that asking for one takes no torch."""
 SUITES = ("first-look", "full", "pgd-100", "published", "published-mnist", "quick", "standard")

@@ -79,10 +79,18 @@ class TrainingConfig(ProcedureConfig):
     """Weight of the restoration loss in phase 1."""
     alpha_restore_second: float = Field(default=1.0, ge=0)
     """Weight of the restoration loss in phase 2."""
-    second_pass: Literal["detached", "joint", "through"] = "detached"
+    second_pass: Literal["detached", "joint", "shared", "through"] = "detached"
     """`detached`: phase 2 is a step of its own whose gradient stops at the restored image; `joint`: both phases in one
-    backward and one step; `through` (published code): a step of its own whose gradient goes on into phase 1's graph,
-    whose weights have moved since."""
+    backward and one step; `shared`: as `joint`, with phase 1's back pass taken for phase 2's front pass, so that three
+    passes through the backbone do for four (adversarial training takes `joint`); `through` (published code): a step of
+    its own whose gradient goes on into phase 1's graph, whose weights have moved since."""
+    second_every: int = Field(default=1, ge=1)
+    """Phase 2 follows in the first of every so many batches of an epoch."""
+
+    @property
+    def steps_per_batch(self) -> float:
+        """Optimiser steps that a batch takes while the gate is open, on average."""
+        return 1.0 if self.second_pass in ("joint", "shared") else 1 + 1 / self.second_every
 
 
 class AdversarialConfig(ProcedureConfig):

@@ -214,6 +214,15 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Attacks."""
 
+    @model_validator(mode="after")
+    def _maps_to_share(self) -> RunConfig:
+        if self.training.second_pass == "shared" and self.model.pyramid_reads == "raw":
+            raise ValueError(
+                "training.second_pass=shared needs model.pyramid_reads=denoised: the maps it shares are those that "
+                "the next stage reads"
+            )
+        return self
+
     @property
     def procedure(self) -> ProcedureConfig:
         """Epochs, optimiser and the like of this run's stage."""
@@ -222,16 +231,16 @@ class RunConfig(Config):
     def twin(self) -> RunConfig:
         """The plain twin's run: same data, noise and number of optimiser steps, no defence.
 
-        Where the FPD's second pass is an optimiser step of its own, the twin runs twice the epochs, with twice the
-        patience. Where the gate was shut, and in clean epochs before the first attack, the FPD took one step, so the
-        twin has a few more.
+        Where the FPD's second pass is an optimiser step of its own, the twin runs more epochs, twice as many if it
+        follows every batch, and has as much more patience. Where the gate was shut, and in clean epochs before the
+        first attack, the FPD took one step, so the twin has a few more.
         """
-        twice = self.training.second_pass != "joint"
+        longer = self.training.steps_per_batch
         return self.model_copy(
             update={
                 "model": self.model.twin(),
-                "training": _longer(self.training, 2 if twice else 1),
-                "adversarial": _longer(self.adversarial, 2 if twice and self.adversarial.second_pass else 1),
+                "training": _longer(self.training, longer),
+                "adversarial": _longer(self.adversarial, longer if self.adversarial.second_pass else 1),
             }
         )
 
@@ -245,8 +254,10 @@ class RunConfig(Config):
 P = TypeVar("P", bound=ProcedureConfig)
 
 
-def _longer(old: P, factor: int) -> P:
+def _longer(old: P, factor: float) -> P:
     """The same procedure over `factor` times the epochs."""
-    patience = None if old.early_stop_patience is None else old.early_stop_patience * factor
-    schedule = old.schedule.model_copy(update={"patience": old.schedule.patience * factor})
-    return old.model_copy(update={"epochs": old.epochs * factor, "early_stop_patience": patience, "schedule": schedule})
+    patience = None if old.early_stop_patience is None else round(old.early_stop_patience * factor)
+    schedule = old.schedule.model_copy(update={"patience": round(old.schedule.patience * factor)})
+    return old.model_copy(
+        update={"epochs": round(old.epochs * factor), "early_stop_patience": patience, "schedule": schedule}
+    )

@@ -128,12 +128,28 @@ class FPD(Defendable):
         restored = self.restore(images)
         return FPDOutput(self.head(self.back(restored, images)), restored)
 
+    def with_maps(self, images: Tensor) -> tuple[FPDOutput, list[Tensor]]:
+        """What `forward` gives, and the maps of the back pass, from which `again` goes on."""
+        restored = self.restore(images)
+        maps = self._features(self.between(restored, images))
+        return FPDOutput(self.head(self._pooled(maps)), restored), maps
+
+    def again(self, maps: list[Tensor], restored: Tensor) -> FPDOutput:
+        """Classify and restore once more what was restored, with a back pass's maps for those of another front pass.
+
+        That back pass saw the same images, but for the middle denoising.
+        """
+        again = self._decoded(maps, restored.shape[-2:])
+        return FPDOutput(self.head(self.back(again, restored)), again)
+
     def restore(self, images: Tensor) -> Tensor:
         """Front pass (FPD_FD) and restoration (FPD_R): images → restored images, N×C×H×W."""
         self._check(images)
         features = self._features(images, raw=self.config.pyramid_reads == "raw")
-        levels = len(self.decoder.laterals)
-        height, width = images.shape[-2:]
+        return self._decoded(features, images.shape[-2:])
+
+    def _decoded(self, features: list[Tensor], size: tuple[int, ...]) -> Tensor:
+        levels, (height, width) = len(self.decoder.laterals), size
         restored: Tensor = self.decoder(features[-levels:], self.backbone.padded((height, width))).to(self.mean.dtype)
         if self.config.normalise == "once":
             restored = restored * self.std + self.mean

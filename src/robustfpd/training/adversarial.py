@@ -51,7 +51,9 @@ def adversarial_step(config: TrainingConfig, settings: AdversarialConfig, unit: 
     under the same settings; None, before the start epoch, trains on clean images alone.
     """
 
-    def step(model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update) -> StepResult:
+    def step(
+        model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
+    ) -> StepResult:
         parts, restored = _passes(model, clean, perturbed, labels, settings)
         first, scale = parts[0], settings.restored_scale
         restoration = None if first.restored is None else F.mse_loss(scale * first.restored / unit, first.target / unit)
@@ -60,7 +62,8 @@ def adversarial_step(config: TrainingConfig, settings: AdversarialConfig, unit: 
             return _result(parts, restoration, None, gate_open=False)
         objectives = [first.objective(config, unit, scale), *(part.objective(config, unit) for part in parts[1:])]
         loss = torch.stack(objectives).mean()
-        if restored is None or perturbed is None or not settings.second_pass:
+        once = not settings.second_pass or index % config.second_every > 0
+        if restored is None or perturbed is None or once:
             update(loss)
             return _result(parts, restoration, None)
         return _result(parts, restoration, second_phase(model, restored, clean, labels, loss, config, update, unit))

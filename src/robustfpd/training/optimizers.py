@@ -11,11 +11,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig
 
+# Fused: each parameter goes through memory once a step, on CPUs as on GPUs. Adamax has no such form.
 _OPTIMIZERS: dict[str, Callable[[Any, OptimizerConfig], Optimizer]] = {
-    "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay),
+    "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
     "adamax": lambda groups, c: torch.optim.Adamax(groups, lr=c.lr, weight_decay=c.weight_decay),
-    "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay),
-    "sgd": lambda groups, c: torch.optim.SGD(groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum),
+    "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
+    "sgd": lambda groups, c: torch.optim.SGD(
+        groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=True
+    ),
 }
 
 

@@ -6,6 +6,7 @@ the restoration learn; below it everything learns, then once more from the resto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.config import TrainingConfig
-from robustfpd.models import FPD, Plain
+from robustfpd.models import FPD, FPDOutput, Plain
 from robustfpd.training.objectives import PassLosses, first_objective, pass_losses, second_objective
 
 GROUPS = ("front_and_pyramid", "upscaling", "head")
@@ -56,17 +57,20 @@ class Step(Protocol):
     """A training step on one batch."""
 
     def __call__(
-        self, model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update
+        self, model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
     ) -> StepResult:
-        """Train `model` on a batch through `update`; `perturbed` are the noisy or adversarial images."""
+        """Train `model` on a batch, the epoch's `index`-th, through `update`; `perturbed` are noisy or adversarial."""
 
 
 def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
     """Return the step of two-phase training under `config`; `unit` is that of the restoration loss, in pixels."""
 
-    def step(model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update) -> StepResult:
+    def step(
+        model: Any, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
+    ) -> StepResult:
         assert perturbed is not None
-        first = model(perturbed)
+        shared = config.second_pass == "shared"
+        first, maps = model.with_maps(perturbed) if shared else (model(perturbed), None)
         losses = pass_losses(first.logits, first.restored, clean, labels, unit)
         correct = (first.logits.argmax(dim=1) == labels).sum()
         ce, restoration = losses.ce.detach(), losses.restoration.detach()
@@ -74,7 +78,11 @@ def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
             update(config.alpha_restore * losses.restoration, only=gated(config))
             return StepResult(ce, restoration, None, None, False, correct, len(labels))
         loss = first_objective(losses, config)
-        second = second_phase(model, first.restored, clean, labels, loss, config, update, unit)
+        if index % config.second_every:
+            update(loss)
+            return StepResult(ce, restoration, None, None, True, correct, len(labels))
+        again = None if maps is None else lambda: model.again(maps, first.restored)
+        second = second_phase(model, first.restored, clean, labels, loss, config, update, unit, again=again)
         return StepResult(ce, restoration, second.ce.detach(), second.restoration.detach(), True, correct, len(labels))
 
     return step
@@ -82,18 +90,21 @@ def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
 
 def second_phase(
     model: nn.Module, restored: Tensor, clean: Tensor, labels: Tensor, loss: Tensor, config: TrainingConfig,
-    update: Update, unit: Tensor | float = 1.0,
+    update: Update, unit: Tensor | float = 1.0, *, again: Callable[[], FPDOutput] | None = None,
 ) -> PassLosses:  # fmt: skip
-    """Step on phase 1's `loss`, and on phase 2's, from the restored images, as `config.second_pass` says."""
-    if config.second_pass == "joint":
-        again = model(restored)
-        second = pass_losses(again.logits, again.restored, clean, labels, unit)
+    """Step on phase 1's `loss`, and on phase 2's, from the restored images, as `config.second_pass` says.
+
+    `again` gives what phase 2 gives where it is not the whole model on the restored images.
+    """
+    if config.second_pass in ("joint", "shared"):
+        out = again() if again is not None else model(restored)
+        second = pass_losses(out.logits, out.restored, clean, labels, unit)
         update(loss + second_objective(second, config))
         return second
     through = config.second_pass == "through"
     update(loss, keep_graph=through)
-    again = model(restored if through else restored.detach())
-    second = pass_losses(again.logits, again.restored, clean, labels, unit)
+    out = model(restored if through else restored.detach())
+    second = pass_losses(out.logits, out.restored, clean, labels, unit)
     update(second_objective(second, config))
     return second
 
@@ -108,7 +119,9 @@ def gated(config: TrainingConfig) -> frozenset[str]:
 def plain_step(config: TrainingConfig) -> Step:
     """Return the twin's step: cross-entropy on the same noisy images."""
 
-    def step(model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update) -> StepResult:
+    def step(
+        model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
+    ) -> StepResult:
         assert perturbed is not None
         logits = model(perturbed)
         loss = F.cross_entropy(logits, labels)

@@ -1,0 +1,90 @@
+"""What options of training that change the arithmetic cost in accuracy and save in time, on MNIST `mini` made short.
+
+    python benchmarks/training_options.py --data-root data --seeds 3
+
+Each option trains mnist/mini on 10,000 images for 2 epochs, on one thread, from several seeds; then all test images are
+classified, and some attacked by PGD-20 on the logits before the tanh. Writes results/benchmark/training_options.json as
+it goes, and goes on where it was stopped. Steps of the options are not interleaved here: for times see
+`robustfpd benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import robustfpd as rf
+from robustfpd import data
+from robustfpd.attacks import adaptive
+from robustfpd.config import Precision, recipe
+from robustfpd.provenance import environment
+
+RESULTS = Path("results/benchmark/training_options.json")
+OPTIONS: dict[str, tuple[Precision, list[str]]] = {
+    "fp32": ("fp32", []),
+    "bf16": ("bf16", []),
+    "bf16, joint": ("bf16", ["training.second_pass=joint"]),
+    "bf16, shared": ("bf16", ["training.second_pass=shared"]),
+    "bf16, second_every 2": ("bf16", ["training.second_every=2"]),
+}
+EPS, STEPS = 0.1, 20
+
+
+def measure(option: str, seed: int, root: str, attacked: int) -> dict[str, Any]:
+    """Train once; return accuracies as fractions and seconds of training."""
+    precision, words = OPTIONS[option]
+    short = [*words, f"seed={seed}", "training.epochs=2", "data.train_limit=10000", f"data.root={root}"]
+    config = recipe("mnist/mini", short)
+    with tempfile.TemporaryDirectory() as folder:
+        result = rf.train(config, Path(folder) / "run", device="cpu", precision=precision)
+    images, labels = data.load(config.data).test.floats()
+    views = adaptive.views(result.model.classifier())
+    clean = classify(result.model.classifier(), images)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:attacked]
+    x, y = images[chosen], labels[chosen]
+    found = torch.cat([
+        rf.attacks.pgd(views["pre-squash"], a, b, eps=EPS, norm="linf", steps=STEPS)
+        for a, b in zip(x.split(100), y.split(100), strict=True)
+    ])  # fmt: skip
+    kept = (classify(result.model.classifier(), found) == y) & (clean[chosen] == y)
+    return {
+        "option": option, "seed": seed, "clean": float((clean == labels).float().mean()),
+        "robust": float(kept.float().mean()), "attacked": attacked,
+        "seconds": sum(epoch.seconds for epoch in result.history),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def classify(classifier: torch.nn.Module, images: Tensor) -> Tensor:
+    """Predicted classes, N."""
+    return torch.cat([classifier(x).argmax(dim=1) for x in images.split(500)])
+
+
+def main() -> None:
+    """Measure what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--attacked", type=int, default=500)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+    for seed in range(given.seeds):
+        for option in OPTIONS:
+            if any((run["option"], run["seed"]) == (option, seed) for run in found):
+                continue
+            found.append(measure(option, seed, given.data_root, given.attacked))
+            print(json.dumps(found[-1]), flush=True)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            settings = {"train_limit": 10000, "epochs": 2, "eps": EPS, "norm": "linf", "steps": STEPS}
+            RESULTS.write_text(json.dumps({**settings, "environment": environment(), "runs": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
