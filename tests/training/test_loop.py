@@ -206,11 +206,12 @@ def test_each_step_gets_augmented_images_and_the_same_with_noise(
         step = two_phase_step(settings, unit)
 
         def watching(
-            model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update
+            model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
         ) -> StepResult:
             assert perturbed is not None
+            assert index == len(seen)
             seen.append((clean, perturbed))
-            return step(model, clean, perturbed, labels, update)
+            return step(model, clean, perturbed, labels, update, index)
 
         return watching
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustfpd.config import OptimizerConfig, TrainingConfig, parse
+from robustfpd.config import OptimizerConfig, RunConfig, TrainingConfig, parse
+from robustfpd.errors import InputError
 from robustfpd.models import FPD, Plain, build, enhance
 from robustfpd.training.optimizers import make_optimizer
 from robustfpd.training.phases import GROUPS, Update, parameter_groups, plain_step, two_phase_step
@@ -118,6 +120,61 @@ def test_joint_is_the_sum_of_both_phases() -> None:
         model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach()))
     )
     assert losses == pytest.approx([float(torch.as_tensor(expected).detach())], rel=1e-5)
+
+
+def _gradients(model: FPD, config: TrainingConfig) -> list[Tensor]:
+    clean, noisy, labels = _batch()
+    two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: loss.backward())
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_a_shared_back_pass_is_the_second_front_pass_where_nothing_stands_between() -> None:
+    model = _model()
+    joint = TrainingConfig(threshold=1e9, second_pass="joint")
+    shared = TrainingConfig(threshold=1e9, second_pass="shared")
+    for middle, alike in (("none", True), ("input", False)):
+        model.config = model.config.model_copy(update={"middle": middle})
+        expected, found = (_gradients(copy.deepcopy(model), config) for config in (joint, shared))
+        assert len(found) == len(expected) > 0
+        apart = [float((a - b).abs().max() / (a.abs().max() + 1)) for a, b in zip(expected, found, strict=True)]
+        same = max(apart) < 1e-4
+        assert same is alike
+
+
+@pytest.mark.parametrize("mode", ["detached", "joint", "shared"])
+def test_a_shared_back_pass_saves_one_of_four_passes(mode: Literal["detached", "joint", "shared"]) -> None:
+    model, passes = _model(), [0]
+    model.backbone.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    _gradients(model, TrainingConfig(threshold=1e9, second_pass=mode))
+    assert passes[0] == (3 if mode == "shared" else 4)
+
+
+def test_phase_two_follows_every_so_many_batches() -> None:
+    model, losses = _model(), list[int]()
+    clean, noisy, labels = _batch()
+    step = two_phase_step(TrainingConfig(threshold=1e9, second_every=3))
+    for index in range(5):
+        steps: list[float] = []
+        result = step(
+            model, clean, noisy, labels, lambda loss, steps=steps, **_: steps.append(float(loss.detach())), index
+        )
+        losses.append(len(steps))
+        assert (result.second_ce is None) == (len(steps) == 1)
+    assert losses == [2, 1, 1, 2, 1]
+
+
+def test_the_twin_takes_as_many_steps_as_phase_two_makes() -> None:
+    def epochs(**training: Any) -> int:
+        return parse(RunConfig, {"training": {"epochs": 12, **training}}).twin().training.epochs
+
+    assert [epochs(), epochs(second_every=3), epochs(second_pass="joint"), epochs(second_pass="shared")] == [
+        24, 16, 12, 12,
+    ]  # fmt: skip
+
+
+def test_maps_of_another_kind_cannot_be_shared() -> None:
+    with pytest.raises(InputError, match=r"needs model\.pyramid_reads=denoised"):
+        parse(RunConfig, {"training": {"second_pass": "shared"}, "model": {"pyramid_reads": "raw"}})
 
 
 def test_parameter_groups_tell_pyramid_upscaling_and_head_apart() -> None:

@@ -13,7 +13,7 @@ from robustfpd.cli.output import Output
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from robustfpd.config import RunConfig, StageName
+    from robustfpd.config import Precision, RunConfig, StageName
     from robustfpd.training import TrainResult
 
 
@@ -30,6 +30,7 @@ def train(
     plain: bool = False,
     resume: bool = False,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     dry_run: bool = False,
     json: bool = False,
     quiet: bool = False,
@@ -54,6 +55,8 @@ def train(
         plain: train the plain twin instead: no defence, same data, noise and number of optimiser steps.
         resume: go on after the last whole epoch of an interrupted run.
         device: auto, cpu, cuda or mps.
+        precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
+            at it, else fp32.
         dry_run: tell the plan, its cost in passes and an estimate of the time; train and write nothing.
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
@@ -78,14 +81,14 @@ def train(
     chosen = torch_device(device)
     options = {
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
-        "--device": device,
+        "--device": device, "--precision": precision,
     }  # fmt: skip
     flags = [word for word, on in (("--plain", plain), ("--download", download)) if on]
     command = [program(), "train", recipe, *settings, *_words(options), *flags]
     results = []
     for stage in planned:
         title = f"training {recipe}{' (plain twin)' if plain else ''}, stage {stage.run.stage}, into {stage.folder}"
-        result = _train(stage, resume, str(chosen), output, command, title)
+        result = _train(stage, resume, str(chosen), precision, output, command, title)
         output.say(_ending(result, stage.run))
         results.append(_found(stage, result))
     output.say(f"next: {_evaluating(planned[-1])}")
@@ -148,8 +151,8 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
 
 
 def _train(
-    stage: Planned, resume: bool, device: str, output: Output, command: list[str], title: str
-) -> TrainResult:  # fmt: skip
+    stage: Planned, resume: bool, device: str, precision: Precision, output: Output, command: list[str], title: str
+) -> TrainResult:
     """Train one stage; on Ctrl-C say what is kept and how to go on, and leave with 130."""
     from robustfpd import training
     from robustfpd.cli.display import training_display
@@ -159,7 +162,13 @@ def _train(
     try:
         with training_display(output.console, stage.run.data.dataset, title) as observer:
             return training.train(
-                stage.run, stage.folder, start=stage.start, resume=go_on, device=device, observer=observer
+                stage.run,
+                stage.folder,
+                start=stage.start,
+                resume=go_on,
+                device=device,
+                precision=precision,
+                observer=observer,
             )
     except KeyboardInterrupt:
         whole = folder.training_state()
@@ -201,7 +210,7 @@ def recipe_slug(recipe: str) -> str:
 
 def _words(options: dict[str, Any]) -> list[str]:
     """Flags and values as words; what is not given, or the default, is left out."""
-    defaults = {"--stages": "two-phase", "--protocol": "corrected"}
+    defaults = {"--stages": "two-phase", "--protocol": "corrected", "--precision": "auto"}
     return [
         word
         for name, value in options.items()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -37,7 +37,7 @@ from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.stepping import Stepper
 from robustfpd.training.validation import robust_accuracy, validate
 
-_FABRICS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+_FABRICS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 """Fabric's names of the precisions."""
 
 
@@ -89,7 +89,7 @@ def train(
         _take_over(model, Path(start), net, config.data.dataset)
     with _quiet():
         fabric = _fabric(device, precision, folder)
-        folder.begin(config, resume, fabric.device, splits, start)
+        folder.begin(config, resume, fabric.device, splits, start, chosen(precision, fabric.device))
         return _Training(config, folder, splits, model, fabric, observer or Observer()).run(net, resume)
 
 
@@ -280,9 +280,9 @@ def _fabric(device: str, precision: Precision, folder: RunFolder) -> Fabric:
     accelerator, _, index = device.partition(":")
     devices = [int(index)] if index.isdecimal() else 1
     try:
-        there = Fabric(accelerator=accelerator, devices=devices)  # type: ignore[arg-type]
+        there = Fabric(accelerator=accelerator, devices=devices)
         arithmetic = _FABRICS[chosen(precision, there.device)]
-        return Fabric(accelerator=accelerator, devices=devices, precision=arithmetic, loggers=logger)  # type: ignore[arg-type]
+        return Fabric(accelerator=accelerator, devices=devices, precision=arithmetic, loggers=logger)
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:

@@ -43,8 +43,9 @@ class RunFolder:
         return load_run(self.config_file)
 
     def begin(
-        self, config: RunConfig, resume: bool, device: torch.device, splits: Splits, start: str | Path | None = None
-    ) -> None:
+        self, config: RunConfig, resume: bool, device: torch.device, splits: Splits, start: str | Path | None = None,
+        precision: str = "fp32",
+    ) -> None:  # fmt: skip
         """Claim the folder for a run, or check that `config` is the run to be resumed."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; choose another folder with --out")
@@ -61,7 +62,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         config.save(self.config_file)
-        origin = {"data": _summary(splits), "start": None if start is None else str(start)}
+        origin = {"precision": precision, "data": _summary(splits), "start": None if start is None else str(start)}
         write_json(self.path / "environment.json", {**environment(device), **origin})
 
     def save_checkpoint(self, folder: Path, model: FPD | Plain, state: Mapping[str, Any] | None = None) -> None:
