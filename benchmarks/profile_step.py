@@ -1,0 +1,106 @@
+"""Where the time of a training step goes: an FPD's two-phase step beside its plain twin's, by kind of operation.
+
+    python benchmarks/profile_step.py resnet18 --size 64 --batch 32 --precision fp32
+
+Prints one line of JSON: milliseconds of each kind, as torch's profiler tells them; the profiler itself takes a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from robustfpd.config import ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
+from robustfpd.models import build
+from robustfpd.training.optimizers import make_optimizer
+from robustfpd.training.phases import parameter_groups, plain_step, two_phase_step
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "optimiser": ("Optimizer.", "clip"),
+    "convolutions": ("convolution", "conv2d"),
+    "batch norm": ("batch_norm",),
+    "denoising's products": ("bmm",),
+    "activations": ("elu", "Elu", "threshold", "clamp", "exp_", "sub_", "maximum"),
+}
+"""By parts of an operation's name, or of what it was called by; the rest is sums, copies and the like."""
+
+
+def kind_of(event: Any) -> str:
+    """The kind of an operation, looking outwards at what called it."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    for kind, parts in KINDS.items():
+        looked_at = names if kind == "optimiser" else names[:1]
+        if any(part in name for name in looked_at for part in parts):
+            return kind
+    return "the rest"
+
+
+def profiled(step: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Milliseconds of a step by kind."""
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(repeats):
+            step()
+    found: dict[str, float] = defaultdict(float)
+    for event in seen.events():
+        found[kind_of(event)] += event.self_cpu_time_total / 1000 / repeats
+    return dict(found)
+
+
+class Update:
+    """The optimiser's part of a step."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.optimizer = model, make_optimizer(parameter_groups(model), OptimizerConfig())  # type: ignore[arg-type]
+
+    def __call__(self, loss: torch.Tensor, **_: Any) -> None:
+        """Step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.profiler.record_function("clip"):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10)
+        self.optimizer.step()
+
+
+def main() -> None:
+    """Profile both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pyramid", type=int, default=None)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    task = TaskConfig(num_classes=10, in_channels=given.channels, image_size=(given.size, given.size))
+    config = ModelConfig(backbone=given.backbone, pyramid_channels=given.pyramid)
+    training = TrainingConfig(threshold=1e30)
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(given.batch, given.channels, given.size, given.size, generator=draws)
+    labels = torch.randint(0, 10, (given.batch,), generator=draws)
+    found: dict[str, Any] = {"backbone": given.backbone, "size": given.size, "precision": given.precision}
+    for name, settings, make in (("fpd", config, two_phase_step), ("plain", config.twin(), plain_step)):
+        model = build(task, settings, seed=0).train()
+        step, update = make(training), Update(model)
+
+        def once(model: Any = model, step: Any = step, update: Update = update) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
+                step(model, images, images, labels, update)
+
+        found[name] = {kind: round(ms, 1) for kind, ms in sorted(profiled(once, given.repeats).items())}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
