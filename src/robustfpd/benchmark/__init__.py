@@ -1,7 +1,8 @@
 """What the network, its training and the attacks cost, beside what they are compared with.
 
-One concept a file: `timing` (who is timed against whom), `result` (what is kept), `networks`, `attacks`, `suites` and
-`scaling` (what is run), `peers` (other libraries), `memory`, `machine`, `document` (the page), `running` (all together).
+One concept a file: `timing` (who is timed against whom), `result` (what is kept), `scale` (how much), `networks`,
+`attacks`, `suites` and `scaling` (what is run), `peers` (other libraries), `memory`, `machine`, `document` (the page),
+`running` (all together).
 Nothing here imports torch before it is needed.
 """
 

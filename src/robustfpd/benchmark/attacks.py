@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -126,12 +128,13 @@ def _passes(make: Callable[[Work], Run], work: Work) -> tuple[float, float]:
 
 
 def _seeded(run: Run) -> Run:
-    """Libraries draw from the global random states."""
+    """Libraries draw from the global random states, and print."""
 
     def seeded() -> Tensor:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - ART's source
-        return run()
+        with redirect_stdout(io.StringIO()):
+            return run()
 
     return seeded
 

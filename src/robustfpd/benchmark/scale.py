@@ -42,9 +42,12 @@ class Scale:
     suite_images: int
     queries: int
     """Square's, per image, in the suite of libraries."""
+    scaling_suite: str
     scaling_images: int
     trained: tuple[str, ...] = ("mnist/mini-plain", "digits/mini-fpd")
     """Networks to attack; the first whose images are there is."""
+    smoke: bool = False
+    """Too little for its numbers to mean anything."""
 
 
 FULL = Scale(
@@ -53,10 +56,10 @@ FULL = Scale(
         Network("resnet50", 224, 4),
     ),
     matmul=2048, batches=(16, 64, 128, 512), steps=40, apgd_steps=100, suite="standard", suite_images=200,
-    queries=5000, scaling_images=256,
+    queries=5000, scaling_suite="quick", scaling_images=256,
 )  # fmt: skip
 SMOKE = Scale(
     networks=(Network("resnet_mini", 8, 4, channels=1, pyramid_channels=4, step_bar=5.5),),
     matmul=64, batches=(4, 8), steps=3, apgd_steps=4, suite="first-look", suite_images=8,
-    queries=4, scaling_images=4,
+    queries=4, scaling_suite="first-look", scaling_images=4, smoke=True,
 )  # fmt: skip

@@ -36,7 +36,7 @@ def linear(scale: Scale, pace: Pace, target: Victim) -> Workload:
     def run(times: int) -> Callable[[], Any]:
         rows = torch.arange(len(work.images)).repeat(times)
         images, labels = work.images[rows], work.labels[rows]
-        return lambda: evaluate(work.classifier, (images, labels), suite="quick", eps=work.eps)
+        return lambda: evaluate(work.classifier, (images, labels), suite=scale.scaling_suite, eps=work.eps)
 
     contenders = [Contender(few, run(1)), Contender(many, run(TIMES))]
     timing = interleave(contenders, pace, synchronise=synchroniser(work.images.device), warm_ups=0)
@@ -50,7 +50,7 @@ def linear(scale: Scale, pace: Pace, target: Victim) -> Workload:
     ]  # fmt: skip
     measure = Measure(what=f"{TIMES}N images / N images", value=timing.ratio(many, few), bar=LINEAR)
     return Workload(
-        group=f"evaluate, suite quick, {NAMES['linf']}, eps {work.eps:g}: {target.name}", reference=few,
+        group=f"evaluate, suite {scale.scaling_suite}, {NAMES['linf']}, eps {work.eps:g}: {target.name}", reference=few,
         entries=tuple(entries), measures=(measure,),
     )  # fmt: skip
 

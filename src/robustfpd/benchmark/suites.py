@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +44,8 @@ def suite_workload(scale: Scale, pace: Pace, target: Victim) -> Workload:
 
     def libraries() -> Tensor:
         counted.reset()
-        return _libraries(theirs, scale)
+        with redirect_stdout(io.StringIO()):  # they print
+            return _libraries(theirs, scale)
 
     def ours() -> Any:
         return evaluate(work.classifier, (work.images, work.labels), suite=scale.suite, eps=work.eps, batch_size=BATCH)
@@ -88,12 +91,12 @@ def _fgsm(work: Work) -> Tensor:
     from foolbox.attacks import LinfFastGradientAttack
 
     model = PyTorchModel(work.classifier, bounds=(0, 1), device=work.images.device)
-    parts = zip(work.images.split(BATCH), work.labels.split(BATCH), strict=True)
+    parts = zip(torch.split(work.images, BATCH), torch.split(work.labels, BATCH), strict=True)
     return torch.cat([LinfFastGradientAttack().run(model, x, y, epsilon=work.eps) for x, y in parts])
 
 
 def _pgd(work: Work) -> Tensor:
-    parts = zip(work.images.split(BATCH), work.labels.split(BATCH), strict=True)
+    parts = zip(torch.split(work.images, BATCH), torch.split(work.labels, BATCH), strict=True)
     return torch.cat([foolbox_pgd(replace(work, images=x, labels=y))() for x, y in parts])
 
 
@@ -105,7 +108,7 @@ def _member(name: str, scale: Scale) -> Callable[[Work], Tensor]:
 
         peer = AutoAttack(
             work.classifier, attacks=[name], norm="Linf", eps=work.eps, seed=0, version="custom",
-            device=work.images.device, verbose=False,
+            device=work.images.device,
         )  # fmt: skip
         peer.apgd.n_restarts = peer.fab.n_restarts = peer.apgd_targeted.n_restarts = 1
         peer.apgd.n_iter = peer.apgd_targeted.n_iter = peer.fab.n_iter = scale.apgd_steps
@@ -121,4 +124,4 @@ def _member(name: str, scale: Scale) -> Callable[[Work], Tensor]:
 
 @torch.no_grad()
 def _right(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return torch.cat([classifier(x) for x in images.split(BATCH)]).argmax(dim=1) == labels
+    return torch.cat([classifier(x) for x in torch.split(images, BATCH)]).argmax(dim=1) == labels
