@@ -89,7 +89,7 @@ def interleave(
         if number >= pace.least and clock() - begun >= pace.limit:
             break
         first = number % len(contenders)
-        gc.collect()
+        gc.collect(1)
         for contender in (*contenders[first:], *contenders[:first]):
             timing.seconds[contender.name].append(_timed(contender, timing, synchronise, clock))
     return timing
