@@ -41,7 +41,7 @@ def _benchmark() -> Benchmark:
     (Bar(at_most=1.999), "×", "missed by less than 1 %"),
 ])  # fmt: skip
 def test_bars_are_computed(bar: Bar | None, unit: str, said: str) -> None:
-    assert verdict(Measure(what="", value=TWO, unit=unit, bar=bar)) == said  # type: ignore[arg-type]
+    assert verdict(Measure(what="", value=TWO, unit=unit, bar=bar)) == said
 
 
 def test_a_file_gives_the_page_that_its_benchmark_gave(tmp_path: Path) -> None:

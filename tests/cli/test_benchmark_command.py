@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from robustfpd.benchmark import networks
+from robustfpd.benchmark import memory
 from robustfpd.benchmark.memory import Memory
 from robustfpd.cli import main
 
@@ -18,7 +18,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_smoke_run_measures_writes_and_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(networks.memory, "measured", lambda network, name, device: Memory(*MEMORY[name]))
+    monkeypatch.setattr(memory, "measured", lambda network, name, device: Memory(*MEMORY[name]))
     (tmp_path / "stream_memory.json").write_text('starting\n{"gigabytes": 1.5}\n')
     words = ["--smoke", "--repeats", "3", "--limit", "0", "--device", "cpu", "--extra", "stream_memory.json"]
     main(["benchmark", *words, "--only", "model,scaling", "--out", "found", "--document", "page.md", "--json"])

@@ -24,7 +24,7 @@ ABOUT = {
     "model": (
         "FPD against its plain twin",
         "The same backbone without the defence, on the same random batch. Inference is `model.classifier()` in "
-        "inference mode. A training step is that of `robustfpd train`: forward, backward, clipping, Adam; the gate is "
+        "inference mode. A training step is that of real training: forward, backward, clipping, Adam; the gate is "
         "open, so that both phases run. fp32 is compared with the same step under bfloat16 autocast. The share of the "
         "matmul peak is the step's operations per second over those of one large product of matrices, which takes "
         "turns with it. Peak memory is of three steps in a process of its own, above a process without the network: "
