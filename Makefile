@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint types docs format setup clean
+DATA ?= data
+
+.PHONY: demo test test-slow lint types docs bench format setup clean
 
 demo: setup
 	$(BIN)/robustfpd demo
@@ -25,6 +27,10 @@ types: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -m pytest tests/test_site.py -m slow
+
+bench: setup
+	$(BIN)/robustfpd benchmark --data-root $(DATA) --out results/benchmark/
+	$(BIN)/robustfpd benchmark --read results/benchmark/*.json --document docs/benchmarks.md --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .
