@@ -37,7 +37,7 @@ class Pace:
         return f"{1000 * self.forward:.3g} ms forward and {1000 * self.backward:.3g} ms backward an image"
 
 
-def pace(network: nn.Module, task: TaskConfig, device: torch.device, *, training: bool) -> Pace:
+def pace(network: nn.Module, task: TaskConfig, device: torch.device, *, training: bool, bf16: bool = False) -> Pace:
     """Time a few passes of random images through a network, as training or as attacks ask for them."""
     import torch
 
@@ -48,7 +48,8 @@ def pace(network: nn.Module, task: TaskConfig, device: torch.device, *, training
     images = torch.rand(BATCH, task.in_channels, *task.image_size, device=device)
 
     def forward() -> Tensor:
-        out: Any = network(images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            out: Any = network(images)
         return out.logits.sum() + out.restored.sum() if isinstance(out, FPDOutput) else out.sum()
 
     def both() -> None:

@@ -76,7 +76,7 @@ def train(
     if dry_run:
         from robustfpd.cli.train_plan import tell_plan
 
-        tell_plan(output, planned, torch_device(device))
+        tell_plan(output, planned, torch_device(device), precision)
         return
     chosen = torch_device(device)
     options = {

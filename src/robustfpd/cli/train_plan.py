@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
     from robustfpd.attacks.cost import Passes
     from robustfpd.cli.train import Planned
-    from robustfpd.config import RunConfig
+    from robustfpd.config import Precision, RunConfig
     from robustfpd.data import Counts
 
 
-def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device) -> None:
+def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device, precision: Precision) -> None:
     """Tell each stage, its passes at most, and how long they would take; nothing is written."""
     from robustfpd import data
     from robustfpd.models import build
+    from robustfpd.models.precision import chosen
     from robustfpd.training.cost import stage_cost
 
     run = planned[0].run
@@ -29,16 +30,17 @@ def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device) 
     task = counts.info.task
     # Pretrained weights would have to be fetched, and take no less time than others.
     model = build(task, run.model.model_copy(update={"pretrained": False}), seed=run.seed)
-    speed = pace(model, task, device, training=True)
+    arithmetic = chosen(precision, device)
+    speed = pace(model, task, device, training=True, bf16=arithmetic == "bf16")
     output.say(_subject(run, counts, sum(p.numel() for p in model.parameters())), "")
     told = []
     for stage in planned:
         passes = stage_cost(stage.run, task, counts.train, counts.validation)
         output.say(f"stage {stage.run.stage}, into {stage.folder}", *_lines(stage, passes, speed), "")
         told.append(_values(stage, passes, speed))
-    output.say(f"timed now on {device}: {speed}", "dry run: nothing was trained or written")
+    output.say(f"timed now on {device} in {arithmetic}: {speed}", "dry run: nothing was trained or written")
     output.result({
-        "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
+        "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device), "precision": arithmetic,
         "settings": run.model_dump(mode="json"),
         "images": {"train": counts.train, "validation": counts.validation, "test": counts.test}, "stages": told,
     })  # fmt: skip
