@@ -40,8 +40,8 @@ def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device, 
         told.append(_values(stage, passes, speed))
     output.say(f"timed now on {device} in {arithmetic}: {speed}", "dry run: nothing was trained or written")
     output.result({
-        "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device), "precision": arithmetic,
-        "settings": run.model_dump(mode="json"),
+        "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
+        "precision": arithmetic, "settings": run.model_dump(mode="json"),
         "images": {"train": counts.train, "validation": counts.validation, "test": counts.test}, "stages": told,
     })  # fmt: skip
 
