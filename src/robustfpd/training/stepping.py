@@ -10,6 +10,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from robustfpd.training.fabric import replicated
+
 
 class Stepper:
     """The `phases.Update` of real training, on Fabric."""
@@ -17,10 +19,13 @@ class Stepper:
     def __init__(self, fabric: Fabric, model: Any, optimizer: Any, clip: float | None) -> None:
         """Bind to a model and an optimiser that `fabric.setup` returned; `clip` bounds the gradient's L2 norm."""
         self.fabric, self.model, self.optimizer, self.clip = fabric, model, optimizer, clip
+        self.replicated = replicated(model)
 
     def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
         """Step on `loss`, as `phases.Update` says."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.replicated is not None:
+            self.replicated.expect(loss)
         self.fabric.backward(loss, retain_graph=keep_graph)
         if self.clip is not None:
             # Infinite gradients are reported with the epoch's losses, where a message can say what to do.

@@ -1,0 +1,126 @@
+"""Lightning Fabric for a training: one device, or one for each of the processes that torchrun or SLURM started."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robustfpd.config import RunConfig
+from robustfpd.errors import InputError
+from robustfpd.launched import Launched
+from robustfpd.together import join
+from robustfpd.training.sharding import share_out
+
+
+def launch(config: RunConfig, device: str, precision: str, folder: Path) -> Fabric:
+    """Return the Fabric of a run, in each of its processes; `device` and `precision` as `train` has them.
+
+    Raises:
+        InputError: a device or a precision that is not there, or settings that several processes cannot keep.
+    """
+    logger = TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
+    accelerator, _, index = device.partition(":")
+    launched = Launched.now()
+    options: dict[str, Any] = {"devices": [int(index)] if index.isdecimal() else 1}
+    if launched.size > 1:
+        if index:
+            raise InputError(
+                f"{launched.size} processes take a GPU each, found device {device!r}; leave out its number"
+            )
+        check(config, launched)
+        join(device)
+        accelerator = accelerator if accelerator != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        strategy = _Sharded if config.procedure.strategy == "fsdp" else _Replicated
+        options = {
+            "devices": launched.local_size, "num_nodes": launched.nodes, "strategy": strategy(),
+            "plugins": [TorchElasticEnvironment()],
+        }  # fmt: skip
+    try:
+        fabric = Fabric(accelerator=accelerator, precision=precision, loggers=logger, **options)  # type: ignore[arg-type]
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None
+    return fabric
+
+
+def check(config: RunConfig, launched: Launched) -> None:
+    """Refuse settings that several processes cannot keep."""
+    settings = config.procedure
+    stage = "adversarial" if config.stage == "adversarial" else "training"
+    # Each process needs as much of the clean half of a batch as of the adversarial one.
+    halves = stage == "adversarial" and config.adversarial.batch == "halves"
+    parts = launched.size * (2 if halves else 1)
+    if settings.batch_size % parts:
+        near = max(parts, settings.batch_size // parts * parts)
+        why = f"{launched.size} processes" + (" with halves of their own" if halves else "")
+        raise InputError(
+            f"{stage}.batch_size is what all processes share, and must be a multiple of {parts} for {why}, found "
+            f"{settings.batch_size}; give {stage}.batch_size={near}"
+        )
+    through = config.training.second_pass == "through" and (stage == "training" or config.adversarial.second_pass)
+    if settings.strategy == "fsdp" and through:
+        raise InputError(
+            "training.second_pass=through goes back through weights that fsdp has shared out again; take "
+            f"{stage}.strategy=ddp, or training.second_pass=detached"
+        )
+
+
+class GradientsTogether(DistributedDataParallel):
+    """Torch's DDP, told of each loss before its backward pass.
+
+    By itself DDP concludes from the outputs of the last forward pass which gradients will come. That goes wrong here: a
+    shut gate leaves out the logits, `joint` runs two forward passes before one backward pass, `through` goes back
+    through one graph twice.
+    """
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run the module; buffers are not sent around."""
+        return self.module(*inputs, **options)
+
+    def expect(self, loss: Tensor) -> None:
+        """Get ready to average the gradients that `loss` will give."""
+        self.reducer.prepare_for_backward([loss])
+
+
+def replicated(model: nn.Module) -> GradientsTogether | None:
+    """What averages the gradients of a model that Fabric set up; None where nothing, or Fabric itself, does."""
+    return next((m for m in model.modules() if isinstance(m, GradientsTogether)), None)
+
+
+class _Replicated(DDPStrategy):
+    """Fabric's DDP, around `GradientsTogether`."""
+
+    def __init__(self) -> None:
+        # Buffers that arrive between two forward passes would change what the first one's backward pass needs.
+        super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Wrap the model; weights and buffers become those of process 0."""
+        devices = self._determine_ddp_device_ids()
+        # As Fabric does, on a stream beside the default one.
+        with torch.cuda.stream(torch.cuda.Stream()) if devices is not None else nullcontext():  # type: ignore[no-untyped-call]
+            return GradientsTogether(module, device_ids=devices, **self._ddp_kwargs)
+
+
+class _Sharded(_Replicated):
+    """FSDP: torch's `fully_shard`, in place, with the whole model as one unit.
+
+    Not Fabric's own FSDP strategy, which refuses CPUs and loses parameters that a shut gate leaves without gradient.
+    One unit: smaller ones would have to survive a backbone that runs twice in a forward pass and leaves early, and what
+    fills memory here are activations, not weights.
+    """
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Share out the weights of the model, which all processes have made alike; they become other parameters."""
+        share_out(module, self.root_device)
+        return module
