@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ def averaged(means: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
     """Give all processes the means of their batch norms' running statistics, which each took of its own images."""
-    size = Processes.now().size
     running = [
         statistic
         for norm in model.modules()
@@ -43,9 +43,16 @@ def average_statistics(model: nn.Module) -> None:
         for statistic in (norm.running_mean, norm.running_var)
         if statistic is not None
     ]
-    if size == 1 or not running:
+    average(running)
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """Put in the place of each tensor its mean over all processes, in one message; all must call with such tensors."""
+    size = Processes.now().size
+    if size == 1 or not tensors:
         return
-    flat = torch.cat([statistic.flatten() for statistic in running])
+    flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)
-    for statistic, mean in zip(running, torch.split(flat / size, [s.numel() for s in running]), strict=True):
-        statistic.copy_(mean.view_as(statistic))
+    for tensor, mean in zip(tensors, torch.split(flat / size, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

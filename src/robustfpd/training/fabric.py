@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,33 +12,27 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustfpd.config import RunConfig
 from robustfpd.errors import InputError
 from robustfpd.launched import Launched
-from robustfpd.together import join
+from robustfpd.training.agreement import average
 from robustfpd.training.sharding import share_out
 
 
 def launch(config: RunConfig, device: str, precision: str, folder: Path) -> Fabric:
-    """Return the Fabric of a run, in each of its processes; `device` and `precision` as `train` has them.
+    """Return the Fabric of a run, in each of its processes, which have met; `device`, `precision`: as `train` has them.
 
     Raises:
-        InputError: a device or a precision that is not there, or settings that several processes cannot keep.
+        InputError: a device or a precision that is not there.
     """
     logger = TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
     accelerator, _, index = device.partition(":")
     launched = Launched.now()
     options: dict[str, Any] = {"devices": [int(index)] if index.isdecimal() else 1}
     if launched.size > 1:
-        if index:
-            raise InputError(
-                f"{launched.size} processes take a GPU each, found device {device!r}; leave out its number"
-            )
-        check(config, launched)
-        join(device)
         accelerator = accelerator if accelerator != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         strategy = _Sharded if config.procedure.strategy == "fsdp" else _Replicated
         options = {
@@ -76,20 +71,36 @@ def check(config: RunConfig, launched: Launched) -> None:
 
 
 class GradientsTogether(DistributedDataParallel):
-    """Torch's DDP, told of each loss before its backward pass.
+    """Torch's DDP, told of each backward pass, all of which go through `backward`.
 
-    By itself DDP concludes from the outputs of the last forward pass which gradients will come. That goes wrong here: a
-    shut gate leaves out the logits, `joint` runs two forward passes before one backward pass, `through` goes back
-    through one graph twice.
+    By itself DDP concludes from forward passes which gradients will come. That goes wrong here: a shut gate leaves out
+    the head, `joint` runs two forward passes before one backward pass, `through` goes back through one graph twice.
     """
 
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        super().__init__(module, gradient_as_bucket_view=True, **options)
+        self.complete = False
+        """Whether losses that mean all parameters do reach all."""
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the module; buffers are not sent around."""
+        """Run the module alone; nothing is sent around."""
         return self.module(*inputs, **options)
 
-    def expect(self, loss: Tensor) -> None:
-        """Get ready to average the gradients that `loss` will give."""
-        self.reducer.prepare_for_backward([loss])
+    def backward(self, run: Callable[[], None], *, partial: bool) -> None:
+        """Average over the processes the gradients that `run` adds to none; `partial` if some get none.
+
+        As soon as it is known that all get one, they travel while the rest is computed.
+        """
+        if self.complete and not partial:
+            self.reducer._rebuild_buckets()
+            self.reducer.prepare_for_backward([])
+            run()
+            return
+        run()
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        average(gradients)
+        self.complete = self.complete or len(gradients) == len(trained)
 
 
 def replicated(model: nn.Module) -> GradientsTogether | None:
@@ -98,18 +109,14 @@ def replicated(model: nn.Module) -> GradientsTogether | None:
 
 
 class _Replicated(DDPStrategy):
-    """Fabric's DDP, around `GradientsTogether`."""
-
-    def __init__(self) -> None:
-        # Buffers that arrive between two forward passes would change what the first one's backward pass needs.
-        super().__init__(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+    """Fabric's DDP, by `GradientsTogether`."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         """Wrap the model; weights and buffers become those of process 0."""
         devices = self._determine_ddp_device_ids()
         # As Fabric does, on a stream beside the default one.
         with torch.cuda.stream(torch.cuda.Stream()) if devices is not None else nullcontext():  # type: ignore[no-untyped-call]
-            return GradientsTogether(module, device_ids=devices, **self._ddp_kwargs)
+            return GradientsTogether(module, device_ids=devices)
 
 
 class _Sharded(_Replicated):

@@ -20,14 +20,14 @@ from robustfpd.config import RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
 from robustfpd.errors import InputError, first_line
-from robustfpd.models import FPD, Plain, build, load
-from robustfpd.models.building import saved_in
+from robustfpd.models import FPD, Plain, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.processes import Processes
 from robustfpd.seeding import derive, generator
-from robustfpd.together import errors_shared
+from robustfpd.together import errors_shared, join
 from robustfpd.training.adversarial import adversarial_step
 from robustfpd.training.agreement import average_statistics, averaged
+from robustfpd.training.beginning import prepared
 from robustfpd.training.early_stopping import EarlyStopping
 from robustfpd.training.fabric import launch
 from robustfpd.training.optimizers import Schedule, make_optimizer
@@ -38,7 +38,6 @@ from robustfpd.training.recompute import recompute_blocks
 from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.sharding import gathered, load_optimizer_state, load_weights, whole_weights, with_whole_weights
 from robustfpd.training.stepping import Stepper
-from robustfpd.training.sync_batchnorm import synchronise
 from robustfpd.training.validation import robust_accuracy, validate
 
 
@@ -79,50 +78,13 @@ def train(
             else f"adversarial.start is scratch, found start={start}; leave one of them out"
         )
     with _quiet():
-        fabric = launch(config, device, precision, folder.path)
+        join(device)
         with errors_shared():
-            splits, model = _prepared(config, net, start)
+            fabric = launch(config, device, precision, folder.path)
+            splits, model = prepared(config, net, start)
             if fabric.is_global_zero:
                 folder.begin(config, resume, fabric.device, splits, start)
         return _Training(config, folder, splits, model, fabric, observer or Observer()).run(net, resume)
-
-
-def _prepared(config: RunConfig, net: nn.Module | None, start: str | Path | None) -> tuple[data.Splits, FPD | Plain]:
-    """The images, and the network to begin with."""
-    splits = data.load(config.data)
-    if len(splits.validation) == 0:
-        raise InputError(
-            f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
-            "too few to hold any out for validation: each class needs two"
-        )
-    model = build(splits.info.task, config.model, net=net, seed=config.seed)
-    if start is not None:
-        _take_over(model, Path(start), net, config.data.dataset)
-    if config.procedure.sync_batchnorm and Processes.now().size > 1:
-        synchronise(model)
-    return splits, model
-
-
-def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: str) -> None:
-    """Give `model` the weights of the checkpoint `start`, which must be of the same architecture and task."""
-    path = saved_in(start)
-    task, config = read_settings(path)
-    if task != model.task:
-        raise InputError(
-            f"{start} was trained for {task}, but data set {dataset} has {model.task}; "
-            "start from a checkpoint of the same classes and image size, or give the data it was trained on"
-        )
-    ignored = {"pretrained", "dropout"}  # they leave a trained network as it is
-    old, new = (c.model_dump(exclude=ignored) for c in (config, model.config))
-    differing = [f"{k} was {v!r}, now {new[k]!r}" for k, v in old.items() if v != new[k]]
-    if differing:
-        raise InputError(f"{start} holds another network than this run's model settings: {'; '.join(differing)}")
-    source = load(path, net=net, trust_code=True)  # the backbone is the one that this run's settings name
-    try:
-        model.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
-        raise InputError(f"{start} holds another network than this run's model settings build: {reason}") from None
 
 
 class _Training:
@@ -318,4 +280,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
         warnings.filterwarnings("ignore", module="lightning.*")
+        # The restored images are cut to size; nothing is written into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ class Stepper:
     def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
         """Step on `loss`, as `phases.Update` says."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.replicated is not None:
-            self.replicated.expect(loss)
-        self.fabric.backward(loss, retain_graph=keep_graph)
+        if self.replicated is None:
+            self.fabric.backward(loss, retain_graph=keep_graph)
+        else:
+            run = partial(self.fabric.backward, loss, retain_graph=keep_graph)
+            self.replicated.backward(run, partial=only is not None)
         if self.clip is not None:
             # Infinite gradients are reported with the epoch's losses, where a message can say what to do.
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
