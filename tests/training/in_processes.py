@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,31 @@ STEPS = 50
 """Of the loss curves."""
 
 
+class Net(nn.Module):
+    """A backbone of three stages: every batch norm costs messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name, inputs, outputs, stride in (("first", 1, 8, 1), ("middle", 8, 8, 2), ("last", 8, 16, 2)):
+                convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+                self.add_module(name, nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = nn.Sequential(*self.children())(x)
+        return out
+
+
 def config(**training: Any) -> RunConfig:
     """A small run; 10 steps an epoch."""
     values = {
-        "epochs": 2, "batch_size": 32, "noise": 0.1, "schedule": {"name": "one_cycle"}, "sync_batchnorm": True,
-        "early_stop_patience": None, **training,
+        "epochs": 2, "batch_size": 32, "noise": 0.1, "schedule": {"name": "one_cycle"}, "optimizer": {"lr": 0.003},
+        "threshold": 0.6, "sync_batchnorm": True, "early_stop_patience": None, **training,
     }  # fmt: skip
     data = {"train_limit": 320, "augment": {"rotation": 10, "brightness": 0.1}}
-    return parse(RunConfig, {"data": data, "model": {"pyramid_channels": 8}, "training": values})
+    model = {"backbone": "custom", "stages": ["first", "middle", "last"], "pyramid_channels": 8}
+    return parse(RunConfig, {"data": data, "model": model, "training": values})
 
 
 def adversarial() -> RunConfig:
@@ -43,8 +61,8 @@ def adversarial() -> RunConfig:
 CURVES: dict[str, dict[str, Any]] = {
     "detached": {"epochs": STEPS // 10},
     "joint": {"epochs": STEPS // 10, "second_pass": "joint"},
-    "through": {"second_pass": "through", "threshold": 1e9},
-    "fsdp": {"strategy": "fsdp", "second_pass": "joint", "recompute": True},
+    "through": {"epochs": 1, "second_pass": "through"},
+    "fsdp": {"epochs": 1, "strategy": "fsdp", "second_pass": "joint", "recompute": True},
 }
 """Trainings whose losses must be those of one process."""
 
@@ -67,7 +85,7 @@ class Losses:
 def trained(run: RunConfig, folder: Path, **options: Any) -> dict[str, Any]:
     """Train; return losses, last weights and metrics."""
     losses = Losses()
-    result = train(run, folder, device="cpu", observer=Observer(on_batch=losses), **options)
+    result = train(run, folder, net=Net(), device="cpu", observer=Observer(on_batch=losses), **options)
     weights = {name: w.float() for name, w in result.model.state_dict().items()}
     timing = ("seconds", "images_per_second")
     history = [{k: v for k, v in vars(row).items() if k not in timing} for row in result.history]
@@ -80,18 +98,23 @@ def curves(folder: Path) -> dict[str, Any]:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """A training that is interrupted in its second epoch and goes on, and one that is to go on elsewhere."""
-    for name, changes in (("resumed", {}), ("ddp-cut", {}), ("fsdp-cut", {"strategy": "fsdp"})):
+    """Trainings that are interrupted in their second epoch; one goes on here, copies are to go on elsewhere."""
+    for strategy in ("ddp", "fsdp"):
+        observer = Observer(on_batch=Losses(stop_in_epoch=1))
         try:
-            train(
-                config(**changes), folder / name, device="cpu", observer=Observer(on_batch=Losses(stop_in_epoch=1))
-            )  # fmt: skip
+            train(config(strategy=strategy), folder / strategy / "cut", net=Net(), device="cpu", observer=observer)
         except KeyboardInterrupt:
             continue
         raise AssertionError("not interrupted")
+    processes = Processes.now()
+    processes.wait()
+    if processes.first:
+        shutil.copytree(folder / "ddp" / "cut", folder / "resumed")
+    processes.wait()
     return {
-        "whole": trained(config(), folder / "whole"), "resumed": trained(config(), folder / "resumed", resume=True)
-    }  # fmt: skip
+        "whole": trained(config(), folder / "whole"),
+        "resumed": trained(config(), folder / "resumed", resume=True),
+    }
 
 
 def attacked(folder: Path) -> dict[str, Any]:
@@ -118,15 +141,15 @@ def failing(folder: Path) -> dict[str, Any]:
                 raise InputError("no such folder here")
 
     found = {
-        "taken folder": raised(lambda: train(config(), folder / "whole", device="cpu")),
-        "odd batch": raised(lambda: train(config(batch_size=33), folder / "odd", device="cpu")),
+        "taken folder": raised(lambda: train(config(), folder / "whole", net=Net(), device="cpu")),
+        "odd batch": raised(lambda: train(config(batch_size=33), folder / "odd", net=Net(), device="cpu")),
         "fsdp through": raised(
-            lambda: train(config(strategy="fsdp", second_pass="through"), folder / "through-fsdp", device="cpu")
+            lambda: train(config(strategy="fsdp", second_pass="through"), folder / "both", net=Net(), device="cpu")
         ),
         "second process": raised(second_process_fails),
     }
-    kept, RunFolder.write_metrics = RunFolder.write_metrics, full_disk  # type: ignore[method-assign, assignment]
-    found["full disk"] = raised(lambda: train(config(), folder / "full", device="cpu"))
+    kept, RunFolder.write_metrics = RunFolder.write_metrics, full_disk  # type: ignore[method-assign]
+    found["full disk"] = raised(lambda: train(config(), folder / "full", net=Net(), device="cpu"))
     RunFolder.write_metrics = kept  # type: ignore[method-assign]
     return found
 
@@ -162,7 +185,8 @@ def normalise(norm: nn.Module, images: Tensor) -> dict[str, Tensor]:
     F.mse_loss(y, target, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     parts = {"y": torch.cat(processes.all(y.detach())), "slope": torch.cat(processes.all(x.grad))}
-    slopes = {n: torch.stack(processes.all(p.grad)).sum(dim=0) for n, p in norm.named_parameters()}
+    own_slopes = {n: p.grad for n, p in norm.named_parameters() if p.grad is not None}
+    slopes = {n: torch.stack(processes.all(slope)).sum(dim=0) for n, slope in own_slopes.items()}
     return {**parts, **slopes, **dict(norm.named_buffers())}
 
 

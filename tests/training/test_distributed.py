@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,13 @@ import torch.nn.functional as F
 from tests.training import in_processes
 from torch import Tensor
 
+from robustfpd.config import TaskConfig
 from robustfpd.errors import InputError
 from robustfpd.launched import Launched
-from robustfpd.models import load
-from robustfpd.training import RunFolder, train
+from robustfpd.models import build, load
+from robustfpd.models.checkpoint import read_weights
+from robustfpd.training import RunFolder
+from robustfpd.training.sync_batchnorm import synchronise
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -54,7 +58,7 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_losses_are_those_of_one_process(folder: Path, tmp_path: Path, name: str) -> None:
     first, second = (seen[name] for seen in _seen(folder, "curves"))
     alone = in_processes.trained(in_processes.config(**in_processes.CURVES[name]), tmp_path / name)
-    assert len(alone["losses"]) >= 20
+    assert len(alone["losses"]) >= 10
     for mine, *theirs in zip(alone["losses"], first["losses"], second["losses"], strict=True):
         # As many losses: the gate was the same. Their parts are equal in size, so that their mean is the batch's.
         mean = [sum(pair) / 2 for pair in zip(*theirs, strict=True)]
@@ -81,7 +85,7 @@ def test_resume_ends_with_the_same_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_were_interrupted(folder: Path, tmp_path: Path, strategy: str) -> None:
-    shutil.copytree(folder / f"{strategy}-cut", tmp_path / "run")
+    shutil.copytree(folder / strategy / "cut", tmp_path / "run")
     assert len((RunFolder(tmp_path / "run").training_state() or {})["history"]) == 1
     found = in_processes.trained(in_processes.config(), tmp_path / "run", resume=True)
     expected = _seen(folder, "resumed")[0]["whole"]
@@ -99,13 +103,13 @@ def test_adversarial_training_is_one_training_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("case", "message"), [
-    ("taken folder", "holds a run; continue it with --resume"), ("odd batch", "a multiple of 2 .* batch_size=32"),
+    ("taken folder", "holds a run; continue it with --resume"), ("odd batch", "a multiple of 2 .*batch_size=32"),
     ("fsdp through", "strategy=ddp"), ("full disk", "no space left"),
 ])  # fmt: skip
 def test_an_error_of_process_0_ends_both_and_is_told_once(folder: Path, case: str, message: str) -> None:
     first, second = (seen[case] for seen in _seen(folder, "failing"))
     assert first[0] != "ToldElsewhere"
-    assert pytest.importorskip("re").search(message, first[1])
+    assert re.search(message, first[1])
     assert second[0] == "ToldElsewhere"
 
 
@@ -119,7 +123,9 @@ def test_one_process_writes_the_run(folder: Path) -> None:
     run = folder / "detached"
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
-    assert not [m for m in load(run).modules() if "forward" in vars(m)]
+    task = TaskConfig(in_channels=1, num_classes=10, image_size=(8, 8))
+    plain = build(task, in_processes.config().model, net=in_processes.Net())
+    assert read_weights(run / "checkpoints" / "best").keys() == plain.state_dict().keys()
 
 
 def test_batch_norm_takes_the_statistics_of_all_images(folder: Path) -> None:
@@ -144,12 +150,12 @@ def test_a_batch_norm_with_a_forward_pass_of_its_own_is_refused() -> None:
             return input
 
     with pytest.raises(InputError, match=r"0 is a Odd.*leave out sync_batchnorm=true"):
-        in_processes.synchronise(torch.nn.Sequential(Odd(3)))
+        synchronise(torch.nn.Sequential(Odd(3)))
 
 
 def test_alone_strategy_and_sync_batchnorm_change_nothing(tmp_path: Path) -> None:
     plain, asked = (
-        train(in_processes.config(epochs=1, **changes), tmp_path / name, device="cpu").model.state_dict()
+        in_processes.trained(in_processes.config(epochs=1, **changes), tmp_path / name)["weights"]
         for name, changes in (("a", {"sync_batchnorm": False}), ("b", {"strategy": "fsdp"}))
     )
     assert _equal(plain, asked)
@@ -195,6 +201,7 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_the_last_whole_epoch_and_says_how_to_go_on(
     running: subprocess.Popen[str], tmp_path: Path
 ) -> None:
