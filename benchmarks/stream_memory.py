@@ -67,7 +67,8 @@ def main() -> None:
                 first = (images[:, 0, 0, :4] * 255).round().long() @ torch.tensor([1 << 24, 1 << 16, 1 << 8, 1])
                 assert torch.equal(first, numbers), "a picture is not the one asked for"
                 checked += len(numbers)
-                peaks = {name: max(peak, now) for (name, peak), now in zip(peaks.items(), resident().values())}
+                now = resident()
+                peaks = {name: max(peak, now[name]) for name, peak in peaks.items()}
             seconds.append(time.perf_counter() - start)
     for name, peak in peaks.items():
         print(f"{name:8} peak {peak:8.0f} MB, before {before[name]:6.0f} MB")
