@@ -17,6 +17,10 @@ class MissingDataError(InputError):
     """Files that should be there are not. The message says where was looked and how to fetch them."""
 
 
+class ToldElsewhere(InputError):
+    """An error that another of several processes tells the user."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of what `error` says, or its kind when it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -37,6 +37,16 @@ class Processes:
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
+    @property
+    def own(self) -> slice:
+        """Which of a batch's images are this process's: every `size`-th, so that it has its part of any half too."""
+        return slice(self.rank, None, self.size)
+
+    @property
+    def purpose(self) -> tuple[str | int, ...]:
+        """For `seeding.derive`: what makes draws this process's own; process 0's are those of one that is alone."""
+        return ("process", self.rank) if self.rank else ()
+
     def all(self, mine: T) -> list[T]:
         """What every process has, by rank; all of them must call this."""
         if self.size == 1:
@@ -53,3 +63,7 @@ class Processes:
         """Go on when all have come here."""
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = Processes()
+"""A process that shares nothing."""

@@ -159,7 +159,7 @@ def test_divergence_is_named(tmp_path: Path) -> None:
 
 
 def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(images: Tensor, width: float, generator: torch.Generator, unit: float) -> Tensor:
+    def poisoned(images: Tensor, width: float, generator: torch.Generator, *_: object) -> Tensor:
         saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
         return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from robustfpd.errors import InputError, unknown_name
+from robustfpd.errors import InputError, ToldElsewhere, unknown_name
 
 COMMANDS = {
     "demo": "the whole journey on small digits, offline, in two minutes",
@@ -104,6 +104,8 @@ def _ending_well() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has had enough of it
         sys.stdout = None
         raise SystemExit(1) from None
+    except ToldElsewhere:
+        raise SystemExit(2) from None
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         _tell(f"error: {error}")
         raise SystemExit(2) from None

@@ -37,6 +37,8 @@ def train(
 ) -> None:
     """Train a recipe's network in two phases, then adversarially if asked, and keep each stage's checkpoints.
 
+    Several processes, started by torchrun or srun with `-m robustfpd train`, share each batch.
+
     For example `robustfpd train digits/mini`, or `robustfpd train folder/mini --data-root PHOTOS --dry-run`, or
     `robustfpd train mnist/mini training.noise=0.1 --data-root data --download`, or
     `robustfpd train mnist/mini --stages two-phase,adversarial --data-root data`.
@@ -62,23 +64,24 @@ def train(
         quiet: tell nothing but errors and warnings.
     """
     from robustfpd import config as configuration
-    from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
+    from robustfpd.cli.running import check_device, check_settings, configured, met, program, torch_device
 
-    run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
-    run = run.twin() if plain else run
-    variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
-    folder = out or Path("runs") / (recipe_slug(recipe) + variant)
-    names = _stage_names(stages)
-    check_settings(run)
-    check_device(device)
-    planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
-    output = Output(json=json, quiet=quiet)
+    with met(device) as talks:
+        run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
+        run = run.twin() if plain else run
+        variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
+        folder = out or Path("runs") / (recipe_slug(recipe) + variant)
+        names = _stage_names(stages)
+        check_settings(run)
+        check_device(device)
+        planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
+        output = Output(json=json and talks, quiet=quiet or not talks)
+        chosen = torch_device(device)
     if dry_run:
         from robustfpd.cli.train_plan import tell_plan
 
-        tell_plan(output, planned, torch_device(device), precision)
+        tell_plan(output, planned, chosen, precision)
         return
-    chosen = torch_device(device)
     options = {
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
         "--device": device, "--precision": precision,
@@ -153,23 +156,19 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
 def _train(
     stage: Planned, resume: bool, device: str, precision: Precision, output: Output, command: list[str], title: str
 ) -> TrainResult:
-    """Train one stage; on Ctrl-C say what is kept and how to go on, and leave with 130."""
+    """Train one stage; on Ctrl-C or SIGTERM say what is kept and how to go on, and leave with 130."""
     from robustfpd import training
     from robustfpd.cli.display import training_display
+    from robustfpd.cli.running import ended_by_signals, started_by
 
     folder = training.RunFolder(stage.folder)
     go_on = resume and (folder.started or stage.run.stage == "two-phase")
     try:
-        with training_display(output.console, stage.run.data.dataset, title) as observer:
+        with ended_by_signals(), training_display(output.console, stage.run.data.dataset, title) as observer:
             return training.train(
-                stage.run,
-                stage.folder,
-                start=stage.start,
-                resume=go_on,
-                device=device,
-                precision=precision,
+                stage.run, stage.folder, start=stage.start, resume=go_on, device=device, precision=precision,
                 observer=observer,
-            )
+            )  # fmt: skip
     except KeyboardInterrupt:
         whole = folder.training_state()
         epochs = len(whole["history"]) if whole else 0
@@ -177,7 +176,7 @@ def _train(
         again = shlex.join([*command, *(["--resume"] if begun else [])])
         count = "1 whole epoch is" if epochs == 1 else f"{epochs} whole epochs are"
         kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was whole yet"
-        output.say(f"\ninterrupted; {kept}. Go on with:\n  {again}")
+        output.say(f"\ninterrupted; {kept}. Go on with{started_by()}:\n  {again}")
         raise SystemExit(130) from None
 
 

@@ -44,7 +44,7 @@ class ProcedureConfig(Config):
     epochs: int = Field(default=100, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=128, ge=2)
-    """Images a step."""
+    """Images a step, of all processes together: several processes share each batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and rate."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -54,6 +54,12 @@ class ProcedureConfig(Config):
     recompute: bool = False
     """Compute the blocks' activations again in the backward pass: a third slower, a fraction of the memory. With
     `second_pass: through` they are computed with the weights that have moved since, which the published code kept."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: `ddp` (which `auto` takes) keeps everything in each of them, `fsdp` shares out weights,
+    gradients and the optimiser's state, which is slower and saves memory. The training is the same."""
+    sync_batchnorm: bool = False
+    """With several processes: whether batch norm takes mean and variance of the whole batch, as one process does, or of
+    each process's own part."""
     early_stop_patience: int | None = Field(default=20, ge=1)
     """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustfpd.data.images import ImageSet, as_seen
+from robustfpd.processes import ALONE, Processes
 
 
 def batches(
@@ -17,6 +18,7 @@ def batches(
     generator: torch.Generator | None = None,
     *,
     cropped: bool | None = None,
+    among: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
 
@@ -27,6 +29,7 @@ def batches(
         generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
         cropped: whether images come at the network's size, or at the stored one, for `augment` to crop them. None:
             at the network's size unless they are shuffled.
+        among: the processes that share each batch; only this one's own images are read.
     """
     count = len(data)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
@@ -34,7 +37,7 @@ def batches(
         order = order[: count - count % batch_size]
     size = data.size if (generator is None if cropped is None else cropped) else data.stored_size
     for indices in torch.split(order, batch_size):
-        part = data.take(indices)
+        part = data.take(indices[among.own])
         yield as_seen(part.images.to(device), data.channels, size), part.labels.to(device)
 
 

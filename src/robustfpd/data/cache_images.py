@@ -22,6 +22,7 @@ from torch import Tensor
 from robustfpd.cache import VARIABLE, cache_folder
 from robustfpd.data.decode import Pixels
 from robustfpd.data.described import OnProgress
+from robustfpd.data.mapped import mapped
 from robustfpd.errors import InputError, first_line
 
 MARK = b"robustfpd/images"
@@ -108,9 +109,7 @@ def _read(path: Path, key: str, shape: tuple[int, int, int, int]) -> Kept | None
         return None
     if pixels == 0:
         return Kept(torch.empty((0, *picture), dtype=torch.uint8), bad)
-    # A private map: whoever writes into the tensor by accident changes his own memory, not the file.
-    images = torch.from_file(str(path), shared=False, size=pixels, dtype=torch.uint8)
-    return Kept(images.reshape(-1, *picture), bad)
+    return Kept(mapped(path, pixels).reshape(-1, *picture), bad)
 
 
 def _write(

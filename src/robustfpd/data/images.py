@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from robustfpd.data.mapped import let_go
 from robustfpd.errors import InputError
 
 
@@ -51,7 +52,11 @@ class ImageSet:
     @property
     def images(self) -> Tensor:
         """Images N×C0×H0×W0 uint8 as stored; of a part that `take` made, a copy."""
-        return self._stored if self._rows is None else self._stored[self._rows]
+        if self._rows is None:
+            return self._stored
+        copy = self._stored[self._rows]
+        let_go(self._stored)
+        return copy
 
     @property
     def stored_size(self) -> tuple[int, int]:

@@ -9,36 +9,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from torch import nn
+from torch import Tensor, nn
 
 from robustfpd import data
 from robustfpd.config import Precision, RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
 from robustfpd.errors import InputError, first_line
-from robustfpd.models import FPD, Plain, build, load
-from robustfpd.models.building import saved_in
+from robustfpd.models import FPD, Plain, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.models.precision import chosen
+from robustfpd.processes import Processes
 from robustfpd.seeding import derive, generator
+from robustfpd.together import errors_shared, join
 from robustfpd.training.adversarial import adversarial_step
+from robustfpd.training.agreement import average_statistics, averaged
+from robustfpd.training.beginning import prepared
 from robustfpd.training.early_stopping import EarlyStopping
+from robustfpd.training.fabric import launch
 from robustfpd.training.optimizers import Schedule, make_optimizer
 from robustfpd.training.perturbation import adversary, noise
 from robustfpd.training.phases import StepResult, parameter_groups, plain_step, two_phase_step
 from robustfpd.training.progress import EpochMetrics, EpochSums, Observer, Progress, TrainResult
 from robustfpd.training.recompute import recompute_blocks
 from robustfpd.training.run_folder import RunFolder
+from robustfpd.training.sharding import gathered, load_optimizer_state, load_weights, whole_weights, with_whole_weights
 from robustfpd.training.stepping import Stepper
 from robustfpd.training.validation import robust_accuracy, validate
-
-_FABRICS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
-"""Fabric's names of the precisions."""
 
 
 def train(
@@ -78,41 +79,14 @@ def train(
             if start is None
             else f"adversarial.start is scratch, found start={start}; leave one of them out"
         )
-    splits = data.load(config.data)
-    if len(splits.validation) == 0:
-        raise InputError(
-            f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
-            "too few to hold any out for validation: each class needs two"
-        )
-    model = build(splits.info.task, config.model, net=net, seed=config.seed)
-    if start is not None:
-        _take_over(model, Path(start), net, config.data.dataset)
     with _quiet():
-        fabric = _fabric(device, precision, folder)
-        folder.begin(config, resume, fabric.device, splits, start, chosen(precision, fabric.device))
+        join(device)
+        with errors_shared():
+            fabric = launch(config, device, precision, folder.path)
+            splits, model = prepared(config, net, start)
+            if fabric.is_global_zero:
+                folder.begin(config, resume, fabric.device, splits, start, chosen(precision, fabric.device))
         return _Training(config, folder, splits, model, fabric, observer or Observer()).run(net, resume)
-
-
-def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: str) -> None:
-    """Give `model` the weights of the checkpoint `start`, which must be of the same architecture and task."""
-    path = saved_in(start)
-    task, config = read_settings(path)
-    if task != model.task:
-        raise InputError(
-            f"{start} was trained for {task}, but data set {dataset} has {model.task}; "
-            "start from a checkpoint of the same classes and image size, or give the data it was trained on"
-        )
-    ignored = {"pretrained", "dropout"}  # they leave a trained network as it is
-    old, new = (c.model_dump(exclude=ignored) for c in (config, model.config))
-    differing = [f"{k} was {v!r}, now {new[k]!r}" for k, v in old.items() if v != new[k]]
-    if differing:
-        raise InputError(f"{start} holds another network than this run's model settings: {'; '.join(differing)}")
-    source = load(path, net=net, trust_code=True)  # the backbone is the one that this run's settings name
-    try:
-        model.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
-        raise InputError(f"{start} holds another network than this run's model settings build: {reason}") from None
 
 
 class _Training:
@@ -123,25 +97,28 @@ class _Training:
         observer: Observer,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.splits, self.fabric, self.observer = config, folder, splits, fabric, observer
-        settings = self.settings = config.procedure
+        settings, self.processes = config.procedure, Processes.now()
+        self.settings = settings
         self.batches = batches_per_epoch(len(splits.train), settings.batch_size)
         self.adversarial = config.stage == "adversarial"
         self.raw_model = model
         self.frozen = [m for m in model.modules() if not m.training]
+        self.own_statistics = self.processes.size > 1 and not settings.sync_batchnorm
         if settings.recompute:
             recompute_blocks(model)
+        self.model = fabric.setup_module(model)  # first: FSDP makes other parameters
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
-        self.model, self.optimizer = fabric.setup(model, optimizer)
         for method in ("with_maps", "again") if isinstance(model, FPD) else ():
             self.model.mark_forward_method(method)
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.update = Stepper(fabric, self.model, self.optimizer, settings.clip)
         # After the set-up, which may move the model to another device.
         unit = self.unit = model.std if config.training.space == "normalised" else 1.0
         if self.adversarial:
-            self.perturb = adversary(config.adversarial)
+            self.perturb = with_whole_weights(adversary(config.adversarial))
             self.step = adversarial_step(config.training, config.adversarial, unit)
         else:
-            self.perturb = noise(config.training, unit)
+            self.perturb = noise(config.training, unit, self.processes)
             two_phase = isinstance(model, FPD)
             self.step = two_phase_step(config.training, unit) if two_phase else plain_step(config.training)
         self.schedule = Schedule(optimizer, settings.schedule, self.batches * settings.epochs)
@@ -150,7 +127,8 @@ class _Training:
 
     def run(self, net: nn.Module | None, resume: bool) -> TrainResult:
         if resume:
-            self._restore()
+            with errors_shared():
+                self._restore()
         for epoch in range(len(self.history), self.settings.epochs):
             if self.stopping.exhausted:
                 break
@@ -168,16 +146,23 @@ class _Training:
         """Train and validate; return the row, and the accuracy and the loss that epochs are compared by."""
         seed, device = self.config.seed, self.fabric.device
         order = generator(seed, "order", epoch)
-        draws = {purpose: generator(seed, purpose, epoch, device=device) for purpose in ("noise", "augment")}
+        # What does not come in batches that processes share is drawn by each for itself: dropout, starts of attacks.
+        own = self.processes.purpose
+        draws = {
+            "augment": generator(seed, "augment", epoch, device=device),
+            "noise": generator(seed, "noise", epoch, *(own if self.adversarial else ()), device=device),
+        }
         sums, start = EpochSums(), time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         self._train_mode()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for source in _default_generators(device):  # dropout takes no generator of its own
-                source.manual_seed(derive(seed, "dropout", epoch))
+                source.manual_seed(derive(seed, "dropout", epoch, *own))
             train = self.splits.train
-            for index, (clean, labels) in enumerate(batches(train, self.settings.batch_size, device, order)):
-                clean = augment(clean, self.config.data.augment, draws["augment"], size=train.size)
+            shuffled = batches(train, self.settings.batch_size, device, order, among=self.processes)
+            for index, (clean, labels) in enumerate(shuffled):
+                augmenting = self.config.data.augment
+                clean = augment(clean, augmenting, draws["augment"], size=train.size, among=self.processes)
                 done = epoch + (index + 1) / self.batches
                 with self.fabric.autocast():
                     perturbed = self.perturb(self.raw_model, clean, labels, done, draws["noise"])
@@ -186,11 +171,16 @@ class _Training:
                 sums.add(result)
                 self._report(epoch, index, time.perf_counter() - start, result, sums)
         seconds = time.perf_counter() - start
-        validation = validate(self.model, self.splits.validation, 2 * self.settings.batch_size, device, self.unit)
-        robust = self._robust_accuracy()
-        self._check_finite(epoch, {**sums.means(), "validation_ce": validation.ce})
+        means = averaged(sums.means())
+        if self.own_statistics:
+            average_statistics(self.raw_model)
+        with whole_weights(self.raw_model):
+            validation = validate(self.model, self.splits.validation, 2 * self.settings.batch_size, device, self.unit)
+            robust = self._robust_accuracy()
+        with errors_shared():
+            self._check_finite(epoch, {**means, "validation_ce": validation.ce})
         metrics = EpochMetrics(
-            epoch=epoch, **sums.means(), validation_accuracy=validation.accuracy, validation_ce=validation.ce,
+            epoch=epoch, **means, validation_accuracy=validation.accuracy, validation_ce=validation.ce,
             validation_restoration=validation.restoration, validation_robust_accuracy=robust, lr=lr,
             images_per_second=self.batches * min(self.settings.batch_size, len(train)) / seconds, seconds=seconds,
         )  # fmt: skip
@@ -238,14 +228,20 @@ class _Training:
 
     def _save(self, best: bool) -> None:
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "schedule": self.schedule.state(),
             "stopping": self.stopping.state(),
             "history": [asdict(m) for m in self.history],
         }
+        weights = gathered(dict(self.raw_model.state_dict()))
+        with errors_shared():
+            if self.processes.first:
+                self._write(best, weights, state)
+
+    def _write(self, best: bool, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         if best:
-            self.folder.save_checkpoint(self.folder.best, self.raw_model)
-        self.folder.save_checkpoint(self.folder.last, self.raw_model, state)
+            self.folder.save_checkpoint(self.folder.best, self.raw_model, weights)
+        self.folder.save_checkpoint(self.folder.last, self.raw_model, weights, state)
         self.folder.write_metrics([asdict(m) for m in self.history])
         logged = {k: v for k, v in asdict(self.history[-1]).items() if v is not None and k != "epoch"}
         self.fabric.log_dict(logged, step=self.history[-1].epoch)
@@ -260,8 +256,8 @@ class _Training:
         if state is None:
             return
         try:
-            self.raw_model.load_state_dict(read_weights(self.folder.last))
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_weights(self.raw_model, read_weights(self.folder.last))
+            load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.restore(state["schedule"])
             self.stopping = EarlyStopping(**state["stopping"])
             self.history = [EpochMetrics(**row) for row in state["history"]]
@@ -272,22 +268,8 @@ class _Training:
                 f"{self.folder.last} was written by another version of robustfpd and cannot be resumed "
                 f"({first_line(error)}); its weights still load; start in another folder"
             ) from None
-        self.folder.write_metrics(state["history"])  # the interrupt may have come before
-
-
-def _fabric(device: str, precision: Precision, folder: RunFolder) -> Fabric:
-    logger = TensorBoardLogger(root_dir=folder.path, name="tensorboard", version="")
-    accelerator, _, index = device.partition(":")
-    devices = [int(index)] if index.isdecimal() else 1
-    try:
-        there = Fabric(accelerator=accelerator, devices=devices)
-        arithmetic = _FABRICS[chosen(precision, there.device)]
-        return Fabric(accelerator=accelerator, devices=devices, precision=arithmetic, loggers=logger)
-    except InputError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None
+        if self.processes.first:
+            self.folder.write_metrics(state["history"])  # the interrupt may have come before
 
 
 def _default_generators(device: torch.device) -> list[torch.Generator]:
@@ -303,4 +285,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
         warnings.filterwarnings("ignore", module="lightning.*")
+        # The restored images are cut to size; nothing is written into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         yield

@@ -12,6 +12,7 @@ from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.data.noise import add_uniform_noise
 from robustfpd.models import FPD, Plain
 from robustfpd.models.mode import evaluating
+from robustfpd.processes import ALONE, Processes
 
 
 class Perturb(Protocol):
@@ -23,13 +24,16 @@ class Perturb(Protocol):
         """Perturb images N×C×H×W in [0, 1]; `epoch` counts finished epochs, 1.5 in the middle of the second."""
 
 
-def noise(config: TrainingConfig, unit: Tensor | float = 1.0) -> Perturb:
-    """Return x + unit · U(-noise, noise), the perturbation of two-phase training; `unit` is in pixels of [0, 1]."""
+def noise(config: TrainingConfig, unit: Tensor | float = 1.0, among: Processes = ALONE) -> Perturb:
+    """Return x + unit · U(-noise, noise), the perturbation of two-phase training; `unit` is in pixels of [0, 1].
+
+    `among` are the processes that share each batch.
+    """
 
     def perturb(
         model: FPD | Plain, clean: Tensor, labels: Tensor, epoch: float, draws: torch.Generator
     ) -> Tensor:  # fmt: skip
-        return add_uniform_noise(clean, config.noise, draws, unit)
+        return add_uniform_noise(clean, config.noise, draws, unit, among)
 
     return perturb
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustfpd.config import TrainingConfig
 from robustfpd.models import FPD, FPDOutput, Plain
+from robustfpd.training.agreement import everywhere
 from robustfpd.training.objectives import PassLosses, first_objective, pass_losses, second_objective
 
 GROUPS = ("front_and_pyramid", "upscaling", "head")
@@ -74,7 +75,7 @@ def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
         losses = pass_losses(first.logits, first.restored, clean, labels, unit)
         correct = (first.logits.argmax(dim=1) == labels).sum()
         ce, restoration = losses.ce.detach(), losses.restoration.detach()
-        if bool(losses.restoration > config.threshold):
+        if bool(everywhere(losses.restoration) > config.threshold):
             update(config.alpha_restore * losses.restoration, only=gated(config))
             return StepResult(ce, restoration, None, None, False, correct, len(labels))
         loss = first_objective(losses, config)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robustfpd.config import RunConfig, load_run
 from robustfpd.data import Splits
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.models import FPD, Plain
 from robustfpd.models.checkpoint import replacing, whole, write_model_files
+from robustfpd.processes import Processes
 from robustfpd.provenance import environment, write_json
 
 STATE = "training.pt"
@@ -62,13 +64,17 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         config.save(self.config_file)
-        origin = {"precision": precision, "data": _summary(splits), "start": None if start is None else str(start)}
+        begun = None if start is None else str(start)
+        how = {"precision": precision, "processes": Processes.now().size}
+        origin = {"data": _summary(splits), "start": begun, **how}
         write_json(self.path / "environment.json", {**environment(device), **origin})
 
-    def save_checkpoint(self, folder: Path, model: FPD | Plain, state: Mapping[str, Any] | None = None) -> None:
+    def save_checkpoint(
+        self, folder: Path, model: FPD | Plain, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a loadable model, with the training state beside it when given."""
         with replacing(folder) as new:
-            write_model_files(new, model.state_dict(), model.task, model.config)
+            write_model_files(new, weights, model.task, model.config)
             if state is not None:
                 torch.save(dict(state), new / STATE)
 
@@ -109,8 +115,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     found: list[str] = []
     for key, value in old.items():
         name = f"{prefix}{key}"
-        if name in ("data.root", "data.download", "data.cache", "evaluation"):
-            continue  # where the images lie and what is evaluated later does not change the training
+        if name in ("data.root", "data.download", "data.cache", "evaluation", f"{prefix}strategy"):
+            continue  # where the images lie, who holds the weights, what is evaluated later: the training is the same
         if name == "adversarial" and old.get("stage") == new.get("stage") == "two-phase":
             continue  # the next stage's
         if isinstance(value, dict):

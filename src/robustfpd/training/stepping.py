@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from robustfpd.training.fabric import replicated
 
 
 class Stepper:
@@ -17,11 +20,16 @@ class Stepper:
     def __init__(self, fabric: Fabric, model: Any, optimizer: Any, clip: float | None) -> None:
         """Bind to a model and an optimiser that `fabric.setup` returned; `clip` bounds the gradient's L2 norm."""
         self.fabric, self.model, self.optimizer, self.clip = fabric, model, optimizer, clip
+        self.replicated = replicated(model)
 
     def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
         """Step on `loss`, as `phases.Update` says."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss, retain_graph=keep_graph)
+        if self.replicated is None:
+            self.fabric.backward(loss, retain_graph=keep_graph)
+        else:
+            run = partial(self.fabric.backward, loss, retain_graph=keep_graph)
+            self.replicated.backward(run, partial=only is not None)
         if self.clip is not None:
             # Infinite gradients are reported with the epoch's losses, where a message can say what to do.
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)

@@ -14,6 +14,7 @@ from robustfpd.data import ImageSet
 from robustfpd.data.batches import batches
 from robustfpd.models import FPD, FPDOutput, Plain
 from robustfpd.models.mode import evaluating
+from robustfpd.processes import Processes
 from robustfpd.seeding import generator
 from robustfpd.training.perturbation import attacked
 
@@ -39,10 +40,12 @@ class Validation:
 def validate(
     model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, unit: Tensor | float = 1.0
 ) -> Validation:
-    """Measure a model on clean images; `unit` is that of the restoration loss, in pixels."""
-    right, ce, restoration, restores = 0, 0.0, 0.0, False
+    """Measure a model on clean images, shared out among the processes; `unit` is that of the restoration loss."""
+    right, ce, restoration, restores, count = 0, 0.0, 0.0, False, len(images)
+    processes = Processes.now()
+    mine = images.take(torch.arange(count)[processes.share(count)])
     with evaluating(model):
-        for clean, labels in batches(images, batch_size, device):
+        for clean, labels in batches(mine, batch_size, device) if len(mine) else ():
             out = model(clean)
             logits: Tensor = out.logits if isinstance(out, FPDOutput) else out
             right += int((logits.argmax(dim=1) == labels).sum())
@@ -50,7 +53,8 @@ def validate(
             if isinstance(out, FPDOutput):
                 restores = True
                 restoration += float(F.mse_loss(out.restored / unit, clean / unit)) * len(clean)
-    count = len(images)
+    told = processes.all((right, ce, restoration, restores))
+    right, ce, restoration, restores = (sum(values) for values in zip(*told, strict=True))
     return Validation(right / count, ce / count, restoration / count if restores else None)
 
 
@@ -60,13 +64,16 @@ def robust_accuracy(
     """Accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
 
     Adversarial images are classified by the model itself, whatever view was attacked (Rice et al., ICML 2020, on why
-    the epoch must be picked by robust accuracy).
+    the epoch must be picked by robust accuracy). Several processes share the images out, and each draws its own starts.
     """
+    processes = Processes.now()
     chosen = torch.randperm(len(images), generator=generator(seed, "select"))[: config.select_images]
-    draws = generator(seed, "select-attack")
+    chosen = chosen.sort().values
+    mine = images.take(chosen[processes.share(len(chosen))])
+    draws = generator(seed, "select-attack", *processes.purpose)
     classifier, right = model.classifier(), 0
     with evaluating(model):
-        for clean, labels in batches(images.take(chosen.sort().values), batch_size, device):
+        for clean, labels in batches(mine, batch_size, device) if len(mine) else ():
             found = pgd(
                 attacked(model, config), clean, labels, eps=config.eps, norm=config.norm, steps=PGD_STEPS,
                 generator=draws,
@@ -74,4 +81,4 @@ def robust_accuracy(
             with torch.no_grad():
                 kept = (classifier(clean).argmax(dim=1) == labels) & (classifier(found).argmax(dim=1) == labels)
             right += int(kept.sum())
-    return right / len(chosen)
+    return sum(processes.all(right)) / len(chosen)

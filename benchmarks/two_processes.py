@@ -1,0 +1,115 @@
+"""How much faster two processes with one core each train than one process on one core.
+
+Both train the same batches of synthetic images in the same steps of two-phase training (gate open), without
+synchronised batch norm unless asked. They take turns, so that other load on the machine meets both; each turn starts
+anew, and its time per step is the median after the first steps. Prints a table and, last, one line of JSON.
+
+    python benchmarks/two_processes.py --repetitions 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+WORKLOADS = {"resnet_mini@28": ("resnet_mini", 28, 128), "resnet18@64": ("resnet18", 64, 32)}
+"""Backbone, side of the images, images a step."""
+WARM_UP = 3
+
+
+def steps(workload: str, count: int, synchronised: bool) -> list[float]:
+    """Seconds of each of `count` steps, in each of the processes that share the batch."""
+    from robustfpd.config import AugmentConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from robustfpd.data.batches import batches
+    from robustfpd.data.images import ImageSet
+    from robustfpd.data.transforms import augment
+    from robustfpd.models import enhance
+    from robustfpd.processes import Processes
+    from robustfpd.seeding import generator
+    from robustfpd.together import join
+    from robustfpd.training.fabric import launch
+    from robustfpd.training.optimizers import make_optimizer
+    from robustfpd.training.perturbation import noise
+    from robustfpd.training.phases import parameter_groups, two_phase_step
+    from robustfpd.training.stepping import Stepper
+    from robustfpd.training.sync_batchnorm import synchronise
+
+    torch.set_num_threads(1)
+    backbone, side, size = WORKLOADS[workload]
+    join("cpu")
+    among, device = Processes.now(), torch.device("cpu")
+    config = TrainingConfig(threshold=1e9, noise=0.01)
+    fabric = launch(RunConfig(training=config), "cpu", "32-true", "unused")
+    raw = enhance(backbone, num_classes=10, in_channels=1, image_size=side, seed=0)
+    if synchronised and among.size > 1:
+        synchronise(raw)
+    model = fabric.setup_module(raw.train())
+    optimizer = fabric.setup_optimizers(make_optimizer(parameter_groups(raw), OptimizerConfig(lr=1e-4)))
+    update, step, perturb = Stepper(fabric, model, optimizer, 10.0), two_phase_step(config), noise(config, 1.0, among)
+    draws = generator(0, "benchmark")
+    images = torch.randint(0, 256, (size * count, 1, side, side), generator=draws, dtype=torch.uint8)
+    data = ImageSet(images, torch.randint(0, 10, (size * count,), generator=draws))
+    seconds = []
+    start = time.perf_counter()
+    for clean, labels in batches(data, size, device, generator(0, "order"), among=among):
+        clean = augment(clean, AugmentConfig(rotation=10), draws, among=among)
+        step(model, clean, perturb(raw, clean, labels, 0.0, draws), labels, update)
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return seconds
+
+
+def turn(processes: int, workload: str, count: int, synchronised: bool) -> float:
+    """Median seconds of a step of one or two processes."""
+    own = ["--worker", workload, "--steps", str(count), *(["--sync-batchnorm"] if synchronised else [])]
+    starter = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *starter, __file__, *own], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    return statistics.median(max(both) for both in list(zip(*lines, strict=True))[WARM_UP:])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--sync-batchnorm", action="store_true")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--worker", choices=list(WORKLOADS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        # One write a process: two would meet in one line.
+        text = json.dumps(steps(arguments.worker, arguments.steps, arguments.sync_batchnorm)) + "\n"
+        os.write(1, text.encode())
+        return
+    found = {}
+    for workload in arguments.workloads:
+        turns = [
+            [turn(processes, workload, arguments.steps, arguments.sync_batchnorm) for processes in (1, 2)]
+            for _ in range(arguments.repetitions)
+        ]
+        one, two = (statistics.median(column) for column in zip(*turns, strict=True))
+        ratios = [alone / shared for alone, shared in turns]
+        found[workload] = {
+            "one_process_s": one, "two_processes_s": two, "ratio": statistics.median(ratios), "ratios": ratios,
+        }  # fmt: skip
+        print(
+            f"{workload:16} {1000 * one:8.1f} ms  {1000 * two:8.1f} ms  {statistics.median(ratios):5.2f}×", flush=True
+        )
+    print(json.dumps({"sync_batchnorm": arguments.sync_batchnorm, "workloads": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a training begins with: images, and a network with new weights or another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from robustfpd import data
+from robustfpd.config import RunConfig
+from robustfpd.errors import InputError
+from robustfpd.launched import Launched
+from robustfpd.models import FPD, Plain, build, load
+from robustfpd.models.building import saved_in
+from robustfpd.models.checkpoint import read_settings
+from robustfpd.processes import Processes
+from robustfpd.training.fabric import check
+from robustfpd.training.sync_batchnorm import synchronise
+
+
+def prepared(config: RunConfig, net: nn.Module | None, start: str | Path | None) -> tuple[data.Splits, FPD | Plain]:
+    """The images of a run and the network that it begins with; `train` says what its arguments are.
+
+    Raises:
+        InputError: settings that cannot be used, or a start that does not fit.
+    """
+    check(config, Launched.now())
+    splits = data.load(config.data)
+    if len(splits.validation) == 0:
+        raise InputError(
+            f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
+            "too few to hold any out for validation: each class needs two"
+        )
+    model = build(splits.info.task, config.model, net=net, seed=config.seed)
+    if start is not None:
+        _take_over(model, Path(start), net, config.data.dataset)
+    if config.procedure.sync_batchnorm and Processes.now().size > 1:
+        synchronise(model)
+    return splits, model
+
+
+def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: str) -> None:
+    """Give `model` the weights of the checkpoint `start`, which must be of the same architecture and task."""
+    path = saved_in(start)
+    task, config = read_settings(path)
+    if task != model.task:
+        raise InputError(
+            f"{start} was trained for {task}, but data set {dataset} has {model.task}; "
+            "start from a checkpoint of the same classes and image size, or give the data it was trained on"
+        )
+    ignored = {"pretrained", "dropout"}  # they leave a trained network as it is
+    old, new = (c.model_dump(exclude=ignored) for c in (config, model.config))
+    differing = [f"{k} was {v!r}, now {new[k]!r}" for k, v in old.items() if v != new[k]]
+    if differing:
+        raise InputError(f"{start} holds another network than this run's model settings: {'; '.join(differing)}")
+    source = load(path, net=net, trust_code=True)  # the backbone is the one that this run's settings name
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise InputError(f"{start} holds another network than this run's model settings build: {reason}") from None
