@@ -96,7 +96,9 @@ def run(search: Search[R], images: Tensor, starts: int, batch_size: int | None) 
         if max(passed) < search.length and (not search.early or since < every):
             continue
         fell, since = rows.fallen.tolist(), 0
-        left = [i for i, (p, f) in enumerate(zip(passed, fell, strict=True)) if p == search.length or f and search.early]
+        left = [
+            i for i, (p, f) in enumerate(zip(passed, fell, strict=True)) if p == search.length or f and search.early
+        ]
         if not left:
             continue
         search.end(rows, torch.tensor(left, device=images.device))
