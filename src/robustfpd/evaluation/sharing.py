@@ -40,5 +40,15 @@ def by_first(processes: Processes, action: Callable[[], T]) -> T:
     Raises:
         InputError: as `together`.
     """
-    found = together(processes, lambda: action() if processes.first else None)[0]
-    return found  # type: ignore[return-value]  # process 0 has no None but its own
+    return together(processes, lambda: action() if processes.first else None)[0]  # type: ignore[return-value]
+
+
+def in_step(processes: Processes, action: Callable[[], T]) -> T:
+    """What the action gives here, once it has given something on every process; all of them must call this.
+
+    Raises:
+        InputError: as `together`.
+    """
+    kept: list[T] = []
+    together(processes, lambda: kept.append(action()))
+    return kept[0]
