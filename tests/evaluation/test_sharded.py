@@ -1,38 +1,22 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
+from robustfpd.cli.joining import joined, told_once
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord, evaluate
-from robustfpd.evaluation.ledger import read_rows
+from robustfpd.evaluation.ledger import Ledger, read_rows
 from robustfpd.evaluation.sharing import by_first, in_step, together
 from robustfpd.processes import Processes
-
-SCRIPT = """
-import sys
-
-import torch
-
-sys.path.insert(0, {root!r})
-from tests.evaluation.test_sharded import begin, Net, SETTINGS, images
-from robustfpd.cli.joining import joined, told_once, started
-from robustfpd.errors import InputError
-from robustfpd.evaluation import evaluate
-
-torch.set_num_threads(1)
-begin()
-net, folder = Net(), {folder!r}
-"""
 
 
 def begin() -> None:
@@ -83,36 +67,84 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return x, labels
 
 
-def _started(folder: Path, body: str, count: int = 2) -> list[subprocess.Popen[str]]:
-    root = str(Path(__file__).parents[2])
-    code = SCRIPT.format(root=root, folder=str(folder)) + textwrap.dedent(body)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**given, "RANK": str(rank), "OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    rank: int
+    ending: str
+    """Kind of the exception that ended it, or `done`."""
+    told: str
+    """What it made, or the exception's message."""
 
 
-def _ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def _process(action: Callable[[Path], str], folder: Path, rank: int, count: int, port: int, ends: Any) -> None:
+    given = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    torch.set_num_threads(1)
+    begin()
     try:
-        told = [p.communicate(timeout=90) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, told, strict=True)]
+        with joined() as processes:
+            assert (processes.rank, processes.size) == (rank, count)
+            made = action(folder)
+        ends.put(Ended(rank, "done", made))
+    except BaseException as error:
+        ends.put(Ended(rank, type(error).__name__, str(error)))
 
 
-WHOLE = """
-with joined() as processes:
+class Several:
+    """Processes that share a job."""
+
+    def __init__(self, action: Callable[[Path], str], folder: Path, count: int) -> None:
+        context = multiprocessing.get_context("forkserver")  # imports once, and forks where no thread runs
+        context.set_forkserver_preload(["robustfpd.evaluation", "foolbox", "pyautoattack", __name__])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.ends: Any = context.Queue()
+        arguments = [(action, folder, rank, count, port, self.ends) for rank in range(count)]
+        self.processes = [context.Process(target=_process, args=a, daemon=True) for a in arguments]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, seconds: float = 60) -> list[Ended]:
+        """How all of them ended, by rank."""
+        found = sorted(self.ends.get(timeout=seconds) for _ in self.processes)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return found
+
+
+def whole(folder: Path) -> str:
+    """Evaluate; tell the robust accuracy and how often the network was asked."""
+    net = Net()
     record = evaluate(net, images(), out_dir=folder, **SETTINGS)
-print(processes.rank, processes.size, record.robust_accuracy, net.calls)
-"""
+    return f"{record.robust_accuracy} {net.calls}"
+
+
+def killed(folder: Path) -> str:
+    """Evaluate, and be interrupted."""
+    net = Net()
+    net.left = 230
+    evaluate(net, images(), out_dir=folder, **SETTINGS)
+    return "not killed"
+
+
+def other_weights(folder: Path) -> str:
+    """Evaluate with other weights on process 1."""
+    net = Net()
+    net.second.data += 1e-3 * Processes.now().rank
+    with told_once():
+        evaluate(net, images(), out_dir=folder, **SETTINGS)
+    return "nothing went wrong"
+
+
+def broken_ledger(folder: Path) -> str:
+    """Evaluate where process 0 cannot write."""
+    if Processes.now().first:
+        Ledger.add = lambda self, rows: 1 / 0  # type: ignore[method-assign, assignment]
+    evaluate(Net(), images(), out_dir=folder, **SETTINGS)
+    return "nothing went wrong"
 
 
 def _timeless(record: EvaluationRecord) -> dict[str, Any]:
@@ -143,61 +175,40 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int
 def test_two_processes_make_the_record_of_one_and_each_asks_less(
     alone: tuple[dict[str, Any], int], tmp_path: Path
 ) -> None:
-    ended = _ended(_started(tmp_path, WHOLE))
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    ended = Several(whole, tmp_path, 2).ended()
+    assert [e.ending for e in ended] == ["done", "done"], ended
     record = EvaluationRecord.load(tmp_path / "record.json")
     assert _timeless(record) == alone[0]
-    told = [out.split() for _, out, _ in ended]
-    assert [t[:3] for t in told] == [["0", "2", str(record.robust_accuracy)], ["1", "2", str(record.robust_accuracy)]]
-    assert all(int(t[3]) < 0.9 * alone[1] for t in told)
+    told = [e.told.split() for e in ended]
+    assert [accuracy for accuracy, _ in told] == 2 * [str(record.robust_accuracy)]
+    assert all(int(asked) < 0.9 * alone[1] for _, asked in told)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["record.exhibits", "record.json", "record.ledger.csv"]
-
-
-KILLED = """
-net.left = 230
-with joined() as processes:
-    evaluate(net, images(), out_dir=folder, **SETTINGS)
-"""
 
 
 def test_what_two_began_one_ends_and_the_reverse(alone: tuple[dict[str, Any], int], tmp_path: Path) -> None:
     both, one = tmp_path / "both", tmp_path / "one"
-    first = [*_started(both, KILLED), *_started(one, KILLED, count=1)]
-    assert all(code != 0 for code, _, _ in _ended(first))
+    begun = Several(killed, both, 2), Several(killed, one, 1)
+    endings = [e.ending for several in begun for e in several.ended()]
+    assert "done" not in endings, endings
     kept = [len(read_rows(folder / "record.ledger.csv")) for folder in (both, one)]
     assert all(75 < rows < len(alone[0]["ledger"]) for rows in kept), kept
-    ended = _ended([*_started(both, WHOLE, count=1), *_started(one, WHOLE)])
-    assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    resumed = Several(whole, both, 1), Several(whole, one, 2)
+    assert [e.ending for several in resumed for e in several.ended()] == 3 * ["done"]
     for folder in (both, one):
         assert _timeless(EvaluationRecord.load(folder / "record.json")) == alone[0]
 
 
-FAILING = """
-from robustfpd.evaluation.ledger import Ledger
-from robustfpd.evaluation.sharing import together
-
-with told_once(), joined() as processes:
-    if processes.rank == {rank}:
-        {fault}
-    try:
-        evaluate(net, images(), out_dir=folder, **SETTINGS)
-    except InputError as error:
-        print(error)
-        raise
-"""
+def test_what_goes_wrong_on_one_ends_all(tmp_path: Path) -> None:
+    ended = Several(broken_ledger, tmp_path, 2).ended()
+    message = "process 0: ZeroDivisionError: division by zero"
+    assert [(e.ending, e.told) for e in ended] == 2 * [("InputError", message)]
 
 
-@pytest.mark.parametrize(
-    ("rank", "fault", "message"),
-    [
-        (1, "net.second.data += 1e-3", "the processes were given different classifiers"),
-        (0, "Ledger.add = lambda self, rows: 1 / 0", "process 0: ZeroDivisionError: division by zero"),
-    ],
-)
-def test_what_goes_wrong_on_one_ends_all_with_one_message(tmp_path: Path, rank: int, fault: str, message: str) -> None:
-    ended = _ended(_started(tmp_path, FAILING.format(rank=rank, fault=fault)))
-    assert all(code != 0 and message in out for code, out, _ in ended), ended
-    assert ended[1][2] == ""
+def test_what_the_user_can_mend_is_told_once(tmp_path: Path) -> None:
+    first, second = Several(other_weights, tmp_path, 2).ended()
+    assert first.ending == "InputError"
+    assert first.told.startswith("the processes were given different classifiers")
+    assert (second.ending, second.told) == ("SystemExit", "2")
 
 
 def test_one_process_shares_with_nobody() -> None:
@@ -206,6 +217,6 @@ def test_one_process_shares_with_nobody() -> None:
     assert by_first(one, lambda: None) is None
     assert in_step(one, lambda: "here") == "here"
     with pytest.raises(KeyError):
-        together(one, lambda: {}["there"])
+        together(one, lambda: dict[str, int]()["there"])
     with pytest.raises(InputError):
         together(one, lambda: evaluate(Net(), images(), eps=-1))

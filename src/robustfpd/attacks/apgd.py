@@ -132,8 +132,8 @@ class _Apgd(Search[_State]):
                 raise InputError(f"{name} must be at least 1, found {count}")
         images, labels = self.images, self.labels
         with torch.no_grad():
-            parts = zip(torch.split(images, batch_size or len(images)), torch.split(labels, batch_size or len(images)))
-            logits = torch.cat([check_logits(self.classifier(x), y) for x, y in parts])
+            parts = torch.split(torch.arange(len(images), device=images.device), batch_size or len(images))
+            logits = torch.cat([check_logits(self.classifier(images[part]), labels[part]) for part in parts])
         self.goals = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
         self.found, self.found_loss = images.clone(), torch.full_like(logits[:, 0].float(), -torch.inf)
         self.schedule = Schedule(self.steps, self.eps, images.device, sparse=self.sparse)

@@ -60,7 +60,8 @@ def bim(
 def pgd(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 40,
     step_size: float | None = None, restarts: int = 1, random_start: bool = True, loss: Loss = "ce",
-    early_stop: bool = False, batch_size: int | None = None, generator: torch.Generator | None = None,
+    early_stop: bool = False, batch_size: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient descent, untargeted.
 
@@ -147,7 +148,8 @@ class _Ascent(Search[_Climbers]):
             x = x.add_(self.space.sample(images, self.eps, self.lots.of(image, start))).clamp_(0, 1)
         return _Climbers(
             image=image, step=torch.zeros_like(image), fallen=torch.zeros_like(image, dtype=torch.bool), images=images,
-            labels=self.labels[image], x=x, best=x.clone(), best_loss=torch.full_like(self.found_loss[image], -torch.inf),
+            labels=self.labels[image], x=x, best=x.clone(),
+            best_loss=torch.full_like(self.found_loss[image], -torch.inf),
         )  # fmt: skip
 
     def look(self, rows: _Climbers, at: int | None, fresh: Tensor | None) -> None:

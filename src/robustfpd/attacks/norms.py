@@ -16,7 +16,6 @@ from torch import Tensor
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError, unknown_name
 
-
 Draws = torch.Generator | Sequence[torch.Generator]
 """Where random numbers come from: one source, or one for each image, so that none depends on the others."""
 Radius = float | Tensor
@@ -72,7 +71,7 @@ class Linf(Geometry):
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
         """Ball and box are both boxes: clamping to each is exact."""
-        return (images + delta.clamp(-eps, eps)).clamp(0, 1) - images
+        return (images + delta.clamp(-eps, eps)).clamp(0, 1) - images  # type: ignore[arg-type]  # numbers or tensors
 
     def ascent(self, gradient: Tensor) -> Tensor:
         """Sign of the gradient."""
@@ -207,11 +206,12 @@ def _lowering(a: Tensor, room: Tensor, eps: Radius) -> Tensor:
     amount, rounding = low, 1e-13 * eps + 1e-15 * a.sum(dim=1, keepdim=True)
     buffer = torch.empty_like(a)
     for turn in range(_rounds(a)):
-        over, falling = -eps, 0.0
+        over = falling = torch.zeros_like(amount)
         for points, sign in ((a, 1), (late, -1)):
             left = torch.sub(points, amount, out=buffer).clamp_min_(0)
             over = over + sign * left.sum(dim=1, keepdim=True)
             falling = falling + sign * left.sign_().sum(dim=1, keepdim=True)
+        over = over - eps
         low, high = torch.where(over > 0, amount, low), torch.where(over > 0, high, amount)
         found = over.abs() <= rounding
         if _may_look(a) and bool((found | (high <= low)).all()):

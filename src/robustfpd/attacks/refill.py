@@ -97,7 +97,7 @@ def run(search: Search[R], images: Tensor, starts: int, batch_size: int | None) 
             continue
         fell, since = rows.fallen.tolist(), 0
         left = [
-            i for i, (p, f) in enumerate(zip(passed, fell, strict=True)) if p == search.length or f and search.early
+            i for i, (p, f) in enumerate(zip(passed, fell, strict=True)) if p == search.length or (f and search.early)
         ]
         if not left:
             continue

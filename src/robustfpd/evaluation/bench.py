@@ -143,16 +143,16 @@ class Bench:
         self._settle(counter)
         self.found, open_logits = None, None
         try:
-            counter.bfloat16 = bfloat16
+            counter.low_precision = bfloat16
             found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
             unsure = self._wrong(counter, found, y, draws) if bfloat16 else None
-            counter.bfloat16 = False
+            counter.low_precision = False
             distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
             logits = check_shape(self._answers(self.classifier, found, draws), y).cpu()
             if UNSQUASHED in self.views:  # saturated logits are all alike
                 open_logits = self._answers(self._counters[UNSQUASHED].classifier, found, draws).cpu()
         finally:
-            counter.bfloat16 = False
+            counter.low_precision = False
             changed = self._restore()
         queries, gradients = self._passes(counter, len(x))
         rows = self._rows(
