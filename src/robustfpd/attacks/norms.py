@@ -23,6 +23,8 @@ Radius = float | Tensor
 CERTAIN = 30
 """Rounds after which a projection is exact to rounding on all but contrived images, where none may be looked at."""
 MOST_ROUNDS = 200
+CACHED = 50_000
+"""Values that are projected at once on a CPU."""
 
 
 class Geometry(ABC):
@@ -100,9 +102,7 @@ class L2(Geometry):
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
         """Shrink all coordinates by one factor s, each stopped at the box: |δ_i| = min(s·|d_i|, room_i)."""
-        a, room = _magnitudes(delta, images)
-        s = _shrinkage(a.square(), torch.minimum(a, room).square_(), _column(eps))
-        return (delta * _per_image(s.to(delta.dtype))).clamp(-images, 1 - images)
+        return _in_parts(_shrunk, delta, images, eps)
 
     def ascent(self, gradient: Tensor) -> Tensor:
         """Gradient over its length."""
@@ -127,9 +127,7 @@ class L1(Geometry):
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
         """Lower all magnitudes by one λ, each kept within zero and the box: |δ_i| = clip(|d_i| - λ, 0, room_i)."""
-        a, room = _magnitudes(delta, images)
-        lowered = (a - _lowering(a, room, _column(eps))).clamp_min_(0)
-        return _signed(torch.minimum(lowered, room), delta)
+        return _in_parts(_lowered, delta, images, eps)
 
     def ascent(self, gradient: Tensor) -> Tensor:
         """Gradient over its L1 norm: dense, so that the projection decides which pixels change.
@@ -166,6 +164,30 @@ def geometry(norm: str, offered: tuple[str, ...] = NORMS, attack: str = "this at
     return _GEOMETRIES[norm]
 
 
+def _in_parts(
+    project: Callable[[Tensor, Tensor, Radius], Tensor], delta: Tensor, images: Tensor, eps: Radius
+) -> Tensor:
+    """Project a few images at a time on a CPU: what is computed of them on the way stays in its cache."""
+    few = max(CACHED // images[:1].numel(), 1)
+    if delta.device.type != "cpu" or len(delta) <= few:
+        return project(delta, images, eps)
+    radii = torch.split(eps, few) if isinstance(eps, Tensor) else [eps] * len(delta)
+    parts = zip(torch.split(delta, few), torch.split(images, few), radii, strict=False)
+    return torch.cat([project(*part) for part in parts])
+
+
+def _shrunk(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
+    a, room = _magnitudes(delta, images)
+    s = _shrinkage(a.square(), torch.minimum(a, room).square_(), _column(eps))
+    return (delta * _per_image(s.to(delta.dtype))).clamp(-images, 1 - images)
+
+
+def _lowered(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
+    a, room = _magnitudes(delta, images)
+    lowered = (a - _lowering(a, room, _column(eps))).clamp_min_(0)
+    return _signed(torch.minimum(lowered, room), delta)
+
+
 def _magnitudes(delta: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitude of each coordinate and how far it may go before the pixel leaves [0, 1]; both N×D, float64."""
     flat = delta.flatten(1).double()
@@ -184,14 +206,14 @@ def _shrinkage(a2: Tensor, cap2: Tensor, eps: Radius) -> Tensor:
     and the last one, in the piece of the solution, is exact.
     """
     s2 = (eps**2 / a2.sum(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max_(1)
-    free = torch.empty_like(a2)
+    grown, free = torch.empty_like(a2), torch.empty_like(a2)
     for _ in range(_rounds(a2)):
-        grown = s2 * a2
-        slope = _dot(torch.lt(grown, cap2, out=free), a2)
+        torch.mul(a2, s2, out=grown)
+        torch.lt(grown, cap2, out=free)
         missing = eps**2 - torch.minimum(grown, cap2, out=grown).sum(dim=1, keepdim=True)
-        before, s2 = s2, (s2 + missing.clamp_min_(0) / slope.clamp_min_(1e-300)).clamp_max_(1)
-        if _may_look(a2) and bool((s2 - before <= 1e-14 * s2).all()):
+        if _may_look(a2) and bool(((missing <= 1e-14 * eps**2) | (s2 >= 1)).all()):
             break
+        s2 = (s2 + missing.clamp_min_(0) / _dot(free, a2).clamp_min_(1e-300)).clamp_max_(1)
     return s2.sqrt_()
 
 
