@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks import Attack, apgd_ce, apgd_t, pgd
+from robustfpd.attacks import Attack, apgd_ce, apgd_t, pgd, refill
 from robustfpd.attacks.cost import Victim, most
 from robustfpd.attacks.counting import Counted
 from robustfpd.config import NORMS, Norm
@@ -118,3 +118,22 @@ def test_answers_that_are_none_are_refused_for_images_that_come_later(net: nn.Mo
     labels = torch.zeros(40, dtype=torch.long)
     with pytest.raises(InputError, match="NaN or infinite logits"):
         pgd(Broken(), many, labels, eps=0.1, random_start=False, steps=3, batch_size=6)
+
+
+@pytest.mark.parametrize(("attack", "options"), CASES, ids=NAMES)
+def test_looking_less_often_as_on_a_gpu_changes_no_result(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module, many: Tensor, attack: Attack[Any], options: dict[str, Any]
+) -> None:
+    net, x = net.double(), many.double()
+    labels = net(x).argmax(1)
+    for norm in NORMS:
+        counts, found = [], []
+        for every in (1, 8):
+            monkeypatch.setattr(refill, "_look_every", lambda device, every=every: every)
+            counted = Counted(net)
+            found.append(attack(counted, x, labels, eps=RADII[norm], norm=norm, batch_size=11, **options))
+            counts.append(counted.forward_passes)
+        torch.testing.assert_close(found[0], found[1], atol=1e-9, rtol=0)
+        victim = Victim(norm, classes=3, pixels=64)  # type: ignore[arg-type]
+        told = most(attack.name, victim, {**options, "batch_size": 11})
+        assert counts[0] <= counts[1] <= told.forward * len(many)

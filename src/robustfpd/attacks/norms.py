@@ -171,7 +171,7 @@ def _in_parts(
     few = max(CACHED // images[:1].numel(), 1)
     if delta.device.type != "cpu" or len(delta) <= few:
         return project(delta, images, eps)
-    radii = torch.split(eps, few) if isinstance(eps, Tensor) else [eps] * len(delta)
+    radii: Sequence[Radius] = torch.split(eps, few) if isinstance(eps, Tensor) else [eps] * len(delta)
     parts = zip(torch.split(delta, few), torch.split(images, few), radii, strict=False)
     return torch.cat([project(*part) for part in parts])
 

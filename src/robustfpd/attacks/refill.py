@@ -88,7 +88,7 @@ def run(search: Search[R], images: Tensor, starts: int, batch_size: int | None) 
         return
     rows, passed = _rows(search, work, images), [0] * len(work)
     fresh: Tensor | None = torch.arange(len(work), device=images.device)
-    every, since = 1 if images.device.type == "cpu" else LOOK_EVERY, 0
+    every, since = _look_every(images.device), 0
     while True:
         search.look(rows, passed[0] if min(passed) == max(passed) else None, fresh)
         rows.step += 1
@@ -118,6 +118,10 @@ def run(search: Search[R], images: Tensor, starts: int, batch_size: int | None) 
             fresh = None if fresh is None else torch.tensor(
                 [i for i, p in enumerate(passed) if p == 0], device=images.device
             )  # fmt: skip
+
+
+def _look_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 def _rows(search: Search[R], work: Sequence[tuple[int, int]], like: Tensor) -> R:

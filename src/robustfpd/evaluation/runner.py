@@ -158,7 +158,8 @@ def _exact(device: torch.device) -> Iterator[None]:
     """Without the caller's autocast, if any: attacks see the classifier's own gradients."""
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
