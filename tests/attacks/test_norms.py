@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from scipy.stats import kstest
 from torch import Tensor
 
+from robustfpd.attacks import norms
 from robustfpd.attacks.norms import geometry
 from robustfpd.config import NORMS
 from robustfpd.errors import InputError
@@ -96,6 +97,24 @@ def test_no_feasible_point_lies_on_the_far_side_of_the_projection(norm: str, sca
         other = other * (eps / size).clamp_max(1).reshape(-1, 1, 1, 1)
         away = ((delta - projected) * (other - projected)).flatten(1).sum(1)
         assert float(away.max()) <= 1e-9 * scale
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("eps", [0.5, 5.0])
+def test_projection_without_a_look_on_the_way_and_in_parts_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, norm: str, scale: float, eps: float
+) -> None:
+    draws = torch.Generator().manual_seed(6)
+    images = (1.6 * torch.rand(40, 3, 24, 24, generator=draws) - 0.3).clamp(0, 1)
+    delta = scale * torch.randn(images.shape, generator=draws)
+    radii = torch.linspace(eps / 2, eps, 40).reshape(-1, 1, 1, 1)
+    found = geometry(norm).project(delta, images, radii)
+    monkeypatch.setattr(norms, "_may_look", lambda values: False)
+    monkeypatch.setattr(norms, "CACHED", 1 << 30)
+    torch.testing.assert_close(geometry(norm).project(delta, images, radii), found, atol=1e-6, rtol=0)
+    one = geometry(norm).project(delta[7:8], images[7:8], float(radii[7]))
+    torch.testing.assert_close(one, found[7:8], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)

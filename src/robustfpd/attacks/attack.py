@@ -75,6 +75,11 @@ class Attack(Generic[P]):
             )
         return found
 
+    @property
+    def options(self) -> frozenset[str]:
+        """Names of what it may be given by keyword."""
+        return frozenset(inspect.signature(self.function).parameters)
+
     def check_library(self, norm: str) -> None:
         """Raise an InputError, which names the command that installs it, where the package is missing."""
         library = self.library if self.library is None or isinstance(self.library, str) else self.library.get(norm)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robustfpd.attacks.apgd import SHRINKING
+from robustfpd.attacks.apgd_schedule import SHRINKING
 from robustfpd.attacks.autoattack import EOT_SAMPLES
 from robustfpd.attacks.registry import get
 from robustfpd.config import Norm
@@ -56,8 +56,10 @@ _Cost = Callable[[Victim, Mapping[str, Any]], Passes]
 
 
 def _ascent(victim: Victim, o: Mapping[str, Any]) -> Passes:
+    """Where batches are refilled, an image's last look may share a batch with others' steps, and their way back."""
     restarts, steps = o.get("restarts", 1), o.get("steps", 1)
-    return Passes(restarts * (steps + 1), restarts * steps)
+    refilled = "batch_size" in o and (restarts > 1 or o["early_stop"] or o["batch_size"] is not None)
+    return Passes(restarts * (steps + 1), restarts * (steps + refilled))
 
 
 def _apgd(victim: Victim, o: Mapping[str, Any]) -> Passes:

@@ -18,11 +18,18 @@ class Counted(nn.Module):
         """Images whose gradient was asked for."""
         self.per_image: Tensor | None = None
         """Forward passes of each image of the last attack, N, where it told them; see `tell_queries`."""
+        self.low_precision = False
+        """Pass images in bfloat16 (autocast); logits are float32 all the same."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images N×C×H×W: logits N×K."""
         self.forward_passes += len(images)
-        logits: Tensor = self.classifier(images)
+        if self.low_precision:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                answers = self.classifier(images)
+            logits: Tensor = answers.float() if isinstance(answers, Tensor) else answers
+        else:
+            logits = self.classifier(images)
         if isinstance(logits, Tensor) and logits.requires_grad:
             logits.register_hook(self._went_back)  # type: ignore[no-untyped-call]
         return logits

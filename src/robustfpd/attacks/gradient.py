@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.attack import attack
-from robustfpd.attacks.inputs import check_logits
+from robustfpd.attacks.inputs import check_batch_size, check_logits, check_shape
 from robustfpd.attacks.losses import Loss, LossFunction, loss_function
 from robustfpd.attacks.norms import Geometry, geometry
+from robustfpd.attacks.refill import Lots, Rows, Search, run
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
@@ -58,7 +60,8 @@ def bim(
 def pgd(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 40,
     step_size: float | None = None, restarts: int = 1, random_start: bool = True, loss: Loss = "ce",
-    early_stop: bool = False,     generator: torch.Generator | None = None,
+    early_stop: bool = False, batch_size: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient descent, untargeted.
 
@@ -80,6 +83,8 @@ def pgd(
             follow the logits' scale), or a function of logits N×K and labels N that gives N.
         early_stop: give an image up as soon as an iterate is misclassified; costs fewer passes, and returns that
             iterate.
+        batch_size: images that go through the classifier at once; as images fall or finish, waiting ones take their
+            places. None takes all. It changes results by rounding only.
         generator: source of random starts; None takes a fresh one with seed 0.
 
     Returns:
@@ -100,71 +105,98 @@ def pgd(
         sizes = [step_size] * steps
     else:
         raise InputError(f"step_size must be a positive number, found {step_size!r}")
+    check_batch_size(batch_size)
     assert generator is not None  # the decorator's
-
-    best, standing = images.clone(), torch.arange(len(images), device=images.device)
-    best_loss = torch.full((len(images),), -torch.inf, device=images.device)
-    for _ in range(restarts):
-        x, y = images[standing], labels[standing]
-        delta = space.sample(x, eps, generator) if random_start else torch.zeros_like(x)
-        found = _ascend(classifier, x, y, delta, eps, space, sizes, objective, early_stop)
-        gained = found.fooled | (found.loss > best_loss[standing])
-        best[standing[gained]] = found.images[gained]
-        best_loss[standing] = torch.maximum(best_loss[standing], found.loss)
-        standing = standing[~found.fooled]
-        if len(standing) == 0:
-            break
-    return best
+    lots = Lots(generator) if random_start else None
+    ascent = _Ascent(classifier, images, labels, eps, space, sizes, objective, lots, early_stop)
+    run(ascent, torch.arange(len(images), device=images.device), restarts, batch_size)
+    return ascent.found
 
 
-class _Best:
-    """The best iterate so far of each image: misclassified before not, then by loss."""
+@dataclass
+class _Climbers(Rows):
+    """Images on their way up."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images.clone()
-        self.loss = torch.full((len(images),), -torch.inf, device=images.device)
-        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def update(self, rows: Tensor, images: Tensor, logits: Tensor, loss: Tensor, labels: Tensor) -> None:
-        """Note iterates of the images at `rows`."""
-        fooled = (logits.argmax(dim=1) != labels) & logits.isfinite().all(dim=1)
-        known = self.fooled[rows]
-        better = (fooled & ~known) | ((fooled == known) & (loss > self.loss[rows]))
-        self.images[rows[better]] = images[better]
-        self.loss[rows[better]] = loss[better]
-        self.fooled[rows] |= fooled
+    images: Tensor
+    labels: Tensor
+    x: Tensor
+    """Where each is, in ball and box."""
+    best: Tensor
+    """Of its iterates the best: misclassified before not, then by loss."""
+    best_loss: Tensor
 
 
-def _ascend(
-    classifier: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, eps: float, space: Geometry,
-    sizes: Sequence[float], loss: LossFunction, early_stop: bool,
-) -> _Best:  # fmt: skip
-    """Run projected steps of the given sizes from `delta`; one forward pass more than there are steps."""
-    best, rows = _Best(images), torch.arange(len(images), device=images.device)
-    for step in range(len(sizes) + 1):
-        x = (images + delta).clamp(0, 1).detach()
-        last = step == len(sizes)
+class _Ascent(Search[_Climbers]):
+    """Projected steps of given sizes; one forward pass more than there are steps."""
+
+    def __init__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, space: Geometry,
+        sizes: Sequence[float], loss: LossFunction, lots: Lots | None, early: bool,
+    ) -> None:  # fmt: skip
+        self.classifier, self.images, self.labels, self.eps, self.space = classifier, images, labels, eps, space
+        self.loss, self.lots, self.early, self.length = loss, lots, early, len(sizes) + 1
+        self.sizes = [*sizes, 0.0]
+        self.table = torch.tensor(self.sizes, device=images.device, dtype=images.dtype)
+        self.found = images.clone()
+        self.found_loss = torch.full((len(images),), -torch.inf, device=images.device)
+
+    def begin(self, image: Tensor, start: Sequence[int]) -> _Climbers:
+        """From a random point of the ball, or the image itself."""
+        images = self.images[image]
+        x = images.clone()
+        if self.lots is not None:
+            x = x.add_(self.space.sample(images, self.eps, self.lots.of(image, start))).clamp_(0, 1)
+        return _Climbers(
+            image=image, step=torch.zeros_like(image), fallen=torch.zeros_like(image, dtype=torch.bool), images=images,
+            labels=self.labels[image], x=x, best=x.clone(),
+            best_loss=torch.full_like(self.found_loss[image], -torch.inf),
+        )  # fmt: skip
+
+    def look(self, rows: _Climbers, at: int | None, fresh: Tensor | None) -> None:
+        """One step, or the last look."""
+        last = at == self.length - 1
+        x = rows.x.detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            x.requires_grad_(not last)
-            logits = classifier(x)
-            if step == 0:
-                check_logits(logits, labels)
-            losses = loss(logits, labels)
+            logits = self.classifier(x)
+            if fresh is not None:
+                _check_fresh(logits, rows.labels, fresh)
+            losses = self.loss(logits, rows.labels)
             total = losses.sum()
-        best.update(rows, x.detach(), logits.detach(), losses.detach().float(), labels)
+        with torch.no_grad():
+            self._note(rows, logits.detach(), losses.detach().float())
         if last:
-            break
+            return
         if not total.requires_grad:
             raise InputError(
                 "the classifier's logits do not depend differentiably on the images; use a black-box attack"
             )
         (gradient,) = torch.autograd.grad(total, x)
-        # A NaN would wander into the images; the point stays where it is instead.
-        delta = delta + sizes[step] * space.ascent(gradient.nan_to_num(0, 0, 0))
-        delta = space.project(delta, images, eps)
-        if early_stop:
-            left = ~best.fooled[rows]
-            rows, images, labels, delta = rows[left], images[left], labels[left], delta[left]
-            if len(rows) == 0:
-                break
-    return best
+        size = self.table[rows.step].reshape(-1, 1, 1, 1) if at is None else self.sizes[at]
+        with torch.no_grad():
+            self.space.climb(rows.x, gradient, size, rows.images, self.eps)
+
+    def _note(self, rows: _Climbers, logits: Tensor, loss: Tensor) -> None:
+        fooled = (logits.argmax(dim=1) != rows.labels) & logits.isfinite().all(dim=1)
+        better = (fooled == rows.fallen) & (loss > rows.best_loss)
+        if self.early:  # images wait until a GPU is asked which have fallen: what they would find then does not count
+            better &= ~rows.fallen
+        better |= fooled & ~rows.fallen
+        torch.where(better.reshape(-1, 1, 1, 1), rows.x, rows.best, out=rows.best)
+        torch.where(better, loss, rows.best_loss, out=rows.best_loss)
+        rows.fallen |= fooled
+
+    def end(self, rows: _Climbers, places: Tensor) -> None:
+        """Keep what is better than what an earlier start found."""
+        image, fallen, loss = rows.image[places], rows.fallen[places], rows.best_loss[places]
+        before = self.found_loss[image]
+        gained = (fallen | (loss > before)).reshape(-1, 1, 1, 1)
+        self.found[image] = torch.where(gained, rows.best[places], self.found[image])
+        self.found_loss[image] = torch.maximum(loss, before)
+
+
+def _check_fresh(logits: Tensor, labels: Tensor, fresh: Tensor) -> None:
+    """Refuse a classifier whose answers at the start are none."""
+    if len(fresh) == len(labels):
+        check_logits(logits, labels)
+    else:
+        check_logits(check_shape(logits, labels)[fresh], labels[fresh])

@@ -87,6 +87,12 @@ def num_classes(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
     return int(logits.shape[1])
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse what is neither None nor a number of images."""
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size must be None or a whole number of at least 1, found {batch_size!r}")
+
+
 def positive(**options: float) -> None:
     """Refuse options that are not positive numbers."""
     for name, value in options.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from robustfpd.cli.subjects import Subject
@@ -44,6 +46,8 @@ def evaluate(
     download: bool = False,
     seed: int | None = None,
     every_attack: bool = False,
+    batch_size: int | None = None,
+    search_precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
     dry_run: bool = False,
     json: bool = False,
@@ -51,7 +55,8 @@ def evaluate(
 ) -> None:
     """Attack a classifier: clean and worst-case accuracy over eps with 95 % intervals, and whether to trust them.
 
-    What was found is written as it goes: an evaluation that was killed goes on when the command is repeated.
+    What was found is written as it goes: an evaluation that was killed goes on when the command is repeated. Started
+    by torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, processes share the images.
 
     For example `robustfpd evaluate runs/digits-mini`, or `robustfpd evaluate runs/folder-mini --suite standard
     --dry-run`, or `robustfpd evaluate mnist/mini-fpd --eps 0.1 --data-root data`, or
@@ -80,51 +85,90 @@ def evaluate(
         download: fetch the data set into --data-root when it is not there.
         seed: seed of the choice of images and of the attacks.
         every_attack: try every attack on every image, for an accuracy per attack; costs more.
-        device: auto, cpu, cuda or mps.
+        batch_size: images that go through the network at once; default what serves well on a CPU and the most that fits
+            on a GPU. Where memory does not suffice it is halved.
+        search_precision: what attacks differentiate the network in; with bf16 successes are confirmed in fp32, but the
+            number to report is fp32's.
+        device: auto, cpu, cuda or mps; of several processes each takes the GPU of its own.
         dry_run: tell the attacks, what they cost at most and an estimate of the time; attack and write nothing.
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.images import as_made_for, images_of
+    from robustfpd.cli.joining import joined, own_device, started, told_once
     from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
     from robustfpd.cli.subjects import subject, surrogates
 
-    check_device(device)
-    _check_names(norm, suite, dataset, num_images, image_size)
-    found = subject(run, model, trust_code)
-    config = configured(_settings(found, dataset, image_size), data_root, download, seed)
-    plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
-    check_settings(config.model_copy(update={"evaluation": plan}))
-    if surrogate and plan.space == "normalised":
-        raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
-    others = surrogates(surrogate, found.twin if plan.space == "pixels" else None, trust_code)
-    output = Output(json=json, quiet=quiet)
-    chosen = torch_device(device)
-    config = as_made_for(found, config)
-    if dry_run:
-        from robustfpd.cli.evaluate_plan import tell_plan
+    first = started()[0] == 0
+    output = Output(json=json and first, quiet=quiet or not first)
+    with told_once():
+        check_device(device)
+        _check_names(norm, suite, dataset, num_images, image_size, batch_size)
+        found = subject(run, model, trust_code)
+        config = configured(_settings(found, dataset, image_size), data_root, download, seed)
+        plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
+        check_settings(config.model_copy(update={"evaluation": plan}))
+        if surrogate and plan.space == "normalised":
+            raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
+        others = surrogates(surrogate, found.twin if plan.space == "pixels" else None, trust_code)
+        chosen = torch_device(own_device(device))
+        if dry_run:
+            if first:
+                _tell_plan(output, found, config, plan, split, list(others), chosen)
+            return
+        with joined() as processes:
+            from robustfpd.evaluation.sharing import in_step
 
-        tell_plan(output, found, config.data, plan, split, list(others), chosen)
-        return
-    from robustfpd.evaluation.space import in_space
-
-    attacked = found.classifier().to(chosen)
-    networks = {name: other.classifier().to(chosen) for name, other in others.items()}
-    images, class_names = images_of(config.data, split, found, attacked)
-    shown = found.name if split == "test" else f"{found.name} (validation images)"
-    shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
-    classifier, given = in_space(attacked, images, plan.space)
-    record, path = _evaluated(
-        output, found.results, record_name(config.data, plan, split), shown, classifier.to(chosen), given,
-        suite=plan.suite, eps=plan.eps, norm=plan.norm, num_images=plan.num_images, seed=config.seed,
-        every_attack=every_attack, surrogates=networks, class_names=class_names,
-    )  # fmt: skip
+            attacked = in_step(processes, lambda: _attacked(found, config, plan, split, others, chosen))
+            record, path = _evaluated(
+                output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
+                norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
+                batch_size=batch_size or "auto", search_precision=search_precision,
+            )  # fmt: skip
     _show(output, record, plan, path)
     told = found.source if found.results == Path(found.source) / "evaluation" else found.results
     output.say(f"next: {program()} report {shlex.quote(str(told))}")
     output.result(_summary(record, path))
     if strict and record.verdict.status != "trusted":
         raise SystemExit(NOT_TRUSTED)
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    """What an evaluation is given."""
+
+    shown: str
+    """What it is called on screen and in the record."""
+    classifier: nn.Module
+    data: Any
+    surrogates: dict[str, nn.Module]
+    class_names: tuple[str, ...]
+
+
+def _attacked(
+    found: Subject, config: RunConfig, plan: EvaluationConfig, split: Literal["test", "validation"],
+    others: dict[str, Subject], device: torch.device,
+) -> _Attacked:  # fmt: skip
+    """Load networks and images."""
+    from robustfpd.cli.images import as_made_for, images_of
+    from robustfpd.evaluation.space import in_space
+
+    classifier = found.classifier().to(device)
+    images, class_names = images_of(as_made_for(found, config).data, split, found, classifier)
+    shown = found.name if split == "test" else f"{found.name} (validation images)"
+    shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
+    attacked, data = in_space(classifier, images, plan.space)
+    networks = {name: other.classifier().to(device) for name, other in others.items()}
+    return _Attacked(shown, attacked.to(device), data, networks, tuple(class_names))
+
+
+def _tell_plan(
+    output: Output, found: Subject, config: RunConfig, plan: EvaluationConfig, split: str, surrogates: list[str],
+    device: torch.device,
+) -> None:  # fmt: skip
+    from robustfpd.cli.evaluate_plan import tell_plan
+    from robustfpd.cli.images import as_made_for
+
+    tell_plan(output, found, as_made_for(found, config).data, plan, split, surrogates, device)
 
 
 def record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
@@ -134,8 +178,9 @@ def record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
 
 
 def _check_names(
-    norm: str | None, suite: str | None, dataset: str | None, num_images: int | None, image_size: int | None
-) -> None:
+    norm: str | None, suite: str | None, dataset: str | None, num_images: int | None, image_size: int | None,
+    batch_size: int | None,
+) -> None:  # fmt: skip
     """Refuse what no evaluation can have, before anything is looked for."""
     from robustfpd.cli.running import known
     from robustfpd.config import DATASETS, NORMS, SUITES
@@ -143,13 +188,14 @@ def _check_names(
     for kind, name, names in (("norm", norm, NORMS), ("suite", suite, SUITES), ("dataset", dataset, DATASETS)):
         if name is not None:
             known(kind, name, names)
-    for flag, number in (("--num-images", num_images), ("--image-size", image_size)):
+    counts = (("--num-images", num_images), ("--image-size", image_size), ("--batch-size", batch_size))
+    for flag, number in counts:
         if number is not None and number < 1:
             raise InputError(f"{flag} must be at least 1, found {number}")
 
 
 def _evaluated(
-    output: Output, folder: Path, name: str, shown: str, classifier: nn.Module, data: Any, **options: Any
+    output: Output, folder: Path, name: str, attacked: _Attacked, **options: Any
 ) -> tuple[EvaluationRecord, Path]:
     """Go on with, read, or make the evaluation; another one of that name stays, and this one gets a number."""
     from robustfpd import evaluation
@@ -160,9 +206,17 @@ def _evaluated(
         unfinished = evaluation.is_unfinished(path)
         done = path.is_file() and not unfinished
         try:
-            with evaluation_display(output.console, shown) as observer:
+            with evaluation_display(output.console, attacked.shown) as observer:
                 record = evaluation.evaluate(
-                    classifier, data, out_dir=folder, name=path.stem, subject=shown, observer=observer, **options
+                    attacked.classifier,
+                    attacked.data,
+                    out_dir=folder,
+                    name=path.stem,
+                    subject=attacked.shown,
+                    observer=observer,
+                    surrogates=attacked.surrogates,
+                    class_names=attacked.class_names,
+                    **options,
                 )
         except evaluation.OtherEvaluation:
             continue

@@ -3,7 +3,8 @@
 from robustfpd.evaluation.doctor import Finding, diagnose
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.runner import EvaluationObserver, Stage, evaluate
+from robustfpd.evaluation.runner import evaluate
+from robustfpd.evaluation.stages import EvaluationObserver, Stage
 from robustfpd.evaluation.suite import suite_names
 from robustfpd.evaluation.verdict import Check, Verdict
 

@@ -20,11 +20,14 @@ from robustfpd.attacks.norms import geometry
 from robustfpd.config import Norm
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation.ledger import CLEAN, LedgerRow, Outcome
+from robustfpd.evaluation.memory import is_out_of_memory, make_room, refills
 from robustfpd.evaluation.suite import Planned
 from robustfpd.seeding import generator
 
 CHANGED = "it changed the classifier's"
 """How the note begins where an attack did what it must not, and what it found counts all the same."""
+COSTS = ("queries", "gradients", "seconds")
+"""Columns that add up where an image was attacked twice."""
 OUTSIDE = 1e-5
 """How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
 
@@ -34,10 +37,12 @@ class Bench:
 
     def __init__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, device: torch.device,
-        norm: Norm, seed: int, batch_size: int, classes: int = 0,
+        norm: Norm, seed: int, batch_size: int, classes: int = 0, *, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         self.classifier, self.images, self.labels, self.numbers = classifier, images, labels, numbers
         self.device, self.norm, self.seed, self.batch_size = device, norm, seed, batch_size
+        self.bfloat16 = bfloat16
+        """Attacks search in bfloat16; what they find is judged in float32 all the same."""
         self.views: dict[str, View] = {}
         self._counters: dict[str, Counted] = {}
         self._looks = 0, 0
@@ -65,6 +70,8 @@ class Bench:
 
     def ask(self, indices: Tensor) -> list[LedgerRow]:
         """Rows of images as they are; an InputError where the classifier cannot be asked at all."""
+        if len(indices) > self.batch_size:
+            return [row for part in torch.split(indices, self.batch_size) for row in self.ask(part)]
         start = time.perf_counter()
         x = self.images[indices].to(self.device)
         draws = generator(self.seed, CLEAN, *self.numbers[indices].tolist())
@@ -73,6 +80,8 @@ class Bench:
         except InputError:
             raise
         except Exception as error:
+            if self._halved(error, len(indices)):
+                return self.ask(indices)
             raise InputError(
                 f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
                 f"{type(error).__name__}: {first_line(error)}"
@@ -86,36 +95,122 @@ class Bench:
             CLEAN, 0.0, indices, logits.cpu(), torch.zeros(len(x)), ones, 0 * ones, time.perf_counter() - start
         )
 
+    def units(self, planned: Planned, block: Tensor, batch_size: int) -> list[Tensor]:
+        """What `run` takes at once of a block: all of it where the attack keeps its batches full by itself."""
+        return [block] if refills(planned) else list(torch.split(block, batch_size))
+
     def run(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
-        """Run one attack on one batch; whatever it raises is noted and costs only this batch."""
+        """Run one attack on one block or batch; whatever it raises is noted and costs only one batch.
+
+        Where memory does not suffice, the batch size is halved for good and the images are attacked again.
+        """
+        if len(indices) > self.batch_size and not refills(planned):
+            return self._in_parts(planned, eps, indices)
+        try:
+            rows = self._once(planned, eps, indices, bfloat16=self.bfloat16)
+        except Exception as error:
+            if self._halved(error, len(indices)):
+                return self.run(planned, eps, indices)
+            if len(indices) > self.batch_size:
+                return self._in_parts(planned, eps, indices)
+            rows = self._failed(planned, eps, indices, f"{type(error).__name__}: {first_line(error)}")
+        return rows
+
+    def _in_parts(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+        rows, found = [], []
+        for part in torch.split(indices, self.batch_size):
+            rows += self.run(planned, eps, part)
+            found.append(self.images[part].to(self.device) if self.found is None else self.found)
+        self.found = torch.cat(found)
+        return rows
+
+    def _halved(self, error: Exception, images: int) -> bool:
+        """Halve the batch size where that may help."""
+        if not is_out_of_memory(error) or min(images, self.batch_size) == 1:
+            return False
+        self.batch_size = min(images, self.batch_size) // 2
+        make_room(self.device)
+        return True
+
+    def _once(self, planned: Planned, eps: float, indices: Tensor, *, bfloat16: bool) -> list[LedgerRow]:
+        """Run one attack in one precision; it raises what the attack raises, with the classifier put back."""
         start = time.perf_counter()
         x, y = self.images[indices].to(self.device), self.labels[indices].to(self.device)
         attack, view, counter = attacks.get(planned.attack), self.views[planned.view], self._counters[planned.view]
         options = dict(planned.options) if view.loss is None else {**planned.options, "loss": view.loss}
+        options |= {"batch_size": self.batch_size} if refills(planned) else {}
         draws = generator(self.seed, planned.label, repr(eps), *self.numbers[indices].tolist())
+        self._settle(counter)
+        self.found, open_logits = None, None
+        try:
+            counter.low_precision = bfloat16
+            found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
+            unsure = self._wrong(counter, found, y, draws) if bfloat16 else None
+            counter.low_precision = False
+            distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
+            logits = check_shape(self._answers(self.classifier, found, draws), y).cpu()
+            if UNSQUASHED in self.views:  # saturated logits are all alike
+                open_logits = self._answers(self._counters[UNSQUASHED].classifier, found, draws).cpu()
+        finally:
+            counter.low_precision = False
+            changed = self._restore()
+        queries, gradients = self._passes(counter, len(x))
+        rows = self._rows(
+            planned.label, eps, indices, logits, distance, queries + 1 + (open_logits is not None), gradients,
+            time.perf_counter() - start, faults=faults, changed=changed, open_logits=open_logits,
+            minimal=attack.minimal,
+        )  # fmt: skip
+        if unsure is not None:
+            rows, found = self._confirmed(planned, eps, indices, rows, found, unsure)
+        self.found = found
+        return rows
+
+    def _confirmed(
+        self, planned: Planned, eps: float, indices: Tensor, rows: list[LedgerRow], found: Tensor, wrong: Tensor
+    ) -> tuple[list[LedgerRow], Tensor]:
+        """Attack again in float32 what bfloat16 alone misclassifies, before it counts as withstood."""
+        right = torch.tensor([r.adversarial_prediction == r.label and r.outcome != "failed" for r in rows])
+        again = torch.nonzero(wrong.cpu() & right).flatten()
+        found = found.clone()
+        for part in torch.split(again, self.batch_size):
+            redone = self._once(planned, eps, indices[part], bfloat16=False)
+            assert self.found is not None
+            found[part.to(found.device)] = self.found
+            for place, row in zip(part.tolist(), redone, strict=True):
+                spent = {name: getattr(rows[place], name) + getattr(row, name) for name in COSTS}
+                rows[place] = row.model_copy(update=spent)
+        return rows, found
+
+    def _failed(self, planned: Planned, eps: float, indices: Tensor, note: str) -> list[LedgerRow]:
+        """Rows of a batch on which the attack raised an error."""
+        self.found = None
+        nothing = torch.zeros(len(indices))
+        queries, gradients = self._passes(self._counters[planned.view], len(indices))
+        return self._rows(
+            planned.label, eps, indices, None, nothing, queries, gradients, 0.0, faults=[note] * len(indices),
+            minimal=attacks.get(planned.attack).minimal,
+        )  # fmt: skip
+
+    def _settle(self, counter: Counted) -> None:
+        """Whatever went through a view until now was of no attack that counts."""
         self._looks = self._looks[0] + counter.forward_passes, self._looks[1] + counter.backward_passes
         counter.reset()
-        faults, distance = [""] * len(x), torch.zeros(len(x))
-        logits, open_logits, self.found = None, None, None
-        try:
-            found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
-            distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
-            logits = check_shape(self._logits(self.classifier, found, draws), y).cpu()
-            self.found = found
-            if UNSQUASHED in self.views:  # saturated logits are all alike
-                open_logits = self._logits(self._counters[UNSQUASHED].classifier, found, draws).cpu()
-        except Exception as error:
-            faults = [f"{type(error).__name__}: {first_line(error)}"] * len(x)
-        changed = self._restore()
-        asked = sum(answers is not None for answers in (logits, open_logits))
-        told = torch.zeros(len(x), dtype=torch.long) if counter.per_image is None else counter.per_image
-        queries = told + _shares(max(counter.forward_passes - int(told.sum()), 0), len(x))
-        gradients = _shares(counter.backward_passes, len(x))
+
+    def _passes(self, counter: Counted, images: int) -> tuple[Tensor, Tensor]:
+        """Passes of the last attack on each image, forward and backward."""
+        told = torch.zeros(images, dtype=torch.long) if counter.per_image is None else counter.per_image
+        queries = told + _shares(max(counter.forward_passes - int(told.sum()), 0), images)
+        gradients = _shares(counter.backward_passes, images)
         counter.reset()
-        return self._rows(
-            planned.label, eps, indices, logits, distance, queries + asked, gradients, time.perf_counter() - start,
-            faults=faults, changed=changed, open_logits=open_logits, minimal=attack.minimal,
-        )  # fmt: skip
+        return queries, gradients
+
+    def _wrong(self, module: nn.Module, images: Tensor, labels: Tensor, draws: torch.Generator) -> Tensor:
+        """Which images a module misclassifies."""
+        return self._answers(module, images, draws).argmax(dim=1) != labels
+
+    def _answers(self, module: nn.Module, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Logits, `batch_size` images at a time."""
+        return torch.cat([self._logits(module, part, draws) for part in torch.split(images, self.batch_size)])
 
     def _measure(self, found: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, list[str]]:
         """Distances, and what is wrong with each image if anything is."""

@@ -62,11 +62,15 @@ class Ledger:
 
     def __init__(self, path: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
         self.rows: list[LedgerRow] = []
-        self.path = path
+        self.path: Path | None = None
         self._known: list[LedgerRow] = []
         self._next = 0
         if path is not None:
-            self._known = self._open(path, settings or {})
+            self.open(path, settings or {})
+
+    def open(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Keep rows in this file, and take up those that an evaluation with these settings left there."""
+        self._known, self.path = self._open(path, settings), path
 
     def replay(self, attack: str, eps: float, images: Sequence[int]) -> list[LedgerRow] | None:
         """Rows of a batch that was finished before; None where it was not, and whatever followed is dropped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
@@ -85,6 +85,11 @@ class EvaluationRecord(Config):
     norm: Norm
     seed: int
     batch_size: int
+    """Images that went through the classifier at once, at the least: it is halved where memory does not suffice."""
+    batch_size_found: bool = False
+    """Nobody said how many: they were found."""
+    search_precision: Literal["fp32", "bf16"] = "fp32"
+    """What attacks differentiated the classifier in; what they found was judged in float32."""
     every_attack: bool
     clean: Proportion
     worst_case: tuple[WorstCase, ...]

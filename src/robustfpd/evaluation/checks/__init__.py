@@ -37,7 +37,7 @@ _PROBING = (
     "more-steps",
     "rugged-loss",
 )
-_RESULTS = ("black-box", "failed-attacks", "unchanged-state", "idle-attacks")
+_RESULTS = ("black-box", "failed-attacks", "unchanged-state", "idle-attacks", "search-precision")
 NAMES = (
     "training-mode", "images-in-range", "stays-in-evaluation-mode", "clean-accuracy", "eps-units", *_LOOKING,
     *_PROBING, *_RESULTS,
@@ -68,7 +68,7 @@ def after_attacks(subject: Subject, findings: Findings) -> list[Check]:
         ]  # fmt: skip
     return [
         *probed, results.blind(subject, findings), results.failures(findings), results.state_changes(findings),
-        results.idle(findings),
+        results.idle(findings), results.precision(subject, findings, probed),
     ]  # fmt: skip
 
 

@@ -51,6 +51,20 @@ def idle(findings: Findings) -> Check:
     return judged("idle-attacks", bool(idle_labels), evidence + more, idle=len(idle_labels))
 
 
+def precision(subject: Subject, findings: Findings, before: Sequence[Check]) -> Check:
+    """Did attacks see the classifier's gradients in float32, or float32 attacks turn little of what others left?"""
+    name = "search-precision"
+    if not subject.bench.bfloat16:
+        return judged(name, False, "attacks differentiated the classifier without reduced precision")
+    told = "attacks differentiated the classifier in bfloat16; float32 confirmed every success"
+    if not bool(findings.standing.any()):
+        return judged(name, False, f"{told}, and no image stands")
+    longer = next(c for c in before if c.name == "more-steps")
+    if longer.outcome == "skipped":
+        return judged(name, True, f"{told}, but nothing that stands was attacked in float32: evaluate with fp32")
+    return judged(name, longer.outcome != "passed", f"{told}. In float32, {longer.evidence}", **longer.values)
+
+
 def blind(subject: Subject, findings: Findings) -> Check:
     """Do attacks without the classifier's gradients turn what those with them left?"""
     name = "black-box"
