@@ -14,6 +14,7 @@ import tyro
 
 from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
+from robustfpd.launched import Launched
 
 if TYPE_CHECKING:
     import torch
@@ -94,11 +95,11 @@ def evaluate(
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.joining import joined, own_device, started, told_once
+    from robustfpd.cli.joining import joined, own_device, told_once
     from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
     from robustfpd.cli.subjects import subject, surrogates
 
-    first = started()[0] == 0
+    first = Launched.now().first
     output = Output(json=json and first, quiet=quiet or not first)
     with told_once():
         check_device(device)
@@ -115,7 +116,7 @@ def evaluate(
             if first:
                 _tell_plan(output, found, config, plan, split, list(others), chosen)
             return
-        with joined() as processes:
+        with joined(device) as processes:
             from robustfpd.evaluation.sharing import in_step
 
             attacked = in_step(processes, lambda: _attacked(found, config, plan, split, others, chosen))
