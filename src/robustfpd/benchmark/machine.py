@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, whether it has bfloat16, and how to wait for it."""
+"""The machine that a benchmark runs on: what it is, and how to wait for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
+from robustfpd.models.precision import multiplies_bf16
 from robustfpd.provenance import environment
-
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
-"""What Linux calls the instructions that make bfloat16 worth while on a CPU."""
 
 
 def described(device: torch.device) -> dict[str, Any]:
@@ -23,15 +21,8 @@ def described(device: torch.device) -> dict[str, Any]:
         **environment(device),
         "processor": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(),
-        "bfloat16": has_bfloat16(device),
+        "bfloat16": multiplies_bf16(device),
     }
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 with instructions of its own."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(BF16_FLAGS & set(_cpuinfo("flags").split()))
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustfpd.benchmark import memory
-from robustfpd.benchmark.machine import has_bfloat16, synchroniser
+from robustfpd.benchmark.machine import synchroniser
 from robustfpd.benchmark.result import Bar, Entry, Measure, Workload
 from robustfpd.benchmark.scale import Network, Scale
 from robustfpd.benchmark.timing import Contender, Pace, Timing, interleave
 from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig
 from robustfpd.models import FPD, build
 from robustfpd.models.mode import evaluating
+from robustfpd.models.precision import multiplies_bf16
 from robustfpd.seeding import generator
 from robustfpd.training.optimizers import make_optimizer
 from robustfpd.training.phases import StepResult, parameter_groups, plain_step, two_phase_step
@@ -79,7 +80,7 @@ def training(network: Network, plain: Trainee, fpd: Trainee, scale: Scale, pace:
         Contender(JOINED, lambda: fpd.step(JOINT)),
         Contender(f"{MATMUL}, fp32", matmul(scale.matmul, torch.float32, device)),
     ]
-    if has_bfloat16(device):
+    if multiplies_bf16(device):
         contenders += [
             Contender(BF16, lambda: fpd.step(OPEN, torch.bfloat16)),
             Contender(f"{MATMUL}, bf16", matmul(scale.matmul, torch.bfloat16, device)),
@@ -93,7 +94,7 @@ def training(network: Network, plain: Trainee, fpd: Trainee, scale: Scale, pace:
         share("two-phase step", fpd.step, DETACHED, "fp32", timing, scale),
     ]
     notes: tuple[str, ...] = ("no bfloat16 on this machine: its step was not measured",)
-    if has_bfloat16(device):
+    if multiplies_bf16(device):
         notes = ()
         measures += [
             Measure(what="fp32 step / bf16 step", value=timing.ratio(DETACHED, BF16), bar=Bar(at_least=PRECISION_BAR)),
