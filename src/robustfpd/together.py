@@ -18,10 +18,11 @@ PATIENCE = timedelta(minutes=30)
 """How long processes wait for one another before they give up."""
 
 
-def join(device: str = "auto") -> Processes:
+def join(device: str = "auto", patience: timedelta = PATIENCE) -> Processes:
     """Meet the other processes that torchrun or srun started, once; a process that is alone stays so.
 
     Args:
+        patience: how long processes wait for one another, now and later.
         device: `auto`, `cpu` or `cuda`; GPUs are taken by the processes' numbers on their node.
 
     Raises:
@@ -42,7 +43,7 @@ def join(device: str = "auto") -> Processes:
     _tell_torch(launched)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=launched.rank, world_size=launched.size, timeout=PATIENCE)
+        dist.init_process_group(backend, rank=launched.rank, world_size=launched.size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
@@ -90,8 +91,9 @@ def _tell_torch(launched: Launched) -> None:
 
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
     os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    # Jobs that share a node must not meet at one port.
-    os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
+    # Jobs that share a node, and steps of one job, must not meet at one port.
+    number = 7 * int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+    os.environ.setdefault("MASTER_PORT", str(15000 + number % 10000))
     for name, value in (
         ("RANK", launched.rank), ("WORLD_SIZE", launched.size), ("LOCAL_RANK", launched.local_rank),
         ("LOCAL_WORLD_SIZE", launched.local_size), ("GROUP_RANK", launched.rank // launched.local_size),

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from robustfpd.cli.joining import joined, told_once
+from robustfpd.cli.running import told_once
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord, evaluate
 from robustfpd.evaluation.ledger import Ledger, read_rows
 from robustfpd.evaluation.sharing import by_first, in_step, together
 from robustfpd.processes import Processes
+from robustfpd.together import join
 
 
 def begin() -> None:
@@ -86,9 +87,9 @@ def _process(action: Callable[[Path], str], folder: Path, rank: int, count: int,
     torch.set_num_threads(1)
     begin()
     try:
-        with joined() as processes:
-            assert (processes.rank, processes.size) == (rank, count)
-            made = action(folder)
+        processes = join("cpu")
+        assert (processes.rank, processes.size) == (rank, count)
+        made = action(folder)
         ends.put(Ended(rank, "done", made))
     except BaseException as error:
         ends.put(Ended(rank, type(error).__name__, str(error)))
@@ -210,7 +211,7 @@ def test_what_goes_wrong_on_one_ends_all(tmp_path: Path) -> None:
 def test_what_the_user_can_mend_is_told_once(tmp_path: Path) -> None:
     first, second = Several(other_weights, tmp_path, 2).ended()
     assert first.ending == "InputError"
-    assert first.told.startswith("the processes were given different classifiers")
+    assert first.told.startswith("the processes were given different weights")
     assert second.ending == "ToldElsewhere"  # the command line keeps silent about it
 
 

@@ -168,7 +168,7 @@ def _in_parts(
     project: Callable[[Tensor, Tensor, Radius], Tensor], delta: Tensor, images: Tensor, eps: Radius
 ) -> Tensor:
     """Project a few images at a time on a CPU: what is computed of them on the way stays in its cache."""
-    few = max(CACHED // images[:1].numel(), 1)
+    few = max(CACHED // max(images.shape[1:].numel(), 1), 1)
     if delta.device.type != "cpu" or len(delta) <= few:
         return project(delta, images, eps)
     radii: Sequence[Radius] = torch.split(eps, few) if isinstance(eps, Tensor) else [eps] * len(delta)
@@ -241,7 +241,7 @@ def _lowering(a: Tensor, room: Tensor, eps: Radius) -> Tensor:
         step = amount + over / falling.clamp_min(1)
         inside = (step > low) & (step < high) & (turn % 10 < 9)
         amount = torch.where(found, amount, torch.where(inside, step, (low + high) / 2))
-    return amount
+    return torch.where(found, amount, high)  # where rounds did not suffice, the side that stays in the ball
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def run(
     found = read(out) if out.is_file() else Benchmark(device=device.type)
     if found.device != device.type:
         raise InputError(f"{out} was measured on {found.device}, not on {device.type}; give another --out")
-    found = found.model_copy(update={"extra": {**found.extra, **{path.stem: _last_object(path) for path in extra}}})
+    found = found.model_copy(update={"extra": {**found.extra, **{path.stem: last_object(path) for path in extra}}})
     settings = {**asdict(scale), **asdict(pace)}
     for name in (name for name in SECTIONS if name in only):
         section = Section(environment=described(device), settings=json.loads(json.dumps(settings)))
@@ -74,7 +74,7 @@ def _workloads(name: str, scale: Scale, pace: Pace, device: torch.device, data_r
         yield from scaling_workloads(scale, pace, target)
 
 
-def _last_object(path: Path) -> dict[str, Any]:
+def last_object(path: Path) -> dict[str, Any]:
     """What a script told last."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for text in (path.read_text(encoding="utf-8"), *lines[-1:]):

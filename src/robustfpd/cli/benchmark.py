@@ -70,7 +70,7 @@ def benchmark(
             raise InputError(f"no file {path}")
     output = Output(json=json, quiet=quiet)
     if read:
-        found = _read(read, output)
+        found = _read(read, extra, output)
     else:
         found = [_measured(sections, out, extra, repeats, limit, suite_images, smoke, data_root, device, output)]
     if document is not None:
@@ -82,11 +82,16 @@ def benchmark(
     output.result({"benchmarks": [each.model_dump(mode="json", exclude_none=True) for each in found]})
 
 
-def _read(paths: tuple[Path, ...], output: Output) -> list[Benchmark]:
+def _read(paths: tuple[Path, ...], extra: tuple[Path, ...], output: Output) -> list[Benchmark]:
     from robustfpd.benchmark.document import tables
     from robustfpd.benchmark.result import read
 
     found = [read(path) for path in paths]
+    if extra:
+        from robustfpd.benchmark.running import last_object
+
+        told = {path.stem: last_object(path) for path in extra}
+        found[0] = found[0].model_copy(update={"extra": {**found[0].extra, **told}})
     for each in found:
         output.say(*(tables(section) for section in each.sections.values()))
     return found

@@ -6,6 +6,7 @@ import itertools
 import math
 import shlex
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,6 @@ import tyro
 
 from robustfpd.cli.output import Output
 from robustfpd.errors import InputError
-from robustfpd.launched import Launched
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 NOT_TRUSTED = 3
 """Exit code under --strict."""
+FOR_LONG = timedelta(days=7)
+"""How long processes wait for one another: an attack on a block may take hours, and others have none."""
 
 
 def evaluate(
@@ -86,8 +88,8 @@ def evaluate(
         download: fetch the data set into --data-root when it is not there.
         seed: seed of the choice of images and of the attacks.
         every_attack: try every attack on every image, for an accuracy per attack; costs more.
-        batch_size: images that go through the network at once; default what serves well on a CPU and the most that fits
-            on a GPU. Where memory does not suffice it is halved.
+        batch_size: images that go through the network at once; default what serves well on a CPU, and on a GPU a
+            block (at most 256). Where memory does not suffice it is halved.
         search_precision: what attacks differentiate the network in; with bf16 successes are confirmed in fp32, but the
             number to report is fp32's.
         device: auto, cpu, cuda or mps; of several processes each takes the GPU of its own.
@@ -95,13 +97,11 @@ def evaluate(
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.joining import joined, own_device, told_once
-    from robustfpd.cli.running import check_device, check_settings, configured, program, torch_device
+    from robustfpd.cli.running import check_device, check_settings, configured, met, program, told_once, torch_device
     from robustfpd.cli.subjects import subject, surrogates
 
-    first = Launched.now().first
-    output = Output(json=json and first, quiet=quiet or not first)
-    with told_once():
+    with met(device, FOR_LONG) as first:
+        output = Output(json=json and first, quiet=quiet or not first)
         check_device(device)
         _check_names(norm, suite, dataset, num_images, image_size, batch_size)
         found = subject(run, model, trust_code)
@@ -111,20 +111,18 @@ def evaluate(
         if surrogate and plan.space == "normalised":
             raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
         others = surrogates(surrogate, found.twin if plan.space == "pixels" else None, trust_code)
-        chosen = torch_device(own_device(device))
+        chosen = torch_device(device)
         if dry_run:
             if first:
                 _tell_plan(output, found, config, plan, split, list(others), chosen)
             return
-        with joined(device) as processes:
-            from robustfpd.evaluation.sharing import in_step
-
-            attacked = in_step(processes, lambda: _attacked(found, config, plan, split, others, chosen))
-            record, path = _evaluated(
-                output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
-                norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
-                batch_size=batch_size or "auto", search_precision=search_precision,
-            )  # fmt: skip
+        attacked = _attacked(found, config, plan, split, others, chosen)
+    with told_once():
+        record, path = _evaluated(
+            output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
+            norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
+            batch_size=batch_size or "auto", search_precision=search_precision,
+        )  # fmt: skip
     _show(output, record, plan, path)
     told = found.source if found.results == Path(found.source) / "evaluation" else found.results
     output.say(f"next: {program()} report {shlex.quote(str(told))}")

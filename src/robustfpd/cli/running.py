@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def program() -> str:
 
 
 @contextmanager
-def met(device: str) -> Iterator[bool]:
+def met(device: str, patience: timedelta | None = None) -> Iterator[bool]:
     """Meet the other processes, where torchrun or srun started several; what is wrong in the block ends all of them.
 
     Yields whether this process is the one that talks.
@@ -39,16 +40,27 @@ def met(device: str) -> Iterator[bool]:
     if launched.size == 1:
         yield True
         return
-    from robustfpd.together import errors_shared, join
+    from robustfpd.together import PATIENCE, errors_shared, join
 
     try:
-        join(device)
+        join(device, patience or PATIENCE)
     except InputError as error:
         if launched.local_rank == 0:
             raise
         raise ToldElsewhere(str(error)) from None
     with errors_shared():
         yield launched.first
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let process 0 alone tell what all processes were told to have gone wrong."""
+    try:
+        yield
+    except InputError as error:
+        if Launched.now().first:
+            raise
+        raise ToldElsewhere(str(error)) from None
 
 
 def started_by() -> str:

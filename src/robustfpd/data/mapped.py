@@ -14,7 +14,7 @@ _mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 def mapped(path: Path, size: int) -> Tensor:
-    """The first `size` bytes of a file, uint8: who writes into them changes his own memory, not the file."""
+    """The first `size` bytes of a file, uint8, to be read: what is written there is lost, and never in the file."""
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     data = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -75,17 +75,20 @@ class Bench:
         start = time.perf_counter()
         x = self.images[indices].to(self.device)
         draws = generator(self.seed, CLEAN, *self.numbers[indices].tolist())
+        logits = None
         try:
             logits = self._logits(self.classifier, x, draws)
         except InputError:
             raise
         except Exception as error:
-            if self._halved(error, len(indices)):
-                return self.ask(indices)
-            raise InputError(
-                f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from error
+            if not self._halved(error, len(indices)):
+                raise InputError(
+                    f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+        if logits is None:  # out here: an error that is being handled keeps alive all that filled the memory
+            make_room(self.device)
+            return self.ask(indices)
         logits = check_logits(logits, self.labels.max().expand(len(x)))
         if logits.shape[1] < 2:
             raise InputError(f"the classifier must tell at least 2 classes apart, found {logits.shape[1]}")
@@ -107,14 +110,16 @@ class Bench:
         if len(indices) > self.batch_size and not refills(planned):
             return self._in_parts(planned, eps, indices)
         try:
-            rows = self._once(planned, eps, indices, bfloat16=self.bfloat16)
+            return self._once(planned, eps, indices, bfloat16=self.bfloat16)
         except Exception as error:
-            if self._halved(error, len(indices)):
-                return self.run(planned, eps, indices)
-            if len(indices) > self.batch_size:
-                return self._in_parts(planned, eps, indices)
-            rows = self._failed(planned, eps, indices, f"{type(error).__name__}: {first_line(error)}")
-        return rows
+            halved, note = self._halved(error, len(indices)), f"{type(error).__name__}: {first_line(error)}"
+        # Out here: an error that is being handled keeps alive all that filled the memory.
+        if halved:
+            make_room(self.device)
+            return self.run(planned, eps, indices)
+        if len(indices) > self.batch_size:
+            return self._in_parts(planned, eps, indices)
+        return self._failed(planned, eps, indices, note)
 
     def _in_parts(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
         rows, found = [], []
@@ -129,7 +134,6 @@ class Bench:
         if not is_out_of_memory(error) or min(images, self.batch_size) == 1:
             return False
         self.batch_size = min(images, self.batch_size) // 2
-        make_room(self.device)
         return True
 
     def _once(self, planned: Planned, eps: float, indices: Tensor, *, bfloat16: bool) -> list[LedgerRow]:

@@ -32,9 +32,10 @@ from robustfpd.evaluation.inputs import (
 from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.memory import block_size, found_batch_size
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
-from robustfpd.evaluation.sharing import by_first, together
+from robustfpd.evaluation.sharing import by_first, in_step, together
 from robustfpd.evaluation.stages import EvaluationObserver, Sizes, Stages
 from robustfpd.evaluation.suite import Target, plan
+from robustfpd.launched import Launched
 from robustfpd.models.mode import evaluating
 from robustfpd.processes import Processes
 from robustfpd.provenance import environment, weights_sha256
@@ -82,8 +83,8 @@ def evaluate(
         out_dir: folder for `record.json` and `record.ledger.csv`. The ledger is written as the evaluation goes: one
             that was killed goes on where it stood when it is repeated, and one that is done is read.
         surrogates: other classifiers on which transferred attacks are made, by name.
-        batch_size: images per forward pass; `auto` takes what serves well on a CPU and the most that fits on a GPU.
-            Where memory does not suffice it is halved, and what was found is kept.
+        batch_size: images per forward pass; `auto` takes what serves well on a CPU, and on a GPU a block (at most
+            256). Where memory does not suffice it is halved, and what was found is kept.
         search_precision: what attacks differentiate the classifier in: `fp32`, or `bf16` (autocast), faster where the
             hardware has it. Successes are always confirmed in float32, and one that is not is attacked again there.
         every_attack: try every attack on every image that is classified rightly, for a curve per attack; costs
@@ -112,11 +113,21 @@ def evaluate(
     images, labels, numbers = gather(data, num_images, seed)
     device = device_of(classifier, images)
     processes = Processes.now()
-    with _exact(device), forward_passes(classifier) as first_looks:
-        behaviour, classes = look(classifier, images, device)
-        if class_names and classes and len(class_names) != classes:
-            raise InputError(f"class_names must be {classes}, one for each logit, found {len(class_names)}")
-        others, passes = _surrogates(surrogates, images, device, classes)
+    if processes.size != Launched.now().size and processes.size == 1:
+        raise InputError(
+            f"{Launched.now().by} started {Launched.now().size} processes, which have not met: each would do the whole "
+            "evaluation; call robustfpd.together.join() first"
+        )
+
+    def looked() -> tuple[str, int, dict[str, nn.Module], int]:
+        with _exact(device), forward_passes(classifier) as passed:
+            behaviour, classes = look(classifier, images, device)
+            if class_names and classes and len(class_names) != classes:
+                raise InputError(f"class_names must be {classes}, one for each logit, found {len(class_names)}")
+            others, passes = _surrogates(surrogates, images, device, classes)
+        return behaviour, classes, others, passes + sum(passed)
+
+    behaviour, classes, others, passes = in_step(processes, looked)
     settings = {
         "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
         "search_precision": search_precision, "every_attack": every_attack, "behaviour": behaviour,
@@ -125,8 +136,14 @@ def evaluate(
     }  # fmt: skip
     path = None if out_dir is None else Path(out_dir) / f"{name}.json"
     sha = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    if len(set(together(processes, lambda: sha))) > 1:
-        raise InputError("the processes were given different classifiers, images or settings")
+    shared = {name: value for name, value in settings.items() if name != "behaviour"}  # which rounds
+    everywhere = together(processes, lambda: shared)
+    different = [n for n in shared if any(there[n] != shared[n] for there in everywhere)]
+    if different:
+        raise InputError(
+            f"the processes were given different {', '.join(different)}; all must evaluate the same classifier on the "
+            "same images with the same settings"
+        )
     record = by_first(processes, lambda: _finished(path, sha, settings))
     if record is not None:
         return record
@@ -148,7 +165,7 @@ def evaluate(
     watcher = observer or EvaluationObserver()
     stages = Stages(bench, ledger, suite, radii, others, handed_over, every_attack, watcher, shown, sizes, processes)
     with evaluating(classifier), _exact(device):
-        record = stages.record(subject, tuple(class_names), sha, passes + sum(first_looks) + sum(looks))
+        record = stages.record(subject, tuple(class_names), sha, passes + sum(looks))
     by_first(processes, lambda: _keep(record, path, ledger))
     return processes.told(record)
 

@@ -98,6 +98,14 @@ def swap_activations(net: nn.Module) -> int:
     return swapped
 
 
+def keep_inputs(net: nn.Module) -> bool:
+    """Let our ELUs leave their inputs alone; return whether any did not."""
+    in_place = [m for m in net.modules() if isinstance(m, ELU) and m.inplace]
+    for m in in_place:
+        m.inplace = False
+    return bool(in_place)
+
+
 def to_elu(net: nn.Module) -> None:
     """Replace activation modules by ELU, and warn when there was nothing to replace."""
     if swap_activations(net) == 0 and not any(isinstance(m, nn.ELU) for m in net.modules()):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError, first_line, unknown_name
+from robustfpd.models.activation import keep_inputs
 from robustfpd.models.mode import evaluating
 
 PYRAMID_LEVELS = 4
@@ -71,7 +72,7 @@ class Backbone(nn.Module):
         for index, name in enumerate(self.stage_names):
             self.net.get_submodule(name).register_forward_hook(_StageEnd(self, index))
         self._drop_tail(self._trace(image, self.stage_names[-1]), image)
-        features = self._measure(image)
+        features = self._undisturbed(image)
         self.channels = tuple(f.shape[1] for f in features)
         self.reductions = tuple(round(max(self.padded(image_size)) / max(f.shape[-2:])) for f in features)
         for index, channels in enumerate(self.channels):
@@ -189,6 +190,15 @@ class Backbone(nn.Module):
                 f"the backbone does not take images of {channels} channels and {height}×{width} pixels: "
                 f"{first_line(error)[:200]}; another image_size or small_stem=True may help"
             ) from error
+
+    def _undisturbed(self, image: Tensor) -> list[Tensor]:
+        """Measure; activations that would overwrite a stage's output leave their inputs alone from then on."""
+        try:
+            return self._measure(image)
+        except InputError:
+            if not keep_inputs(self.net):
+                raise
+        return self._measure(image)
 
     def _measure(self, image: Tensor) -> list[Tensor]:
         """Run once and check what the stages deliver."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustfpd.config import Denoise
 from robustfpd.errors import unknown_name
-from robustfpd.models.tracing import traced
+from robustfpd.models.tracing import as_autocast, traced
 
 
 def dot_product(x: Tensor, kept: float = 0.0) -> Tensor:
@@ -105,9 +105,7 @@ def gaussian_affinity(x: Tensor, kept: float = 0.0) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """N×C×H×W as N×P×C: a view, whatever the layout of the map."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.flatten(2).transpose(1, 2)
+    return as_autocast(x).flatten(2).transpose(1, 2)
 
 
 def _map(rows: Tensor, like: Tensor) -> Tensor:

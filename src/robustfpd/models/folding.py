@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfpd.models.tracing import without_autocast
+
 Layer = nn.Conv2d | nn.ConvTranspose2d
 
 
@@ -31,7 +33,7 @@ class Fold:
         """Map N×C×H×W as the layers one after another do, up to rounding."""
         for layer in self.before:
             x = layer(x)
-        with torch.autocast(x.device.type, enabled=False):  # products of weights are made in full precision
+        with without_autocast(x):  # products of weights are made in full precision
             weight, bias, side = self._weights()
         kernel, padding = self.first.kernel_size[0], int(self.first.padding[0])
         if isinstance(self.first, nn.ConvTranspose2d):

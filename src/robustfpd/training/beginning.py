@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from robustfpd import data
 from robustfpd.config import RunConfig
-from robustfpd.errors import InputError
+from robustfpd.errors import InputError, ToldElsewhere
 from robustfpd.launched import Launched
 from robustfpd.models import FPD, Plain, build, load
 from robustfpd.models.building import saved_in
@@ -31,12 +32,44 @@ def prepared(config: RunConfig, net: nn.Module | None, start: str | Path | None)
             f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
             "too few to hold any out for validation: each class needs two"
         )
+    _check_shares(len(splits.train), config.procedure.batch_size, Processes.now())
     model = build(splits.info.task, config.model, net=net, seed=config.seed)
     if start is not None:
         _take_over(model, Path(start), net, config.data.dataset)
     if config.procedure.sync_batchnorm and Processes.now().size > 1:
         synchronise(model)
     return splits, model
+
+
+def check_agreed(processes: Processes, *asked: Any) -> None:
+    """Refuse processes that were not started for one training: several seeds are several commands.
+
+    Raises:
+        InputError: a process group that is neither torchrun's nor srun's, or other arguments in another process.
+    """
+    launched = Launched.now()
+    if processes.size != launched.size:
+        raise InputError(
+            f"the process group has {processes.size} processes, of which torchrun or srun started {launched.size}; "
+            "start the script with torchrun or srun, or train in one process"
+        )
+    mine = [each.model_dump_json() if isinstance(each, RunConfig) else str(each) for each in asked]
+    everywhere = processes.all(mine)
+    other = next((rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0]), None)
+    if other is not None:
+        message = f"processes 0 and {other} were told to train different things"
+        if not processes.first:
+            raise ToldElsewhere(message)
+        raise InputError(f"{message}; give all the same settings, and each seed a command of its own")
+
+
+def _check_shares(images: int, batch_size: int, processes: Processes) -> None:
+    """Refuse a batch that is smaller than asked for and cannot be shared out evenly."""
+    if images < batch_size and images % processes.size:
+        raise InputError(
+            f"{images} training images are less than a batch, and cannot be shared out evenly among {processes.size} "
+            "processes; train in one process"
+        )
 
 
 def _take_over(model: FPD | Plain, start: Path, net: nn.Module | None, dataset: str) -> None:

@@ -46,7 +46,7 @@ def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -
             "plugins": [TorchElasticEnvironment()],
         }  # fmt: skip
     try:
-        place = torch.device(_auto() if accelerator == "auto" else accelerator)
+        place = torch.device(_auto() if accelerator == "auto" else device)
         arithmetic: Any = _FABRICS[chosen(precision, place)]
         fabric = Fabric(accelerator=accelerator, precision=arithmetic, loggers=logger, **options)
         fabric.launch()

@@ -28,7 +28,7 @@ from robustfpd.seeding import derive, generator
 from robustfpd.together import errors_shared, join
 from robustfpd.training.adversarial import adversarial_step
 from robustfpd.training.agreement import average_statistics, averaged
-from robustfpd.training.beginning import prepared
+from robustfpd.training.beginning import check_agreed, prepared
 from robustfpd.training.early_stopping import EarlyStopping
 from robustfpd.training.fabric import launch
 from robustfpd.training.optimizers import Schedule, make_optimizer
@@ -80,7 +80,7 @@ def train(
             else f"adversarial.start is scratch, found start={start}; leave one of them out"
         )
     with _quiet():
-        join(device)
+        check_agreed(join(device), config, out_dir, start, resume)
         with errors_shared():
             fabric = launch(config, device, precision, folder.path)
             splits, model = prepared(config, net, start)
@@ -127,8 +127,7 @@ class _Training:
 
     def run(self, net: nn.Module | None, resume: bool) -> TrainResult:
         if resume:
-            with errors_shared():
-                self._restore()
+            self._restore()
         for epoch in range(len(self.history), self.settings.epochs):
             if self.stopping.exhausted:
                 break
@@ -246,17 +245,30 @@ class _Training:
         logged = {k: v for k, v in asdict(self.history[-1]).items() if v is not None and k != "epoch"}
         self.fabric.log_dict(logged, step=self.history[-1].epoch)
 
-    def _restore(self) -> None:
+    def _saved(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """State and weights of the last whole epoch; None before there was one."""
         state = self.folder.training_state()
         if state is None and self.folder.metrics_file.is_file():
             raise InputError(
                 f"{self.folder.last} is missing, though {self.folder.metrics_file} tells of whole epochs; put it back, "
                 "or start in another folder"
             )
-        if state is None:
+        return None if state is None else (state, read_weights(self.folder.last))
+
+    def _restore(self) -> None:
+        with errors_shared():
+            saved = self._saved()
+        begun = self.processes.all(0 if saved is None else len(saved[0]["history"]))
+        if len(set(begun)) > 1:
+            raise InputError(
+                f"the processes see {sorted(set(begun))} whole epochs in {self.folder.path}; it must be on a file "
+                "system that all nodes share"
+            )
+        if saved is None:
             return
+        state, weights = saved
         try:
-            load_weights(self.raw_model, read_weights(self.folder.last))
+            load_weights(self.raw_model, weights)
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.restore(state["schedule"])
             self.stopping = EarlyStopping(**state["stopping"])

@@ -15,10 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from robustfpd.models import FPD, Plain
+from robustfpd.models.activation import keep_inputs
 
 
 def recompute_blocks(model: FPD | Plain) -> None:
     """Let every block of every stage recompute its activations; weights, gradients and statistics stay the same."""
+    keep_inputs(model)  # a block's input is needed again
     for name in model.backbone.stage_names:
         for block in model.backbone.net.get_submodule(name).children():
             if any(True for _ in block.parameters()):

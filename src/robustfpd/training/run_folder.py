@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class RunFolder:
                 raise InputError(
                     f"--resume in {self.path} needs the same settings; these differ: {'; '.join(differing)}"
                 )
+            self._check_precision(precision)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         config.save(self.config_file)
@@ -68,6 +70,16 @@ class RunFolder:
         how = {"precision": precision, "processes": Processes.now().size}
         origin = {"data": _summary(splits), "start": begun, **how}
         write_json(self.path / "environment.json", {**environment(device), **origin})
+
+    def _check_precision(self, precision: str) -> None:
+        """Refuse to go on in another arithmetic than that of the record; runs from before it was told had fp32."""
+        path = self.path / "environment.json"
+        begun = json.loads(path.read_text()).get("precision", "fp32") if path.is_file() else precision
+        if begun != precision:
+            raise InputError(
+                f"the run in {self.path} was begun in {begun}, this would go on in {precision}; "
+                f"add --precision {begun} (in Python precision={begun!r})"
+            )
 
     def save_checkpoint(
         self, folder: Path, model: FPD | Plain, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None

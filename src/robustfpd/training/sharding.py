@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_world_size
+from torch.distributed import broadcast, get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +21,10 @@ def share_out(model: nn.Module, device: torch.device) -> None:
     """Leave each process its part of every weight; whole ones are there in passes through the model only."""
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP takes no weights that lie in the order of channels_last
+    for held in (*model.parameters(), *model.buffers()):  # a module of the user's may begin unlike everywhere
+        whole = held.data.to(device)
+        broadcast(whole, src=0)
+        held.data.copy_(whole)
     fully_shard(model, mesh=init_device_mesh(device.type, (get_world_size(),)))
 
 
