@@ -92,7 +92,9 @@ class Losses:
 def trained(run: RunConfig, folder: Path, **options: Any) -> dict[str, Any]:
     """Train; return losses, last weights and metrics."""
     losses = Losses()
-    result = train(run, folder, net=Net(), device="cpu", observer=Observer(on_batch=losses), **options)
+    result = train(
+        run, folder, net=Net(), device="cpu", precision="fp32", observer=Observer(on_batch=losses), **options
+    )
     weights = {name: w.float() for name, w in result.model.state_dict().items()}
     timing = ("seconds", "images_per_second")
     history = [{k: v for k, v in vars(row).items() if k not in timing} for row in result.history]
@@ -109,7 +111,14 @@ def resumed(folder: Path) -> dict[str, Any]:
     for strategy in ("ddp", "fsdp"):
         observer = Observer(on_batch=Losses(stop_in_epoch=1))
         try:
-            train(config(strategy=strategy), folder / strategy / "cut", net=Net(), device="cpu", observer=observer)
+            train(
+                config(strategy=strategy),
+                folder / strategy / "cut",
+                net=Net(),
+                device="cpu",
+                precision="fp32",
+                observer=observer,
+            )
         except KeyboardInterrupt:
             continue
         raise AssertionError("not interrupted")

@@ -6,25 +6,31 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig
 
-# Fused: each parameter goes through memory once a step, on CPUs as on GPUs. Adamax has no such form.
-_OPTIMIZERS: dict[str, Callable[[Any, OptimizerConfig], Optimizer]] = {
-    "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
-    "adamax": lambda groups, c: torch.optim.Adamax(groups, lr=c.lr, weight_decay=c.weight_decay),
-    "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
-    "sgd": lambda groups, c: torch.optim.SGD(
-        groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=True
+_Build = Callable[[Any, OptimizerConfig, bool], Optimizer]
+_OPTIMIZERS: dict[str, _Build] = {
+    "adam": lambda groups, c, fused: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay, fused=fused),
+    "adamax": lambda groups, c, fused: torch.optim.Adamax(groups, lr=c.lr, weight_decay=c.weight_decay),
+    "adamw": lambda groups, c, fused: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, fused=fused),
+    "sgd": lambda groups, c, fused: torch.optim.SGD(
+        groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=fused
     ),
 }
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    """Return the optimiser over parameter groups."""
-    return _OPTIMIZERS[config.name](groups, config)
+    """Return the optimiser over parameter groups.
+
+    Fused where there is such a form, so that each parameter goes through memory once a step, on CPUs as on GPUs; not
+    over parameters that FSDP has shared out, whose state would not be what one process goes on with.
+    """
+    shared_out = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    return _OPTIMIZERS[config.name](groups, config, not shared_out)
 
 
 class Schedule:
