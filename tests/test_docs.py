@@ -90,7 +90,7 @@ def test_the_commands_of_a_page_are_accepted(page: Path, elsewhere: Path) -> Non
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
         elif words[0] == "robustfpd":
             _accepted(words[1:])
-        elif words[0] == "torchrun":
+        elif words[0] in ("torchrun", "srun"):
             start = words.index("-m") + 2
             assert words[start - 1] == "robustfpd", words
             _accepted(words[start:])

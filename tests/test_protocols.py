@@ -138,7 +138,9 @@ def test_the_results_settings_are_still_those_of_the_recipe() -> None:
     benchmark = _benchmark("protocols")
     for variant in benchmark.VARIANTS:
         saved = json.loads((ROOT / "results" / "protocols" / f"{variant.stage}-{variant.name}.json").read_text())
-        assert saved["config"] == benchmark.settings(variant), variant.name
+        # Fields that came later have their defaults in what was measured before.
+        measured, asked = (parse(RunConfig, values) for values in (saved["config"], benchmark.settings(variant)))
+        assert measured == asked, variant.name
         assert saved["record"]["clean"]["total"] == benchmark.NUM_IMAGES
 
 
