@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustfpd.models.activation import ELU, swap_activations, to_elu
+from robustfpd.models.activation import ELU, UNDERFLOW, swap_activations, to_elu
 
 
 @settings(deadline=None, derandomize=True)
@@ -26,6 +26,13 @@ def test_values_and_slopes_are_those_of_torch(values: list[float]) -> None:
     (slope,) = torch.autograd.grad((out * weights).sum(), ours)
     (expected_slope,) = torch.autograd.grad((expected * weights).sum(), theirs)
     assert torch.allclose(slope, expected_slope, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_exp_is_cut_off_nothing_is_left_of_it(dtype: torch.dtype) -> None:
+    x = torch.tensor([UNDERFLOW - 1e-3, UNDERFLOW, UNDERFLOW + 1e-3, -88.0, -100.0, -1e30], dtype=dtype)
+    assert torch.equal(ELU()(x), F.elu(x))
+    assert float(torch.tensor(UNDERFLOW, dtype=torch.float64).exp()) < torch.finfo(torch.float64).eps / 2
 
 
 def test_infinities_and_nan_go_the_way_of_torch() -> None:
