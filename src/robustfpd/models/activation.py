@@ -24,7 +24,7 @@ _AT_ONCE = {torch.float32: 1 << 18, torch.float64: 1 << 17}
 """Numbers that are worked on at a time: as many as fit into a core's cache, beside what is made of them."""
 _HALF_AT_ONCE = 1 << 16
 UNDERFLOW = -40
-"""From here down exp(x) - 1 rounds to -1 in float64, too. Further down exp gives subnormal numbers, ten times as slow."""
+"""From here down exp(x) - 1 is -1 in float64, too. Further down exp gives subnormal numbers, ten times as slow."""
 
 
 def _elu_(x: Tensor) -> Tensor:
