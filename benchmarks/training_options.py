@@ -3,7 +3,7 @@
     python benchmarks/training_options.py --data-root data --seeds 3
 
 Each option trains mnist/mini on 20,000 images for 2 epochs, on one thread, from several seeds; then all test images are
-classified, and some attacked by PGD-20 on the logits before the tanh. Writes results/benchmark/training_options.json as
+classified, and some attacked by PGD-20 on the logits before the tanh. Writes results/training_options/mini.json as
 it goes, and goes on where it was stopped. Steps of the options are not interleaved here: for times see
 `robustfpd benchmark`.
 """
@@ -26,7 +26,7 @@ from robustfpd.attacks import adaptive
 from robustfpd.config import Precision, recipe
 from robustfpd.provenance import environment
 
-RESULTS = Path("results/benchmark/training_options.json")
+RESULTS = Path("results/training_options/mini.json")
 OPTIONS: dict[str, tuple[Precision, list[str]]] = {
     "fp32": ("fp32", []),
     "bf16": ("bf16", []),
