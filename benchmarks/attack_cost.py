@@ -1,6 +1,6 @@
 """What the suite `standard` costs beside AutoAttack and the adaptive attacks on every image, in passes.
 
-    python benchmarks/attack_cost.py mnist/mini-plain --eps 0.1 --num-images 500 --data-root data
+    python benchmarks/attack_cost.py mnist/mini-baseline --eps 0.1 --num-images 500 --data-root data
 
 The reference runs each member of pyautoattack's `standard` alone on all images, and each adaptive attack of ours alone
 on all images; its worst case is over all of them. Images that are misclassified without an attack count as fallen in
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torchvision.datasets import MNIST
 
 import robustfpd as rf
-from robustfpd.attacks.adaptive import PLAIN
-from robustfpd.attacks.counting import Counted
-from robustfpd.evaluation import suite
+from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.evaluation import suites as suite
 from robustfpd.provenance import environment
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 BATCH = 100
@@ -33,7 +32,7 @@ def autoattack_on_all(
     classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, member: str
 ) -> tuple[Tensor, int]:
     """Which images withstand one member, and the images it sent forward."""
-    counted = Counted(classifier)
+    counted = QueryCounter(classifier)
     attack = AutoAttack(counted, attacks=[member], norm="Linf", eps=eps, seed=0, version="custom")
     attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as `standard` has it
     found, _ = attack.run_standard_evaluation(images, labels, batch_size=BATCH)
@@ -43,13 +42,13 @@ def autoattack_on_all(
 def adaptive_on_all(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, int]:
     """Which images withstand every adaptive attack of `standard`, each tried on all, and the images sent forward."""
 
-    def planned(target: suite.Target) -> list[suite.Planned]:
-        return [p for p in suite.suite("standard").attacks(target) if p.view != PLAIN and p.attack != "fab-t"]
+    def planned(target: suite.SuiteContext) -> list[suite.AttackSpec]:
+        return [p for p in suite.suite("standard").attacks(target) if p.view != suite.LOGITS and p.attack != "fab-t"]
 
     suite._SUITES["adaptive alone"] = suite.Suite(planned, probes=0)
     record = rf.evaluate(classifier, (images, labels), suite="adaptive alone", eps=eps, every_attack=True)
     standing = torch.ones(len(images), dtype=torch.bool)
-    standing[[row.image for row in record.ledger if row.outcome == "fooled"]] = False
+    standing[[row.image for row in record.ledger if row.outcome == "misclassified"]] = False
     return standing, sum(attack.forward_passes for attack in record.attacks)
 
 

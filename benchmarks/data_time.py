@@ -21,7 +21,7 @@ from robustfpd import data
 from robustfpd.config import DataConfig, recipe
 from robustfpd.data.batches import batches
 from robustfpd.data.transforms import augment
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 RECIPES = ("caltech101/mini", "caltech101/resnet101")
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: an FPD's two-phase step beside its plain twin's, by kind of operation.
+"""Where the time of a training step goes: an FPD's two-phase step beside its baseline's, by kind of operation.
 
     python benchmarks/profile_step.py resnet18 --size 64 --batch 32 --precision fp32
 
@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from robustfpd.config import ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
 from robustfpd.models import build
-from robustfpd.training.optimizers import make_optimizer
-from robustfpd.training.phases import parameter_groups, plain_step, two_phase_step
+from robustfpd.training.optim import make_optimizer
+from robustfpd.training.steps import baseline_step, parameter_groups, two_phase_step
 
 KINDS: dict[str, tuple[str, ...]] = {
     "optimiser": ("Optimizer.", "clip"),
@@ -90,7 +90,7 @@ def main() -> None:
     images = torch.rand(given.batch, given.channels, given.size, given.size, generator=draws)
     labels = torch.randint(0, 10, (given.batch,), generator=draws)
     found: dict[str, Any] = {"backbone": given.backbone, "size": given.size, "precision": given.precision}
-    for name, settings, make in (("fpd", config, two_phase_step), ("plain", config.twin(), plain_step)):
+    for name, settings, make in (("fpd", config, two_phase_step), ("plain", config.baseline(), baseline_step)):
         model = build(task, settings, seed=0).train()
         step, update = make(training), Update(model)
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from robustfpd.data.batches import batches
-from robustfpd.data.cache_images import kept
-from robustfpd.data.images import ImageSet
-from robustfpd.seeding import generator
+from robustfpd.data.decode_cache import kept
+from robustfpd.data.image_set import ImageSet
+from robustfpd.rng import generator
 
 SHAPE = (30_607, 3, 256, 256)
 SEEN = (224, 224)

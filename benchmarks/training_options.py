@@ -32,7 +32,7 @@ OPTIONS: dict[str, tuple[Precision, list[str]]] = {
     "bf16": ("bf16", []),
     "bf16, joint": ("bf16", ["training.second_pass=joint"]),
     "bf16, shared": ("bf16", ["training.second_pass=shared"]),
-    "bf16, second_every 2": ("bf16", ["training.second_every=2"]),
+    "bf16, second_pass_interval 2": ("bf16", ["training.second_pass_interval=2"]),
 }
 EPS, STEPS = 0.1, 20
 

@@ -29,17 +29,17 @@ def steps(workload: str, count: int, synchronised: bool) -> list[float]:
     """Seconds of each of `count` steps, in each of the processes that share the batch."""
     from robustfpd.config import AugmentConfig, OptimizerConfig, RunConfig, TrainingConfig
     from robustfpd.data.batches import batches
-    from robustfpd.data.images import ImageSet
+    from robustfpd.data.image_set import ImageSet
     from robustfpd.data.transforms import augment
     from robustfpd.models import enhance
     from robustfpd.processes import Processes
-    from robustfpd.seeding import generator
+    from robustfpd.rng import generator
     from robustfpd.together import join
     from robustfpd.training.fabric import launch
-    from robustfpd.training.optimizers import make_optimizer
-    from robustfpd.training.perturbation import noise
-    from robustfpd.training.phases import parameter_groups, two_phase_step
+    from robustfpd.training.optim import make_optimizer
+    from robustfpd.training.perturbations import noise
     from robustfpd.training.stepping import Stepper
+    from robustfpd.training.steps import parameter_groups, two_phase_step
     from robustfpd.training.sync_batchnorm import synchronise
 
     torch.set_num_threads(1)

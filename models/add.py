@@ -21,10 +21,10 @@ import tyro
 from robustfpd.config import RunConfig, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.models import FPD, Plain, load, shipped
+from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS, replacing, whole
 from robustfpd.provenance import weights_sha256, write_json
-from robustfpd.report.card import Card, StageCost, training_in_words
+from robustfpd.report.model_card import Card, StageCost, training_in_words
 from robustfpd.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def add(
     description: str,
     record: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction],
     folder: Path = HERE,
-    manifest: Path = shipped.MANIFEST,
+    manifest: Path = zoo.MANIFEST,
 ) -> None:
     """Copy a run's best checkpoint with its evaluations, write its card, enter it into the manifest.
 
@@ -64,20 +64,20 @@ def add(
         raise MissingDataError(f"{run} holds no checkpoints/best; train it first")
     weights = whole(source.best) / WEIGHTS
     size = weights.stat().st_size
-    if size > shipped.LARGEST:
-        raise InputError(f"{weights} has {size:,} bytes; models/ takes networks of up to {shipped.LARGEST:,}")
+    if size > zoo.LARGEST:
+        raise InputError(f"{weights} has {size:,} bytes; models/ takes networks of up to {zoo.LARGEST:,}")
     model = load(source.best)
     records = {path.stem: _checked(EvaluationRecord.load(path), path, model, source, name) for path in record}
     ledgers = frozenset(stem for stem, found in records.items() if found.ledger and _small_ledger(record, stem))
     card = Card(
-        name, description, config, model, size, shipped.digest(weights), _costs(source, config), records, ledgers
+        name, description, config, model, size, zoo.digest(weights), _costs(source, config), records, ledgers
     ).markdown()
     _check_paths({"config.yaml": config.model_dump_json(), "README.md": card})
     _check_paths({stem: found.model_dump_json(exclude={"ledger"}) for stem, found in records.items()})
     with replacing(folder / name) as new:
         for file in (WEIGHTS, CONFIG):
             shutil.copyfile(whole(source.best) / file, new / file)
-        config.save(new / shipped.SETTINGS)
+        config.save(new / zoo.SETTINGS)
         for stem, found in records.items():
             found.save(new / "results" / f"{stem}.json")
             if stem not in ledgers:
@@ -108,7 +108,7 @@ def _check_names(name: str, description: str, config: RunConfig, records: Sequen
 
 
 def _checked(
-    record: EvaluationRecord, path: Path, model: FPD | Plain, source: RunFolder, name: str
+    record: EvaluationRecord, path: Path, model: FPD | Baseline, source: RunFolder, name: str
 ) -> EvaluationRecord:
     """The record under the network's name, once it is known to be about these weights and the test images."""
     expected = weights_sha256(model.classifier())
@@ -169,18 +169,18 @@ def _enter(
 ) -> None:
     """Write the network's entry, with the hash of every file in its folder."""
     files = [
-        shipped.ShippedFile(
-            path=path.relative_to(folder).as_posix(), sha256=shipped.digest(path), size=path.stat().st_size
+        zoo.ZooFile(
+            path=path.relative_to(folder).as_posix(), sha256=zoo.digest(path), size=path.stat().st_size
         )
         for path in sorted((folder / name).rglob("*")) if path.is_file()
     ]  # fmt: skip
-    entry = shipped.ShippedModel(
+    entry = zoo.ZooModel(
         description=description, recipe=config.recipe, dataset=config.data.dataset, defence=config.model.defence,
         training=training_in_words(config), results=tuple(results), files=tuple(files),
     )  # fmt: skip
     values = json.loads(manifest.read_text()) if manifest.is_file() else {"models": {}}
-    models = {**parse(shipped.Manifest, values, str(manifest)).models, name: entry}
-    write_json(manifest, shipped.Manifest(models=dict(sorted(models.items()))).model_dump(mode="json"))
+    models = {**parse(zoo.Manifest, values, str(manifest)).models, name: entry}
+    write_json(manifest, zoo.Manifest(models=dict(sorted(models.items()))).model_dump(mode="json"))
 
 
 if __name__ == "__main__":

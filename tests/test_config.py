@@ -63,7 +63,7 @@ def test_overrides_are_yaml_values() -> None:
         [
             "training.optimizer.lr=1e-3",
             "training.epochs=3",
-            "training.clip=null",
+            "training.clip_grad_norm=null",
             "data.augment.flip=true",
             "model.denoise=none",
             "model.stages=[a, b.c]",
@@ -72,7 +72,7 @@ def test_overrides_are_yaml_values() -> None:
             "recipe=a=b",
         ],
     )
-    assert (run.training.optimizer.lr, run.training.epochs, run.training.clip) == (1e-3, 3, None)
+    assert (run.training.optimizer.lr, run.training.epochs, run.training.clip_grad_norm) == (1e-3, 3, None)
     assert run.data.augment == AugmentConfig(flip=True)
     assert run.model.denoise == "none"
     assert run.model.stages == ("a", "b.c")
@@ -143,7 +143,7 @@ def test_a_wrong_choice_names_field_and_choices(override: str, field: str, choic
     [
         ("training.epochs=0", "training.epochs: ", "found 0"),
         ("training.epochs=many", "training.epochs: ", "found 'many'"),
-        ("training.clip=-1", "training.clip: ", "found -1"),
+        ("training.clip_grad_norm=-1", "training.clip_grad_norm: ", "found -1"),
         ("model.dropout=1", "model.dropout: ", "found 1"),
         ("model.mean=[a]", "model.mean.0: ", "found 'a'"),
         ("evaluation.eps=0.1", "evaluation.eps: ", "found 0.1"),
@@ -244,29 +244,29 @@ def test_a_setting_cannot_be_changed_in_place() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_twin_sees_the_same_images_and_takes_the_same_steps(name: str, second_pass: str) -> None:
     run = recipe(name, [f"training.second_pass={second_pass}"])
-    twin = run.twin()
-    assert twin.data == run.data
-    assert twin.evaluation == run.evaluation
-    assert (twin.seed, twin.recipe) == (run.seed, run.recipe)
+    baseline = run.baseline()
+    assert baseline.data == run.data
+    assert baseline.evaluation == run.evaluation
+    assert (baseline.seed, baseline.recipe) == (run.seed, run.recipe)
     steps_an_epoch = 2 if second_pass == "detached" else 1
-    assert twin.training.epochs == run.training.epochs * steps_an_epoch
+    assert baseline.training.epochs == run.training.epochs * steps_an_epoch
     kept = {"epochs", "early_stop_patience", "schedule"}
-    assert twin.training.model_dump(exclude=kept) == run.training.model_dump(exclude=kept)
-    assert twin.training.schedule.name == run.training.schedule.name
+    assert baseline.training.model_dump(exclude=kept) == run.training.model_dump(exclude=kept)
+    assert baseline.training.schedule.name == run.training.schedule.name
 
 
 def test_the_twins_patience_is_as_long_in_steps() -> None:
     training = {"early_stop_patience": 7, "schedule": {"name": "plateau", "patience": 3}}
-    twin = parse(RunConfig, {"training": training}).twin()
-    assert (twin.training.early_stop_patience, twin.training.schedule.patience) == (14, 6)
-    assert parse(RunConfig, {"training": {"early_stop_patience": None}}).twin().training.early_stop_patience is None
+    baseline = parse(RunConfig, {"training": training}).baseline()
+    assert (baseline.training.early_stop_patience, baseline.training.schedule.patience) == (14, 6)
+    assert parse(RunConfig, {"training": {"early_stop_patience": None}}).baseline().training.early_stop_patience is None
 
 
 def test_the_twins_model_differs_in_the_defence_only() -> None:
     model = ModelConfig(backbone="resnet18", small_stem=True, dropout=0.5, pyramid_channels=8)
-    twin = model.twin()
-    assert (twin.defence, twin.activation) == ("none", "keep")
-    assert twin.model_copy(update={"defence": "fpd", "activation": "elu"}) == model
+    baseline = model.baseline()
+    assert (baseline.defence, baseline.activation) == ("none", "keep")
+    assert baseline.model_copy(update={"defence": "fpd", "activation": "elu"}) == model
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from tests.documents import DOCS, PAGES, ROOT, Block, blocks, inline_commands, n
 import robustfpd as rf
 from robustfpd.attacks import adaptive
 from robustfpd.cli import COMMANDS, function, main, parsing
-from robustfpd.cli.running import settings_together
+from robustfpd.cli.common import settings_together
 from robustfpd.config import RunConfig, TaskConfig, recipe, recipe_names
-from robustfpd.config.base import Denoise, Head, Middle
+from robustfpd.config.schema import Denoise, Head, Middle
 from robustfpd.evaluation import suite_names
 from robustfpd.evaluation.checks import NAMES as CHECKS
 
@@ -152,7 +152,7 @@ def test_attacks_views_and_suites_are_told() -> None:
     page, choosing = _page("attacks.md"), _page("choosing.md")
     views = adaptive.adaptive_views(rf.load("digits/mini-fpd").classifier(), torch.zeros(2, 1, 8, 8))
     assert len(views) > 6
-    for name in [*rf.attacks.names(), *suite_names(), *views.keys() - {adaptive.PLAIN}]:
+    for name in [*rf.attacks.names(), *suite_names(), *views.keys() - {adaptive.LOGITS}]:
         assert f"`{name}`" in page, name
     for name in suite_names():
         assert f"`{name}`" in choosing, name

@@ -14,12 +14,12 @@ import yaml
 
 import robustfpd as rf
 from robustfpd.cli import function
+from robustfpd.cli.common import settings_together
 from robustfpd.cli.parsing import parse
-from robustfpd.cli.running import settings_together
 from robustfpd.config import RunConfig, load_run, recipe
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.models import shipped
+from robustfpd.models import zoo
 from robustfpd.provenance import weights_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -28,12 +28,12 @@ Add = Callable[..., None]
 MakeRun = Callable[..., Path]
 
 
-def check(folder: Path, name: str, model: shipped.ShippedModel) -> None:
+def check(folder: Path, name: str, model: zoo.ZooModel) -> None:
     """Everything that is promised of a network in models/."""
     home = folder / name
     assert {p.relative_to(folder).as_posix() for p in home.rglob("*") if p.is_file()} == {f.path for f in model.files}
     for file in model.files:
-        assert shipped.digest(folder / file.path) == file.sha256, file.path
+        assert zoo.digest(folder / file.path) == file.sha256, file.path
         assert (folder / file.path).stat().st_size == file.size <= 5_000_000
     loaded = rf.load(home)
     config = load_run(home / "config.yaml")
@@ -56,16 +56,16 @@ def check(folder: Path, name: str, model: shipped.ShippedModel) -> None:
         for worst in record.worst_case:
             assert f"| {worst.eps:.4g} | {worst.robust} |" in card
         for attack in record.attacks:
-            assert f"{attack.fooled} / {attack.attacked}" in card
+            assert f"{attack.misclassified} / {attack.attacked}" in card
     texts = [(folder / f.path).read_text() for f in model.files if not f.path.endswith(".safetensors")]
     assert not any(str(part) in text for text in texts for part in (ROOT.parent, Path.home() / "x"))
 
 
 def test_the_checkouts_networks_are_those_of_the_manifest() -> None:
-    known = shipped.manifest().models
+    known = zoo.manifest().models
     for name, model in known.items():
         check(ROOT / "models", name, model)
-        assert shipped.find(name) == ROOT / "models" / name
+        assert zoo.find(name) == ROOT / "models" / name
     weights = (ROOT / "models").glob("*/*/model.safetensors")
     assert {path.parent.relative_to(ROOT / "models").as_posix() for path in weights} == known.keys()
 
@@ -82,12 +82,12 @@ def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "plain", recipe("digits/mini").twin())
+    return make_run(tmp_path_factory.mktemp("runs") / "plain", recipe("digits/mini").baseline())
 
 
 @pytest.fixture
 def plain_run(untouched: Path, tmp_path: Path) -> Path:
-    """The plain twin's run, for a test to change."""
+    """The undefended baseline's run, for a test to change."""
     return shutil.copytree(untouched, tmp_path / "plain")
 
 
@@ -103,10 +103,10 @@ def add(add_model: Add, tmp_path: Path) -> Add:
     return into
 
 
-def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, shipped.ShippedModel]:
-    monkeypatch.setattr(shipped, "MANIFEST", tmp_path / "manifest.json")
-    monkeypatch.setattr(shipped, "checkout", lambda: tmp_path / "models")
-    return shipped.manifest().models
+def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, zoo.ZooModel]:
+    monkeypatch.setattr(zoo, "MANIFEST", tmp_path / "manifest.json")
+    monkeypatch.setattr(zoo, "checkout", lambda: tmp_path / "models")
+    return zoo.manifest().models
 
 
 def test_what_is_added_keeps_the_promises(
@@ -114,13 +114,13 @@ def test_what_is_added_keeps_the_promises(
 ) -> None:
     add(run, "digits/mini-fpd")
     add(run / "adversarial", "digits/mini-fpd-adversarial")
-    add(plain_run, "digits/mini-plain")
+    add(plain_run, "digits/mini-baseline")
     add(run, "digits/mini-fpd", description="Anew")
     known = entered(tmp_path, monkeypatch)
-    assert list(known) == ["digits/mini-fpd", "digits/mini-fpd-adversarial", "digits/mini-plain"]
+    assert list(known) == ["digits/mini-fpd", "digits/mini-fpd-adversarial", "digits/mini-baseline"]
     for name, model in known.items():
         check(tmp_path / "models", name, model)
-        assert isinstance(rf.load(name), rf.Plain if "plain" in name else rf.FPD)
+        assert isinstance(rf.load(name), rf.Baseline if "baseline" in name else rf.FPD)
         assert not any(part in json.dumps(model.model_dump()) for part in ("/machine", str(tmp_path)))
     assert [m.training for m in known.values()] == ["two-phase, noise 0.2", "adversarial, eps 0.1", "noise 0.2"]
     assert known["digits/mini-fpd"].description == "Anew"
@@ -140,10 +140,10 @@ def test_the_card_tells_cost_and_commands(add: Add, run: Path, tmp_path: Path) -
 
 
 def test_the_cards_commands_are_understood(add: Add, plain_run: Path, tmp_path: Path) -> None:
-    add(plain_run, "digits/mini-plain")
-    card = (tmp_path / "models" / "digits" / "mini-plain" / "README.md").read_text()
+    add(plain_run, "digits/mini-baseline")
+    card = (tmp_path / "models" / "digits" / "mini-baseline" / "README.md").read_text()
     lines = [line for line in card.splitlines() if line.startswith("robustfpd ")]
-    assert "robustfpd train digits/mini --plain --out runs/digits-mini-plain" in lines
+    assert "robustfpd train digits/mini --baseline --out runs/digits-mini-baseline" in lines
     assert len(lines) == 3
     for line in lines:
         _, name, *words = shlex.split(line)
@@ -172,7 +172,7 @@ def test_records_that_do_not_belong_there_are_refused(
 ) -> None:
     _rewrite(plain_run / "evaluation" / "first.json", **changes)
     with pytest.raises(InputError, match=expected):
-        add(plain_run, "digits/mini-plain")
+        add(plain_run, "digits/mini-baseline")
     assert not (tmp_path / "models").exists()
     assert not (tmp_path / "manifest.json").exists()
 
@@ -182,11 +182,11 @@ def test_records_of_other_weights_and_other_images_are_refused(add: Add, run: Pa
         add(run, "digits/mini-fpd", run / "adversarial" / "evaluation" / "first.json")
     _rewrite(plain_run / "environment.json", data={"test": {"images": 20, "sha256": "0" * 64}})
     with pytest.raises(InputError, match="other images than the run's test set"):
-        add(plain_run, "digits/mini-plain")
+        add(plain_run, "digits/mini-baseline")
 
 
 @pytest.mark.parametrize(
-    "name", ["mini-plain", "mnist/mini-plain", "digits/../x", "digits/", "digits/Mini", "digits/a/b", "/digits/x"]
+    "name", ["mini-baseline", "mnist/mini-baseline", "digits/../x", "digits/", "digits/Mini", "digits/a/b", "/digits/x"]
 )
 def test_names_that_do_not_fit_are_refused(add: Add, plain_run: Path, name: str) -> None:
     with pytest.raises(InputError, match="NAME must be digits/"):
@@ -233,14 +233,14 @@ def test_weights_over_five_megabytes_are_refused(add: Add, plain_run: Path) -> N
 def test_a_large_ledger_stays_behind(
     add: Add, plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = tmp_path / "models" / "digits" / "mini-plain" / "results"
-    add(plain_run, "digits/mini-plain")
+    results = tmp_path / "models" / "digits" / "mini-baseline" / "results"
+    add(plain_run, "digits/mini-baseline")
     assert {p.name for p in results.iterdir()} == {"first.json", "first.ledger.csv"}
     assert "left out" not in capsys.readouterr().out
     ledger = plain_run / "evaluation" / "first.ledger.csv"
     heading, *rows = ledger.read_text().splitlines()
     ledger.write_text("\n".join([heading, *rows * (200_000 // len("\n".join(rows)) + 1)]))
-    add(plain_run, "digits/mini-plain")
+    add(plain_run, "digits/mini-baseline")
     assert {p.name for p in results.iterdir()} == {"first.json"}
     assert "left out: the ledger of first" in capsys.readouterr().out
     assert "ledger" not in (results.parent / "README.md").read_text()
@@ -249,14 +249,14 @@ def test_a_large_ledger_stays_behind(
 def test_an_earlier_network_stays_when_the_new_one_is_refused(
     add: Add, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(plain_run, "digits/mini-plain")
+    add(plain_run, "digits/mini-baseline")
     before = (tmp_path / "manifest.json").read_text()
     _rewrite(plain_run / "evaluation" / "first.json", weights_sha256="0" * 64)
     with pytest.raises(InputError):
-        add(plain_run, "digits/mini-plain")
+        add(plain_run, "digits/mini-baseline")
     assert (tmp_path / "manifest.json").read_text() == before
     known = entered(tmp_path, monkeypatch)
-    check(tmp_path / "models", "digits/mini-plain", known["digits/mini-plain"])
+    check(tmp_path / "models", "digits/mini-baseline", known["digits/mini-baseline"])
 
 
 def test_the_settings_that_go_along_name_no_folder(add: Add, run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from robustfpd.config import RECIPES, parse, recipe, recipe_names
-from robustfpd.config.run import RunConfig
+from robustfpd.config.schema import RunConfig
 from robustfpd.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_the_full_size_recipes_hold_the_published_numbers(
     assert run.data.image_size == (size, size)
     assert run.model.pyramid_channels == pyramid
     assert (training.optimizer.name, training.optimizer.lr, training.batch_size) == (optimiser, lr, batch)
-    assert (training.noise, training.clip) == (noise, clip)
+    assert (training.noise, training.clip_grad_norm) == (noise, clip)
     assert training.optimizer.weight_decay == (1e-5 if name.startswith("mnist") else 0)
     assert run.model.dropout == (0 if name.startswith("mnist") else 0.5)
     assert training.threshold == (1 if caltech else 3)

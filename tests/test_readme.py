@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from robustfpd.cli import COMMANDS, function
+from robustfpd.cli.common import settings_together
 from robustfpd.cli.parsing import flags_of, parse
-from robustfpd.cli.running import settings_together
 from robustfpd.config import recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

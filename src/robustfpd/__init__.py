@@ -19,22 +19,37 @@ if TYPE_CHECKING:
     from robustfpd.config import ModelConfig, RunConfig, TaskConfig, recipe
     from robustfpd.errors import InputError
     from robustfpd.evaluation import EvaluationRecord, evaluate
-    from robustfpd.models import FPD, FPDOutput, Plain, build, enhance, load, load_published
+    from robustfpd.models import FPD, Baseline, FPDOutput, build, enhance, load, load_published
     from robustfpd.training import train
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "FPD": "models", "FPDOutput": "models", "Plain": "models", "build": "models", "enhance": "models", "load": "models",
-    "load_published": "models",
+    "FPD": "models", "FPDOutput": "models", "Baseline": "models", "build": "models", "enhance": "models",
+    "load": "models", "load_published": "models",
     "EvaluationRecord": "evaluation", "evaluate": "evaluation", "train": "training", "InputError": "errors",
     "ModelConfig": "config", "RunConfig": "config", "TaskConfig": "config", "recipe": "config",
 }  # fmt: skip
 _PACKAGES = ("attacks", "data")
 
 __all__ = [
-    "FPD", "EvaluationRecord", "FPDOutput", "InputError", "ModelConfig", "Plain", "RunConfig", "TaskConfig", "attacks",
-    "build", "data", "enhance", "evaluate", "load", "load_published", "recipe", "train",
+    "FPD",
+    "Baseline",
+    "EvaluationRecord",
+    "FPDOutput",
+    "InputError",
+    "ModelConfig",
+    "RunConfig",
+    "TaskConfig",
+    "attacks",
+    "build",
+    "data",
+    "enhance",
+    "evaluate",
+    "load",
+    "load_published",
+    "recipe",
+    "train",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class MissingDataError(InputError):
     """Files that should be there are not. The message says where was looked and how to fetch them."""
 
 
-class ToldElsewhere(InputError):
+class ReportedByOtherRank(InputError):
     """An error that another of several processes tells the user."""
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from robustfpd.errors import InputError, ToldElsewhere, first_line
+from robustfpd.errors import InputError, ReportedByOtherRank, first_line
 from robustfpd.launched import Launched
 from robustfpd.processes import Processes
 
@@ -57,7 +57,7 @@ def errors_shared() -> Iterator[None]:
     """Let an error of the user's in any process be raised in all, at the end of the block, which all must enter.
 
     In the block no process may wait for another: those that failed no longer answer. The first process that failed
-    raises what it found, the others `ToldElsewhere`.
+    raises what it found, the others `ReportedByOtherRank`.
     """
     found: InputError | OSError | None = None
     try:
@@ -69,7 +69,7 @@ def errors_shared() -> Iterator[None]:
         return
     if found is not None and failed.index(True) == Processes.now().rank:
         raise found
-    raise ToldElsewhere(f"process {failed.index(True)} ended with an error") from None
+    raise ReportedByOtherRank(f"process {failed.index(True)} ended with an error") from None
 
 
 def _take_gpu(launched: Launched) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.attacks import adaptive, pgd
-from robustfpd.attacks.adaptive import JOINT_WEIGHT, PLAIN, UNSQUASHED, adaptive_views
-from robustfpd.attacks.attack import left_alone
+from robustfpd.attacks.adaptive import JOINT_WEIGHT, LOGITS, PRE_SQUASH, adaptive_views
+from robustfpd.attacks.base import preserve_state
 from robustfpd.errors import InputError
 from robustfpd.models.denoise import Bottleneck, NonLocal
 
@@ -57,14 +57,14 @@ def test_every_view_answers_with_the_logits_before_squashing(
 ) -> None:
     model = _model(head=head, middle=middle, denoise_after=denoise_after)
     views = adaptive_views(model.classifier(), images)
-    expected = [PLAIN, *([UNSQUASHED] if head == "tanh" else []), "bpda-restoration", "front-pass"]
+    expected = [LOGITS, *([PRE_SQUASH] if head == "tanh" else []), "bpda-restoration", "front-pass"]
     expected += ["back-pass"] if middle == "input" else []
     expected += ["bpda-denoising"] if middle != "none" or denoise_after else []
     assert list(views) == [*expected, "joint", "joint-hidden"]
     with torch.no_grad():
         features = model.back(model.restore(images), images)
         for name, view in views.items():
-            expected_logits = model.head(features) if name == PLAIN else model.head.unsquashed(features)
+            expected_logits = model.head(features) if name == LOGITS else model.head.pre_squash(features)
             assert torch.equal(view.module(images), expected_logits)
     assert not any(view.surrogate for view in views.values())
     assert [n for n, v in views.items() if v.loss is not None] == ["joint", "joint-hidden"]
@@ -93,7 +93,7 @@ def test_straight_through_the_restoration_is_the_identity_there(images: Tensor, 
 
     def by_hand(x: Tensor) -> Tensor:
         moved = restored + (x - images)
-        return model.head.unsquashed(model.back(moved, x))
+        return model.head.pre_squash(model.back(moved, x))
 
     found = _slope(adaptive_views(model.classifier(), images)["bpda-restoration"].module, images)
     expected = _slope(_Function(by_hand), images)
@@ -135,7 +135,7 @@ def test_straight_through_denoising_is_the_gradient_of_a_network_without(images:
     hooks = [m.register_forward_hook(lambda m, given, out: given[0] + (out - given[0]).detach()) for m in kinds]
     constant = images.clone()
     expected = _slope(
-        _Function(lambda x: model.head.unsquashed(model.back(model.restore(x), constant))), images
+        _Function(lambda x: model.head.pre_squash(model.back(model.restore(x), constant))), images
     )  # fmt: skip
     for hook in hooks:
         hook.remove()
@@ -154,7 +154,7 @@ def test_joint_losses_are_cross_entropy_and_ten_times_the_squared_error(images: 
     (gradient,) = torch.autograd.grad(losses.sum(), x)
     z = images.clone().requires_grad_()
     restored = model.restore(z)
-    ce = F.cross_entropy(model.head.unsquashed(model.back(restored, z)), LABELS, reduction="none")
+    ce = F.cross_entropy(model.head.pre_squash(model.back(restored, z)), LABELS, reduction="none")
     error = (restored - z).square().mean(dim=(1, 2, 3))
     expected = ce + sign * 10 * error
     torch.testing.assert_close(losses, expected)
@@ -203,7 +203,7 @@ def test_views_leave_flags_hooks_gradients_and_weights_alone(images: Tensor) -> 
         pgd(view.module, images, LABELS, eps=0.1, steps=2, loss=view.loss or "ce")
         assert state() == before
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    with pytest.raises(InputError), left_alone(views["bpda-denoising"].module):
+    with pytest.raises(InputError), preserve_state(views["bpda-denoising"].module):
         views["bpda-denoising"].module(torch.rand(1, 1, 0, 8).double())
     assert state() == before
 
@@ -215,10 +215,10 @@ class _Rounded(nn.Module):
 
 def test_a_foreign_module_gets_a_way_round_what_stops_its_gradients(images: Tensor) -> None:
     honest = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double().eval()
-    assert list(adaptive_views(honest, images)) == [PLAIN]
+    assert list(adaptive_views(honest, images)) == [LOGITS]
     rounded = nn.Sequential(_Rounded(), honest).eval()
     views = adaptive_views(rounded, images)
-    assert list(views) == [PLAIN, "straight-through"]
+    assert list(views) == [LOGITS, "straight-through"]
     view = views["straight-through"].module
     assert torch.equal(view(images), rounded(images))
     assert float(_slope(rounded, images).abs().max()) == 0

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.attacks import Attack, apgd_ce, apgd_dlr, apgd_t, pgd
-from robustfpd.attacks.counting import Counted
-from robustfpd.attacks.norms import L2, Geometry, geometry
+from robustfpd.attacks.norms import L2, LpBall, lp_ball
+from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError
 
@@ -89,7 +89,7 @@ SLACK = {"linf": 1e-4, "l2": 5e-3, "l1": 0.08}
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
 def test_success_exactly_where_the_closed_form_has_one(corners: Tensor, name: str, norm: Norm, classes: int) -> None:
-    possible = fooled = 0
+    possible = misclassified = 0
     for seed in range(3):
         lines = Lines(classes, seed)
         labels = lines(corners).argmax(1)
@@ -102,8 +102,8 @@ def test_success_exactly_where_the_closed_form_has_one(corners: Tensor, name: st
             certain = best > SLACK[norm] * slope
             if name == "apgd-t" or classes == 2:  # others climb towards one class and may miss a nearer one
                 assert bool((reached[certain] > 0).all())
-            possible, fooled = possible + int((best > 0).sum()), fooled + int((reached > 0).sum())
-    assert 0.95 * possible - 1 <= fooled <= possible
+            possible, misclassified = possible + int((best > 0).sum()), misclassified + int((reached > 0).sum())
+    assert 0.95 * possible - 1 <= misclassified <= possible
     assert 0 < possible < 6 * len(corners)
 
 
@@ -151,7 +151,7 @@ def test_results_lie_in_ball_and_box(
     )  # fmt: skip
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
-    assert float(geometry(norm).size((found - images).double()).max()) <= eps + 2e-6
+    assert float(lp_ball(norm).size((found - images).double()).max()) <= eps + 2e-6
 
 
 @pytest.mark.parametrize(("classes", "targets", "tried"), [(2, 9, 1), (3, 9, 2), (4, 2, 2), (10, 9, 9), (12, 9, 9)])
@@ -261,7 +261,7 @@ def test_one_step_is_a_step(net: nn.Module, corners: Tensor) -> None:
     for norm in NORMS:
         for attack in OURS.values():
             found = attack(net, corners, labels, eps=0.01, norm=norm, steps=1)
-            assert float(geometry(norm).size(found - corners).max()) > 0
+            assert float(lp_ball(norm).size(found - corners).max()) > 0
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_agrees_with_pyautoattack_on_digits(digits: Digits, name: str, norm: Nor
 
 def test_it_costs_less_than_asking_every_image_at_every_step(digits: Digits) -> None:
     net, images, labels = digits
-    counted = Counted(net)
+    counted = QueryCounter(net)
     found = apgd_ce(counted, images, labels, eps=0.1)
     stands = _accuracy(net, found, labels)
     assert counted.forward_passes < 100 * 101 * (stands + 0.3)
@@ -337,14 +337,14 @@ def _mnist(root: Path) -> tuple[nn.Module, Tensor, Tensor]:
     from robustfpd import data
     from robustfpd.config import DataConfig
 
-    folder = Path(__file__).parents[2] / "models" / "mnist" / "mini-plain"
+    folder = Path(__file__).parents[2] / "models" / "mnist" / "mini-baseline"
     model = rf.load(folder).eval()
     splits = data.load(DataConfig(dataset="mnist", root=str(root)))
     images, labels = splits.test.floats()
     return model.classifier(), images[:200], labels[:200]
 
 
-def _in_turn(self: Geometry, delta: Tensor, images: Tensor, eps: float) -> Tensor:
+def _in_turn(self: LpBall, delta: Tensor, images: Tensor, eps: float) -> Tensor:
     """Cut off at the ball, then at the box, as pyautoattack does; ours goes to the nearest point of both."""
     length = self.size(delta).clamp_min(1e-12).reshape(-1, 1, 1, 1)
     return (images + delta * (eps / length).clamp_max(1)).clamp(0, 1) - images

@@ -8,7 +8,7 @@ from torch import nn
 
 from robustfpd import attacks
 from robustfpd.attacks.cost import Victim, most
-from robustfpd.attacks.counting import Counted
+from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import Norm
 
 SHORT: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def test_no_attack_takes_more_passes_than_are_told(name: str, norm: Norm) -> Non
     images, labels = torch.full((2, 1, 5, 5), 0.5), torch.zeros(2, dtype=torch.long)
     told = most(name, Victim(norm, classes=4, pixels=25), SHORT[name])
     for net in (_Steadfast(), _Turning()):
-        counted = Counted(net.eval())
+        counted = QueryCounter(net.eval())
         attack(counted, images, labels, eps=0.01, norm=norm, **SHORT[name])
         assert counted.forward_passes <= 2 * told.forward
         assert counted.backward_passes <= 2 * told.backward

@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from robustfpd.attacks import norms
-from robustfpd.attacks.norms import geometry
+from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import NORMS
 from robustfpd.errors import InputError
 
@@ -68,7 +68,7 @@ def _reference(norm: str, delta: Array, image: Array, eps: float) -> Array:
 @settings(deadline=None, derandomize=True, max_examples=120)
 @given(case=cases())
 def test_projection_is_feasible_idempotent_and_the_nearest_point(norm: str, case: Case) -> None:
-    space = geometry(norm)
+    space = lp_ball(norm)
     projected = space.project(case.delta, case.images, case.eps)
     moved = case.images + projected
     assert float(space.size(projected).max()) <= case.eps + 1e-6
@@ -90,10 +90,10 @@ def test_no_feasible_point_lies_on_the_far_side_of_the_projection(norm: str, sca
     images = torch.rand(8, 1, 6, 6, generator=draws, dtype=torch.float64)
     images[:, :, 0], images[:, :, 1] = 0, 1
     delta = scale * torch.randn(images.shape, generator=draws, dtype=torch.float64)
-    projected = geometry(norm).project(delta, images, eps)
+    projected = lp_ball(norm).project(delta, images, eps)
     for _ in range(200):
         other = torch.rand(images.shape, generator=draws, dtype=torch.float64) - images
-        size = geometry(norm).size(other)
+        size = lp_ball(norm).size(other)
         other = other * (eps / size).clamp_max(1).reshape(-1, 1, 1, 1)
         away = ((delta - projected) * (other - projected)).flatten(1).sum(1)
         assert float(away.max()) <= 1e-9 * scale
@@ -109,11 +109,11 @@ def test_projection_without_a_look_on_the_way_and_in_parts_is_the_same(
     images = (1.6 * torch.rand(40, 3, 24, 24, generator=draws) - 0.3).clamp(0, 1)
     delta = scale * torch.randn(images.shape, generator=draws)
     radii = torch.linspace(eps / 2, eps, 40).reshape(-1, 1, 1, 1)
-    found = geometry(norm).project(delta, images, radii)
+    found = lp_ball(norm).project(delta, images, radii)
     monkeypatch.setattr(norms, "_may_look", lambda values: False)
     monkeypatch.setattr(norms, "CACHED", 1 << 30)
-    torch.testing.assert_close(geometry(norm).project(delta, images, radii), found, atol=1e-6, rtol=0)
-    one = geometry(norm).project(delta[7:8], images[7:8], float(radii[7]))
+    torch.testing.assert_close(lp_ball(norm).project(delta, images, radii), found, atol=1e-6, rtol=0)
+    one = lp_ball(norm).project(delta[7:8], images[7:8], float(radii[7]))
     torch.testing.assert_close(one, found[7:8], atol=1e-6, rtol=0)
 
 
@@ -123,10 +123,10 @@ def test_projection_is_the_identity_inside(norm: str, dtype: torch.dtype) -> Non
     draws = torch.Generator().manual_seed(1)
     images = 0.2 + 0.6 * torch.rand(5, 3, 4, 4, generator=draws, dtype=dtype)
     delta = 0.1 * (2 * torch.rand(images.shape, generator=draws, dtype=dtype) - 1)
-    eps = 1.01 * float(geometry(norm).size(delta).max())
-    torch.testing.assert_close(geometry(norm).project(delta, images, eps), delta, atol=1e-7, rtol=0)
+    eps = 1.01 * float(lp_ball(norm).size(delta).max())
+    torch.testing.assert_close(lp_ball(norm).project(delta, images, eps), delta, atol=1e-7, rtol=0)
     zero = torch.zeros_like(delta)
-    assert torch.equal(geometry(norm).project(zero, images, 1e-3), zero)
+    assert torch.equal(lp_ball(norm).project(zero, images, 1e-3), zero)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -134,7 +134,7 @@ def test_projection_never_turns_a_change_around(norm: str) -> None:
     draws = torch.Generator().manual_seed(2)
     images = torch.rand(4, 1, 5, 5, generator=draws).round(decimals=1)
     delta = torch.randn(images.shape, generator=draws)
-    projected = geometry(norm).project(delta, images, 0.3)
+    projected = lp_ball(norm).project(delta, images, 0.3)
     assert float((projected * delta).min()) >= 0
 
 
@@ -143,9 +143,9 @@ def test_projection_never_turns_a_change_around(norm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: float, dtype: torch.dtype) -> None:
     gradient = scale * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    direction = geometry(norm).ascent(gradient)
+    direction = lp_ball(norm).ascent(gradient)
     assert direction.dtype == dtype
-    torch.testing.assert_close(geometry(norm).size(direction), torch.ones(6, dtype=dtype), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lp_ball(norm).size(direction), torch.ones(6, dtype=dtype), atol=1e-5, rtol=0)
     assert bool((direction * gradient.sign() >= 0).all())
 
 
@@ -154,7 +154,7 @@ def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: flo
 def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> None:
     gradient = torch.zeros(2, 1, 3, 3, dtype=dtype)
     gradient[1] = 1
-    direction = geometry(norm).ascent(gradient)
+    direction = lp_ball(norm).ascent(gradient)
     assert torch.equal(direction[0], gradient[0])
     assert bool(direction[1].isfinite().all())
 
@@ -162,7 +162,7 @@ def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> No
 def test_l2_and_linf_ascend_as_steeply_as_their_ball_allows() -> None:
     gradient = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(4))
     for norm, dual in (("linf", 1), ("l2", 2)):
-        slope = (geometry(norm).ascent(gradient) * gradient).flatten(1).sum(1)
+        slope = (lp_ball(norm).ascent(gradient) * gradient).flatten(1).sum(1)
         torch.testing.assert_close(slope, gradient.flatten(1).norm(p=dual, dim=1))
 
 
@@ -172,9 +172,9 @@ def test_l2_and_linf_ascend_as_steeply_as_their_ball_allows() -> None:
 def test_samples_lie_in_ball_and_box(norm: str, seed: int, eps: float, corners: bool) -> None:
     images = torch.rand(4, 1, 5, 5, generator=torch.Generator().manual_seed(seed))
     images = images.round() if corners else images
-    delta = geometry(norm).sample(images, eps, torch.Generator().manual_seed(seed + 1))
+    delta = lp_ball(norm).sample(images, eps, torch.Generator().manual_seed(seed + 1))
     assert delta.dtype == images.dtype
-    assert float(geometry(norm).size(delta).max()) <= eps + 1e-6
+    assert float(lp_ball(norm).size(delta).max()) <= eps + 1e-6
     assert float((images + delta).min()) >= -1e-6
     assert float((images + delta).max()) <= 1 + 1e-6
     assert float(delta.abs().max()) > 0
@@ -183,7 +183,7 @@ def test_samples_lie_in_ball_and_box(norm: str, seed: int, eps: float, corners: 
 @pytest.mark.parametrize("norm", NORMS)
 def test_samples_repeat_with_the_seed_and_differ_without(norm: str) -> None:
     images = torch.full((3, 1, 4, 4), 0.5)
-    draw = [geometry(norm).sample(images, 0.3, torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
+    draw = [lp_ball(norm).sample(images, 0.3, torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
     assert not torch.equal(draw[0][0], draw[0][1])
@@ -192,28 +192,28 @@ def test_samples_repeat_with_the_seed_and_differ_without(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_samples_fill_the_ball_uniformly(norm: str) -> None:
     images, eps = torch.full((2000, 1, 2, 2), 0.5), 0.2
-    delta = geometry(norm).sample(images, eps, torch.Generator().manual_seed(0))
-    volume = (geometry(norm).size(delta).double() / eps).pow(4)
+    delta = lp_ball(norm).sample(images, eps, torch.Generator().manual_seed(0))
+    volume = (lp_ball(norm).size(delta).double() / eps).pow(4)
     assert kstest(volume.numpy(), "uniform").pvalue > 1e-3
     assert abs(float((delta > 0).double().mean()) - 0.5) < 0.03
 
 
 def test_sizes_are_the_norms() -> None:
     delta = torch.tensor([[[[3.0, -4.0]]], [[[0.0, 0.5]]]])
-    assert geometry("linf").size(delta).tolist() == [4, 0.5]
-    assert geometry("l2").size(delta).tolist() == [5, 0.5]
-    assert geometry("l1").size(delta).tolist() == [7, 0.5]
+    assert lp_ball("linf").size(delta).tolist() == [4, 0.5]
+    assert lp_ball("l2").size(delta).tolist() == [5, 0.5]
+    assert lp_ball("l1").size(delta).tolist() == [7, 0.5]
 
 
 def test_an_unknown_norm_is_a_value_error_that_names_the_choices() -> None:
     with pytest.raises(ValueError, match=r"unknown norm 'manhattan'.*l1.*l2.*linf") as caught:
-        geometry("manhattan")
+        lp_ball("manhattan")
     assert isinstance(caught.value, InputError)
     with pytest.raises(ValueError, match=r"did you mean.*'linf'"):
-        geometry("Linf")
+        lp_ball("Linf")
 
 
 def test_a_norm_that_is_not_offered_is_a_value_error_that_names_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"deepfool does not offer norm 'l1'; it offers linf, l2"):
-        geometry("l1", ("linf", "l2"), "deepfool")
-    assert geometry("l2", ("linf", "l2"), "deepfool").name == "l2"
+        lp_ball("l1", ("linf", "l2"), "deepfool")
+    assert lp_ball("l2", ("linf", "l2"), "deepfool").name == "l2"

@@ -63,15 +63,15 @@ def test_an_unknown_name_comes_with_near_ones() -> None:
 def test_views_of_a_squashed_fpd_add_its_logits_before_the_tanh(corners: Tensor) -> None:
     model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
     views = adaptive.views(model.classifier())
-    assert list(views) == [adaptive.PLAIN, adaptive.UNSQUASHED]
+    assert list(views) == [adaptive.LOGITS, adaptive.PRE_SQUASH]
     with torch.no_grad():
-        plain, unsquashed = (views[v].eval()(corners) for v in views)
-    torch.testing.assert_close(plain, unsquashed.tanh())
-    assert list(adaptive.views(model.classifier(squash=False))) == [adaptive.PLAIN]
+        plain, pre_squash = (views[v].eval()(corners) for v in views)
+    torch.testing.assert_close(plain, pre_squash.tanh())
+    assert list(adaptive.views(model.classifier(squash=False))) == [adaptive.LOGITS]
 
 
 def test_a_plain_module_has_one_view_and_is_its_own_classifier(net: nn.Module) -> None:
-    assert adaptive.views(net) == {adaptive.PLAIN: net}
+    assert adaptive.views(net) == {adaptive.LOGITS: net}
     assert adaptive.as_classifier(net) is net
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.counting import Counted
+from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.benchmark.attacks import compared
 from robustfpd.benchmark.peers import OWN, PEERS, Work, floor
 from robustfpd.benchmark.timing import Pace
@@ -40,8 +40,8 @@ def work() -> Work:
     return Work(Halves().eval(), images, labels, 0.05, "linf", 5, 0.02, 2)
 
 
-def _counted(work: Work) -> tuple[Counted, Work]:
-    counted = Counted(work.classifier)
+def _counted(work: Work) -> tuple[QueryCounter, Work]:
+    counted = QueryCounter(work.classifier)
     counted.eval()
     return counted, Work(**{**vars(work), "classifier": counted})
 

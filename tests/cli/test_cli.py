@@ -115,17 +115,17 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
 
 
-def test_plain_trains_the_twin(tmp_path: Path) -> None:
-    main(["train", "digits/mini", *FAST, "--plain", "--out", str(tmp_path / "twin")])
-    config = json.loads((tmp_path / "twin" / "checkpoints" / "best" / "config.json").read_text())
+def test_plain_trains_the_baseline(tmp_path: Path) -> None:
+    main(["train", "digits/mini", *FAST, "--baseline", "--out", str(tmp_path / "baseline")])
+    config = json.loads((tmp_path / "baseline" / "checkpoints" / "best" / "config.json").read_text())
     assert config["model"]["defence"] == "none"
-    rows = (tmp_path / "twin" / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "baseline" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2
 
 
 def test_settings_may_stand_anywhere_among_the_flags(tmp_path: Path) -> None:
     first, *others = FAST
-    main(["train", "digits/mini", first, "--plain", *others, "--out", str(tmp_path / "run"), "training.noise=0.25"])
+    main(["train", "digits/mini", first, "--baseline", *others, "--out", str(tmp_path / "run"), "training.noise=0.25"])
     settings = load_run(tmp_path / "run" / "config.yaml")
     assert settings.training.noise == 0.25
     assert settings.data.train_limit == 128
@@ -188,7 +188,7 @@ def test_demo_compares_the_three_networks(tmp_path: Path, capsys: pytest.Capture
     main(["demo", "--epochs", "1", "--out", str(out)])
     printed = capsys.readouterr().out
     page = (out / "report.html").read_text()
-    for name in ("FPD", "plain twin, same noise", "plain twin, no noise"):
+    for name in ("FPD", "undefended baseline, same noise", "undefended baseline, no noise"):
         assert name in page
         assert name.split(",")[0] in printed
     assert "try next" in printed

@@ -10,7 +10,7 @@ from torch import Tensor
 import robustfpd as rf
 from robustfpd.cli import main
 from robustfpd.config import ModelConfig, TaskConfig
-from robustfpd.models.building import assemble
+from robustfpd.models.factory import assemble
 
 RENAMED = {"decoder.laterals.0": "latlayer3", "decoder.laterals.1": "latlayer2", "decoder.laterals.2": "latlayer1",
            "decoder.laterals.3": "toplayer", "decoder.smooth": "smooth3", "decoder.upscale": "trans_conv",

@@ -7,7 +7,7 @@ from PIL import Image
 
 from robustfpd.cli import main
 from robustfpd.data import names
-from robustfpd.data.fetch import NOTE
+from robustfpd.data.download import NOTE
 from robustfpd.data.inventory import inventory
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from robustfpd.cli.display import duration, evaluation_display, training_display
 from robustfpd.evaluation import Stage
 from robustfpd.training import EpochMetrics, Progress
-from robustfpd.training.phases import StepResult
+from robustfpd.training.steps import StepResult
 
 WIDTH = 80
 
@@ -44,7 +44,7 @@ def _shown(step: StepResult, plain: bool, *, terminal: bool) -> str:
     console = Console(
         file=file, width=WIDTH, force_terminal=terminal, soft_wrap=True, no_color=True, legacy_windows=False
     )
-    with training_display(console, "plain twin, same noise") as observer:
+    with training_display(console, "undefended baseline, same noise") as observer:
         observer.on_batch(_progress(step))
         observer.on_epoch(_metrics(plain), True)
         observer.on_epoch(_metrics(plain), False)
@@ -61,7 +61,7 @@ def test_a_terminal_of_80_columns_shows_phase_gate_losses_speed_and_time_left_wh
 @pytest.mark.parametrize("plain", [False, True])
 def test_epoch_lines_stand_under_their_headings_within_80_columns(plain: bool) -> None:
     title, heading, first, second = _shown(_step(True, plain), plain, terminal=False).strip("\n").split("\n")
-    assert title == "plain twin, same noise"
+    assert title == "undefended baseline, same noise"
     assert max(len(heading), len(first)) <= WIDTH
     assert first == f"{second}  best"
     assert len(heading) == len(second)

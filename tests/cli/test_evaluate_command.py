@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from robustfpd.cli import main
-from robustfpd.cli.subjects import surrogates, trained
+from robustfpd.cli.targets import surrogates, trained
 from robustfpd.evaluation import EvaluationRecord, Verdict
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
-from robustfpd.models.foreign import foreign
+from robustfpd.models.import_model import foreign
 from robustfpd.report.tables import verdict_text
 
 MODULE = """
@@ -138,10 +138,10 @@ def test_surrogates_join_under_their_names(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_twin_of_a_trained_network_joins_by_itself() -> None:
     found = trained(Path("mnist/mini-fpd"))
-    assert found.twin == "mnist/mini-plain"
-    assert list(surrogates((), found.twin)) == ["mnist/mini-plain"]
-    assert trained(Path("mnist/mini-plain")).twin is None
-    assert trained(Path("digits/mini-fpd")).twin is None
+    assert found.baseline == "mnist/mini-baseline"
+    assert list(surrogates((), found.baseline)) == ["mnist/mini-baseline"]
+    assert trained(Path("mnist/mini-baseline")).baseline is None
+    assert trained(Path("digits/mini-fpd")).baseline is None
 
 
 def test_a_module_is_taken_as_it_is() -> None:
@@ -175,7 +175,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     assert "went on with the unfinished evaluation" in capsys.readouterr().out
     assert (folder / "digits-first-look-linf.ledger.csv").read_text().startswith(kept)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "digits-first-look-linf.exhibits",
+        "digits-first-look-linf.gallery",
         "digits-first-look-linf.json",
         "digits-first-look-linf.ledger.csv",
     ]

@@ -41,17 +41,17 @@ def test_a_network_is_exported_into_the_folder_one_is_in(
 
 def test_words_for_people_and_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "plain.pt2"
-    main(["export", "mnist/mini-plain", "--format", "torch", "--out", str(out), "--image-size", "20", "24"])
+    main(["export", "mnist/mini-baseline", "--format", "torch", "--out", str(out), "--image-size", "20", "24"])
     printed = capsys.readouterr().out
     assert f"wrote {out}" in printed
     assert "N×1×20×24" in printed
     assert "compared with the network on 18 images" in printed
-    main(["export", "mnist/mini-plain", "--format", "torch", "--out", str(out), "--quiet"])
+    main(["export", "mnist/mini-baseline", "--format", "torch", "--out", str(out), "--quiet"])
     assert capsys.readouterr().out == ""
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "restores nothing" in refusal(capsys, "mnist/mini-plain", "--restored", "--out", tmp_path / "a.onnx")
+    assert "restores nothing" in refusal(capsys, "mnist/mini-baseline", "--restored", "--out", tmp_path / "a.onnx")
     assert "found 0" in refusal(capsys, "digits/mini-fpd", "--image-size", 0)
     assert "is a folder" in refusal(capsys, "digits/mini-fpd", "--out", tmp_path)
     assert "did you mean" in refusal(capsys, "digits/mini-fdp")

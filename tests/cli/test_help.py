@@ -10,9 +10,9 @@ import pytest
 
 from robustfpd import data
 from robustfpd.cli import COMMANDS, function, main, overview, parsing
+from robustfpd.cli.common import settings_together
 from robustfpd.cli.completion import answers
 from robustfpd.cli.parsing import examples, flags_of, parse, walk
-from robustfpd.cli.running import settings_together
 from robustfpd.config import DATASETS, SUITES, recipe_names
 from robustfpd.evaluation import suite_names
 

@@ -9,19 +9,19 @@ import pytest
 
 from robustfpd.cli import main
 from robustfpd.config import recipe
-from robustfpd.models import shipped
+from robustfpd.models import zoo
 
-NAME = "digits/mini-plain-adversarial"
+NAME = "digits/mini-baseline-adversarial"
 
 
 @pytest.fixture(scope="module")
 def built(
     make_run: Callable[..., Path], add_model: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with models/ and a manifest: an FPD, and a plain twin after its adversarial stage."""
+    """A folder with models/ and a manifest: an FPD, and a undefended baseline after its adversarial stage."""
     root = tmp_path_factory.mktemp("shipped")
     fpd = recipe("digits/mini", ["model.pyramid_channels=4", "evaluation.num_images=12", "evaluation.suite=first-look"])
-    plain = fpd.twin()
+    plain = fpd.baseline()
     runs = {"digits/mini-fpd": make_run(root / "fpd", fpd)}
     make_run(root / "plain", plain)
     runs[NAME] = make_run(root / "plain" / "adversarial", plain.model_copy(update={"stage": "adversarial"}))
@@ -37,10 +37,10 @@ def built(
 def places(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder; the networks lie in `models` in it, and the package takes it for the checkout."""
     shutil.copytree(built / "models", tmp_path / "models")
-    monkeypatch.setattr(shipped, "MANIFEST", built / "manifest.json")
-    monkeypatch.setattr(shipped, "checkout", lambda: tmp_path / "models")
+    monkeypatch.setattr(zoo, "MANIFEST", built / "manifest.json")
+    monkeypatch.setattr(zoo, "checkout", lambda: tmp_path / "models")
     monkeypatch.setenv("ROBUSTFPD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(shipped.VARIABLE, raising=False)
+    monkeypatch.delenv(zoo.VARIABLE, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -72,16 +72,16 @@ def test_the_table_fits_and_says_what_was_measured(places: Path, capsys: pytest.
 def test_the_table_says_where_a_network_is(
     places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped, "checkout", lambda: None)
+    monkeypatch.setattr(zoo, "checkout", lambda: None)
     out = listed(capsys)
     assert out.count("to be fetched") == 2
     assert out.count("not at hand") == 2
-    monkeypatch.setenv(shipped.VARIABLE, (places / "models").as_uri())
-    shipped.find(NAME)
+    monkeypatch.setenv(zoo.VARIABLE, (places / "models").as_uri())
+    zoo.find(NAME)
     out = listed(capsys)
     assert out.count("kB, cache") == 1
     assert out.count("to be fetched") == 1
-    (shipped.cached() / NAME / "model.safetensors").write_bytes(b"half")
+    (zoo.cached() / NAME / "model.safetensors").write_bytes(b"half")
     assert "cache, damaged" in listed(capsys)
 
 
@@ -111,7 +111,7 @@ def test_evaluate_repeats_what_the_card_says(places: Path, capsys: pytest.Captur
     card = (places / "models" / NAME / "README.md").read_text()
     command = next(line for line in card.splitlines() if line.startswith(f"robustfpd evaluate {NAME}"))
     main(command.split()[1:])
-    folder = places / "runs" / "digits-mini-plain-adversarial-evaluation"
+    folder = places / "runs" / "digits-mini-baseline-adversarial-evaluation"
     again = json.loads((folder / "digits-first-look-linf.json").read_text())
     first = json.loads((places / "models" / NAME / "results" / "first.json").read_text())
     for key in ("clean", "worst_case", "data_sha256", "weights_sha256", "subject", "suite", "norm", "seed"):
@@ -119,11 +119,11 @@ def test_evaluate_repeats_what_the_card_says(places: Path, capsys: pytest.Captur
 
 
 def test_evaluate_fetches_a_name(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "checkout", lambda: None)
-    monkeypatch.setenv(shipped.VARIABLE, (places / "models").as_uri())
+    monkeypatch.setattr(zoo, "checkout", lambda: None)
+    monkeypatch.setenv(zoo.VARIABLE, (places / "models").as_uri())
     main(["evaluate", NAME, "--eps", "0.05", "--num-images", "5"])
-    assert (places / "runs" / "digits-mini-plain-adversarial-evaluation").is_dir()
-    assert not (shipped.cached() / NAME / "evaluation").exists()
+    assert (places / "runs" / "digits-mini-baseline-adversarial-evaluation").is_dir()
+    assert not (zoo.cached() / NAME / "evaluation").exists()
 
 
 @pytest.mark.parametrize(
@@ -150,5 +150,5 @@ def test_evaluate_of_a_network_out_of_reach_says_what_to_do(places: Path, capsys
     with pytest.raises(SystemExit):
         main(["evaluate", NAME])
     error = capsys.readouterr().err
-    for part in (str(places / "models" / NAME), str(shipped.cached() / NAME), shipped.VARIABLE):
+    for part in (str(places / "models" / NAME), str(zoo.cached() / NAME), zoo.VARIABLE):
         assert part in error

@@ -55,12 +55,12 @@ SETTINGS = ("model.backbone=smallnets:Small", "data.image_size=16", "data.stored
 def test_from_photographs_and_a_network_to_an_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: bool
 ) -> None:
-    train = ["train", "folder/mini", "--data-root", "photos", *SETTINGS, *(["--plain"] if plain else [])]
+    train = ["train", "folder/mini", "--data-root", "photos", *SETTINGS, *(["--baseline"] if plain else [])]
     main([*train, "--dry-run"])
     assert not (tmp_path / "cache").exists()  # the plan decodes nothing
     assert "3 classes of 3×16×16 images" in capsys.readouterr().out
     main(train)
-    run = Path("runs/folder-mini-plain" if plain else "runs/folder-mini")
+    run = Path("runs/folder-mini-baseline" if plain else "runs/folder-mini")
     assert f"next: robustfpd evaluate {run} --trust-code\n" in capsys.readouterr().out
     assert load_run(run / "config.yaml").data.root == "photos"
     words = ["evaluate", str(run), "--suite", "first-look", "--num-images", "3", "--json"]

@@ -17,9 +17,9 @@ from robustfpd import data
 from robustfpd.cli import main
 from robustfpd.cli import predict as command
 from robustfpd.config import DataConfig
-from robustfpd.models import shipped
+from robustfpd.models import zoo
 
-FPD, PLAIN = "digits/mini-fpd", "mnist/mini-plain"
+FPD, PLAIN = "digits/mini-fpd", "mnist/mini-baseline"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_name_of_any_bytes_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_names_of_classes_come_from_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    shutil.copytree(shipped.find(FPD), run)
+    shutil.copytree(zoo.find(FPD), run)
     names = [f"digit {i}" for i in range(10)]
     (run / "environment.json").write_text(json.dumps({"data": {"class_names": names}}))
     Image.new("L", (8, 8)).save(tmp_path / "a.png")

@@ -14,11 +14,11 @@ from robustfpd.evaluation import EvaluationRecord
 
 @pytest.fixture(scope="module")
 def trained(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs as training and evaluation leave them: a network and its plain twin."""
+    """Two runs as training and evaluation leave them: a network and its undefended baseline."""
     root = tmp_path_factory.mktemp("runs")
     config = recipe("digits/mini")
     make_run(root / "mine", config)
-    make_run(root / "mine-plain", config.twin())
+    make_run(root / "mine-baseline", config.baseline())
     return root
 
 
@@ -35,23 +35,23 @@ def test_one_run_is_reported_with_its_twin_beside_it(runs: Path, capsys: pytest.
     record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
     assert f"{record.verdict.status}: " in said
     text = page.read_text(encoding="utf-8")
-    assert "mine-plain" in text
+    assert "mine-baseline" in text
     assert "Settings that differ" in text
     assert (runs / "mine" / "report.md").is_file()
     assert "no evaluation" not in said
 
 
 def test_a_twin_that_was_not_evaluated_alike_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(runs / "mine-plain" / "evaluation")
+    shutil.rmtree(runs / "mine-baseline" / "evaluation")
     main(["report", str(runs / "mine")])
-    assert "mine-plain" not in capsys.readouterr().out
+    assert "mine-baseline" not in capsys.readouterr().out
     assert "Settings that differ" not in (runs / "mine" / "report.html").read_text(encoding="utf-8")
 
 
 def test_several_runs_are_compared_in_the_first_one_s_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["report", str(runs / "mine-plain"), str(runs / "mine"), "--title", "Which?"])
-    assert f"report: {runs / 'mine-plain' / 'comparison.html'}" in capsys.readouterr().out
-    assert "<h1>Which?</h1>" in (runs / "mine-plain" / "comparison.html").read_text(encoding="utf-8")
+    main(["report", str(runs / "mine-baseline"), str(runs / "mine"), "--title", "Which?"])
+    assert f"report: {runs / 'mine-baseline' / 'comparison.html'}" in capsys.readouterr().out
+    assert "<h1>Which?</h1>" in (runs / "mine-baseline" / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from robustfpd.cli import main
 from robustfpd.config import load_run
-from robustfpd.models import Plain, load
+from robustfpd.models import Baseline, load
 from robustfpd.training import Progress, RunFolder, TrainResult, loop
 
 QUICK = (
@@ -30,17 +30,17 @@ def test_one_command_trains_all_stages_and_keeps_each_ones_checkpoints(
 ) -> None:
     run = tmp_path / "run"
     words = ["train", "digits/mini", *QUICK, "--stages", "two-phase,adversarial", "--out", str(run)]
-    main([*words, *(["--plain"] if plain else [])])
+    main([*words, *(["--baseline"] if plain else [])])
     out = capsys.readouterr().out
     assert "under PGD-10 at eps 0.1" in out
     assert f"evaluate {run / 'adversarial'}" in out
     for folder, stage in ((run, "two-phase"), (run / "adversarial", "adversarial")):
         assert load_run(folder / "config.yaml").stage == stage
-        assert isinstance(load(folder), Plain) is plain
+        assert isinstance(load(folder), Baseline) is plain
         assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best", "last"}
     weights = [(f / "checkpoints/best/model.safetensors").read_bytes() for f in (run, run / "adversarial")]
     assert weights[0] != weights[1]
-    main([*words, *(["--plain"] if plain else []), "--resume"])  # all done: nothing is trained again
+    main([*words, *(["--baseline"] if plain else []), "--resume"])  # all done: nothing is trained again
     assert (run / "checkpoints/best/model.safetensors").read_bytes() == weights[0]
     assert (run / "adversarial/checkpoints/best/model.safetensors").read_bytes() == weights[1]
 

@@ -19,7 +19,7 @@ from torchvision.datasets import caltech as torchvisions
 from torchvision.datasets import utils
 
 from robustfpd.config import DataConfig
-from robustfpd.data import fetch, folders, info, load
+from robustfpd.data import download, image_folder, info, load
 from robustfpd.data.caltech import BACKGROUND_101, CLASSES_101
 from robustfpd.data.decode import Pixels, decode
 from robustfpd.errors import InputError, MissingDataError
@@ -61,7 +61,7 @@ def test_the_background_is_a_class_only_as_published(
     assert (splits.info.class_names[0], splits.info.class_names[-1]) == (first, last)
     assert splits.info.class_names == tuple(sorted(splits.info.class_names))  # ImageFolder's labels
     assert len(splits.test) == count
-    assert not (small / dataset / fetch.NOTE).exists()
+    assert not (small / dataset / download.NOTE).exists()
 
 
 def test_described_without_reading() -> None:
@@ -237,7 +237,7 @@ def test_the_real_caltech_101_as_published(monkeypatch: pytest.MonkeyPatch) -> N
         for place, path in enumerate(paths):
             yield blank if place % 40 else decode(path, size)
 
-    monkeypatch.setattr(folders, "decoded", few)
+    monkeypatch.setattr(image_folder, "decoded", few)
     published: dict[str, Any] = {"background": True, "split": "published", "selection": "test", "test_fraction": 0.1}
     splits = load(config(SHARED / "data", image_size=64, **published))
     assert splits.info.num_classes == 102

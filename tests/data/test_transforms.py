@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.images import centre_crop
+from robustfpd.data.image_set import centre_crop
 from robustfpd.data.transforms import ASPECTS, _affine, _crops, augment
 
 

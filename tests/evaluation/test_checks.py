@@ -17,13 +17,14 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.attacks import registry
 from robustfpd.attacks.adaptive import View, adaptive_views
-from robustfpd.attacks.attack import attack
+from robustfpd.attacks.base import attack
 from robustfpd.config import Norm
 from robustfpd.evaluation import checks
-from robustfpd.evaluation.bench import Bench
-from robustfpd.evaluation.checks import NAMES, Subject, gradients, outputs, probing
-from robustfpd.evaluation.checks.handed_over import eps_units, images_in_range, stays_in_evaluation, training_mode
-from robustfpd.evaluation.suite import Planned, Suite
+from robustfpd.evaluation.attack_runner import AttackRunner
+from robustfpd.evaluation.checks import NAMES, CheckContext, gradients, outputs
+from robustfpd.evaluation.checks import attacks as attack_checks
+from robustfpd.evaluation.checks.inputs import eps_units, images_in_range, stays_in_evaluation, training_mode
+from robustfpd.evaluation.suites import AttackSpec, Suite
 from robustfpd.evaluation.verdict import Check, Verdict
 
 DOCS = Path(__file__).parents[2] / "docs" / "checks.md"
@@ -31,17 +32,17 @@ COUNT = 32
 EPS = 0.15
 
 
-def _subject(classifier: nn.Module, eps: float = EPS, norm: Norm = "linf", probes: int = COUNT) -> Subject:
-    """What the checks see of a classifier in evaluation mode, on digits that it classifies rightly."""
+def _subject(classifier: nn.Module, eps: float = EPS, norm: Norm = "linf", probes: int = COUNT) -> CheckContext:
+    """What the checks see of a classifier in evaluation mode, on digits that it classifies correctly."""
     images, labels = defences.sample(COUNT)
-    bench = Bench(classifier, images, labels, torch.arange(COUNT), torch.device("cpu"), norm, 0, 64)
-    bench.ask(torch.arange(COUNT))
-    bench.offer(adaptive_views(classifier, images[:4]))
-    return Subject(bench, bench.clean == labels, [eps], probes)
+    runner = AttackRunner(classifier, images, labels, torch.arange(COUNT), torch.device("cpu"), norm, 0, 64)
+    runner.ask(torch.arange(COUNT))
+    runner.offer(adaptive_views(classifier, images[:4]))
+    return CheckContext(runner, runner.clean == labels, [eps], probes)
 
 
 def _probed(classifier: nn.Module, name: str, eps: float = EPS) -> Check:
-    return next(c for c in probing.probing(_subject(classifier, eps)) if c.name == name)
+    return next(c for c in attack_checks.probing(_subject(classifier, eps)) if c.name == name)
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +74,8 @@ def suite_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
                 return found
 
             monkeypatch.setitem(registry._ATTACKS, f"own-{number}", own)
-            planned.append(Planned(f"own {number}", f"own-{number}"))
-        monkeypatch.setitem(rf.evaluation.suite._SUITES, "own", Suite(lambda target: planned, probes=0))
+            planned.append(AttackSpec(f"own {number}", f"own-{number}"))
+        monkeypatch.setitem(rf.evaluation.suites._SUITES, "own", Suite(lambda target: planned, probes=0))
         return "own"
 
     return make
@@ -224,7 +225,7 @@ def test_batch_composition(honest: defences.Net) -> None:
 def test_wrapper_accuracy(honest: defences.Net) -> None:
     subject = _subject(honest)
     assert outputs.wrappers(subject).outcome == "passed"
-    subject.bench.offer({"logits": View(honest), "other": View(After(honest, lambda z: z.roll(1, dims=1)))})
+    subject.runner.offer({"logits": View(honest), "other": View(After(honest, lambda z: z.roll(1, dims=1)))})
     found = outputs.wrappers(subject)
     assert (found.outcome, found.values["differing"]) == ("suspicious", len(subject.images))
     assert found.evidence.endswith("(other)")
@@ -326,13 +327,13 @@ def test_more_steps(honest: defences.Net) -> None:
     subject = _subject(honest)
     everything = torch.ones(COUNT, dtype=torch.bool)
     findings = checks.Findings((), (), (), standing=everything, closest=torch.zeros(COUNT))
-    found = probing.more_steps(subject, findings)
+    found = attack_checks.more_steps(subject, findings)
     assert (found.outcome, found.values["attacked"]) == ("suspicious", COUNT // 2)
     assert found.values["gained"] > 8
     nothing = checks.Findings((), (), (), standing=~everything, closest=torch.zeros(COUNT))
-    assert probing.more_steps(subject, nothing).outcome == "skipped"
+    assert attack_checks.more_steps(subject, nothing).outcome == "skipped"
     robust = _subject(defences.pgd_trained(), eps=0.01)
-    assert probing.more_steps(robust, findings).outcome == "passed"
+    assert attack_checks.more_steps(robust, findings).outcome == "passed"
 
 
 def test_rugged_loss(honest: defences.Net) -> None:

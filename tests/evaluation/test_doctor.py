@@ -15,7 +15,7 @@ from robustfpd import data as datasets
 from robustfpd.config import DataConfig
 from robustfpd.errors import InputError
 from robustfpd.evaluation.doctor import Finding, behaviour, diagnose
-from robustfpd.models import shipped
+from robustfpd.models import zoo
 
 Digits = tuple[nn.Module, Tensor, Tensor]
 
@@ -94,7 +94,7 @@ def test_a_healthy_network_has_nothing(digits: Digits) -> None:
     assert all(finding.evidence and not finding.fix for finding in findings)
 
 
-@pytest.mark.parametrize("name", [n for n in shipped.names() if n.startswith("digits/")])
+@pytest.mark.parametrize("name", [n for n in zoo.names() if n.startswith("digits/")])
 def test_shipped_networks_have_nothing(name: str) -> None:
     images = datasets.load(DataConfig()).test.floats()
     assert problems(diagnose(rf.load(name), images, num_classes=10), "problem", "warning", "skipped") == set()

@@ -14,26 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord, LedgerRow, OtherEvaluation, evaluate
-from robustfpd.evaluation import suite as suites
+from robustfpd.evaluation import EvaluationRecord, LedgerRow, OtherEvaluation, evaluate, suites
 from robustfpd.evaluation.ledger import Ledger, read_rows, write_rows
-from robustfpd.evaluation.suite import Planned, Suite, Target
+from robustfpd.evaluation.suites import AttackSpec, Suite, SuiteContext
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import Data
 
-SETTINGS: dict[str, Any] = {"exhibits": 0, "suite": "small", "eps": (0.01, 0.04), "seed": 3, "batch_size": 9}
+SETTINGS: dict[str, Any] = {"gallery": 0, "suite": "small", "eps": (0.01, 0.04), "seed": 3, "batch_size": 9}
 
 
-def _small(target: Target) -> list[Planned]:
+def _small(target: SuiteContext) -> list[AttackSpec]:
     """A few attacks of every kind: with and without gradients, random starts, dear ones, the smallest perturbation."""
     return [
-        Planned("FGSM", "fgsm"),
-        Planned("PGD", "pgd", options={"steps": 3, "early_stop": True}),
-        Planned("FMN", "fmn", options={"steps": 12}),
-        Planned("DeepFool", "deepfool"),
-        *(Planned(f"from {name}", "pgd", name, {"steps": 2}) for name in target.surrogates),
-        Planned("Square", "square", options={"queries": 6}, screened=True),
+        AttackSpec("FGSM", "fgsm"),
+        AttackSpec("PGD", "pgd", options={"steps": 3, "early_stop": True}),
+        AttackSpec("FMN", "fmn", options={"steps": 12}),
+        AttackSpec("DeepFool", "deepfool"),
+        *(AttackSpec(f"from {name}", "pgd", name, {"steps": 2}) for name in target.surrogates),
+        AttackSpec("Square", "square", options={"queries": 6}, screened=True),
     ]
 
 
@@ -79,7 +78,12 @@ def _timeless(record: EvaluationRecord) -> dict[str, Any]:
 def test_the_suite_here_does_what_it_is_for(images: Data) -> None:
     record = evaluate(Net(), images, surrogates={"other": Net(1)}, **SETTINGS)
     outcomes = {(r.attack, r.outcome) for r in record.ledger}
-    assert {("clean", "fooled"), ("FGSM", "fooled"), ("FMN", "withstood"), ("from other", "withstood")} <= outcomes
+    assert {
+        ("clean", "misclassified"),
+        ("FGSM", "misclassified"),
+        ("FMN", "robust"),
+        ("from other", "robust"),
+    } <= outcomes
     assert record.clean.count > record.worst_case[0].robust.count > record.worst_case[1].robust.count > 0
 
 
@@ -339,8 +343,8 @@ def test_smallest_perturbations_are_looked_for_once(images: Data, every_attack: 
         found = {r.image: r for r in first}
         for row in second:
             assert row.distance == found[row.image].distance
-            fooled = row.adversarial_prediction != row.label and row.distance <= 0.04
-            assert row.outcome == ("fooled" if fooled else "withstood")
+            misclassified = row.adversarial_prediction != row.label and row.distance <= 0.04
+            assert row.outcome == ("misclassified" if misclassified else "robust")
         result = next(a for a in record.attacks if (a.attack, a.eps) == (label, 0.04))
         assert (result.forward_passes, result.backward_passes) == (0, 0)
     assert record.worst_case[1].robust.count == alone.worst_case[0].robust.count
@@ -363,16 +367,16 @@ def _row(image: int, **changes: Any) -> LedgerRow:
     image=st.integers(0, 10**9),
     eps=st.floats(0, 1),
     distance=st.floats(0, 1e6),
-    closeness=st.floats(-1e9, 1e9),
+    margin=st.floats(-1e9, 1e9),
     note=st.text(st.characters(exclude_categories=["Cs", "Cc"])),
     label=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
 )
 def test_rows_survive_the_file_to_the_last_bit(
-    tmp_path_factory: pytest.TempPathFactory, image: int, eps: float, distance: float, closeness: float, note: str,
+    tmp_path_factory: pytest.TempPathFactory, image: int, eps: float, distance: float, margin: float, note: str,
     label: str,
 ) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("rows") / "r.ledger.csv"
-    row = _row(image, eps=eps, distance=distance, closeness=closeness, note=note, attack=label, outcome="failed")
+    row = _row(image, eps=eps, distance=distance, margin=margin, note=note, attack=label, outcome="failed")
     write_rows(path, [row, row])
     assert read_rows(path) == read_rows(path, cut_off=True) == [row, row]
 

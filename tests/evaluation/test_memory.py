@@ -7,21 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks import registry
-from robustfpd.attacks.attack import attack as make_attack
+from robustfpd.attacks.base import attack as make_attack
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord, evaluate
-from robustfpd.evaluation import suite as suites
+from robustfpd.evaluation import EvaluationRecord, evaluate, suites
 from robustfpd.evaluation.memory import block_size, found_batch_size, is_out_of_memory
-from robustfpd.evaluation.suite import Planned, Suite
+from robustfpd.evaluation.suites import AttackSpec, Suite
 
 if TYPE_CHECKING:
     Digits = tuple[nn.Module, Tensor, Tensor]
 
 ATTACKS = [
-    Planned("FGSM", "fgsm"),
-    Planned("PGD", "pgd", options={"steps": 8, "early_stop": True}),
-    Planned("APGD-CE", "apgd-ce", options={"steps": 8}),
+    AttackSpec("FGSM", "fgsm"),
+    AttackSpec("PGD", "pgd", options={"steps": 8, "early_stop": True}),
+    AttackSpec("APGD-CE", "apgd-ce", options={"steps": 8}),
 ]
 
 
@@ -61,9 +60,9 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS, ids=["torch", "allocator", "python"])
 def test_a_batch_size_that_does_not_fit_is_halved_and_nothing_is_lost(digits: Digits, error: Exception) -> None:
     net, images, labels = digits
-    expected = evaluate(net, (images, labels), suite="ours", eps=0.03, exhibits=0)
+    expected = evaluate(net, (images, labels), suite="ours", eps=0.03, gallery=0)
     narrow = Narrow(net, 40, error).eval()
-    record = evaluate(narrow, (images, labels), suite="ours", eps=0.03, exhibits=0)
+    record = evaluate(narrow, (images, labels), suite="ours", eps=0.03, gallery=0)
     assert narrow.refused == [64]
     assert max(narrow.taken) == 32
     assert record.batch_size == 32 < expected.batch_size == 64
@@ -82,7 +81,7 @@ def test_what_does_not_fit_alone_is_noted_as_a_failure(monkeypatch: pytest.Monke
         raise ERRORS[0]
 
     monkeypatch.setitem(registry._ATTACKS, "fgsm", hungry)
-    record = evaluate(net, (images[:20], labels[:20]), suite="ours", eps=0.03, exhibits=0)
+    record = evaluate(net, (images[:20], labels[:20]), suite="ours", eps=0.03, gallery=0)
     failed = [r for r in record.ledger if r.attack == "FGSM"]
     assert {r.outcome for r in failed} == {"failed"}
     assert failed[0].note.startswith("OutOfMemoryError: CUDA out of memory")
@@ -102,7 +101,7 @@ def test_an_error_of_an_attack_that_refills_costs_one_batch(monkeypatch: pytest.
             out: Tensor = net(x)
             return out
 
-    record = evaluate(Picky(), (images, labels), suite="ours", eps=0.03, batch_size=8, exhibits=0)
+    record = evaluate(Picky(), (images, labels), suite="ours", eps=0.03, batch_size=8, gallery=0)
     pgd = [r for r in record.ledger if r.attack == "PGD"]
     assert 0 < sum(r.outcome == "failed" for r in pgd) <= 8
     assert [r.note for r in pgd if r.image == 30] == ["IndexError: not this one"]
@@ -141,10 +140,10 @@ class Watched(nn.Module):
 def test_attacks_see_float32_whatever_autocast_the_caller_is_in(digits: Digits) -> None:
     watched = Watched(digits[0]).eval()
     images, labels = digits[1][:20], digits[2][:20]
-    expected = evaluate(watched, (images, labels), suite="ours", eps=0.03, exhibits=0)
+    expected = evaluate(watched, (images, labels), suite="ours", eps=0.03, gallery=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert digits[0](images).dtype == torch.bfloat16
-        record = evaluate(watched, (images, labels), suite="ours", eps=0.03, exhibits=0)
+        record = evaluate(watched, (images, labels), suite="ours", eps=0.03, gallery=0)
     assert {dtype for _, dtype in watched.asked} == {torch.float32}
     assert _found(record) == _found(expected)
     assert record.search_precision == "fp32"
@@ -153,9 +152,9 @@ def test_attacks_see_float32_whatever_autocast_the_caller_is_in(digits: Digits) 
 
 def test_bfloat16_is_searched_and_float32_decides(digits: Digits) -> None:
     watched = Watched(digits[0]).eval()
-    record = evaluate(watched, digits[1:], suite="ours", eps=0.03, search_precision="bf16", exhibits=0)
+    record = evaluate(watched, digits[1:], suite="ours", eps=0.03, search_precision="bf16", gallery=0)
     assert (True, torch.bfloat16) in watched.asked
-    exact = evaluate(digits[0], digits[1:], suite="ours", eps=0.03, exhibits=0)
+    exact = evaluate(digits[0], digits[1:], suite="ours", eps=0.03, gallery=0)
     # Many of this small network's margins are within bfloat16's rounding: what stands is too much, never too little.
     assert 0 <= record.worst_case[0].robust.count - exact.worst_case[0].robust.count <= 12
     assert record.search_precision == "bf16"
@@ -183,8 +182,8 @@ class Liar(nn.Module):
 
 def test_a_success_that_float32_does_not_confirm_is_attacked_again(digits: Digits) -> None:
     liar = Liar(digits[0]).eval()
-    exact = evaluate(liar, digits[1:], suite="ours", eps=0.03, exhibits=0, every_attack=True)
-    record = evaluate(liar, digits[1:], suite="ours", eps=0.03, exhibits=0, every_attack=True, search_precision="bf16")
+    exact = evaluate(liar, digits[1:], suite="ours", eps=0.03, gallery=0, every_attack=True)
+    record = evaluate(liar, digits[1:], suite="ours", eps=0.03, gallery=0, every_attack=True, search_precision="bf16")
     for found, expected in zip(record.attacks, exact.attacks, strict=True):
-        assert abs(found.fooled - expected.fooled) <= 2
+        assert abs(found.misclassified - expected.misclassified) <= 2
         assert found.forward_passes > expected.forward_passes

@@ -1,6 +1,6 @@
 """A panel of bad defences and honest networks: what `evaluate` says of each.
 
-A bad one is judged rightly when it is not trusted, or when the attacks really broke it: hardly more images withstand
+A bad one is judged correctly when it is not trusted, or when the attacks really broke it: hardly more images withstand
 than without the defence.
 """
 

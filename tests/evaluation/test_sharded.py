@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustfpd.cli.running import told_once
+from robustfpd.cli.common import told_once
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord, evaluate
 from robustfpd.evaluation.ledger import Ledger, read_rows
@@ -22,24 +22,23 @@ from robustfpd.together import join
 
 def begin() -> None:
     """Install a short suite with attacks of every kind."""
-    from robustfpd.evaluation import memory
-    from robustfpd.evaluation import suite as suites
-    from robustfpd.evaluation.suite import Planned, Suite, Target
+    from robustfpd.evaluation import memory, suites
+    from robustfpd.evaluation.suites import AttackSpec, Suite, SuiteContext
 
-    def short(target: Target) -> list[Planned]:
+    def short(target: SuiteContext) -> list[AttackSpec]:
         return [
-            Planned("FGSM", "fgsm"),
-            Planned("PGD", "pgd", options={"steps": 4, "restarts": 2, "early_stop": True}),
-            Planned("APGD-T", "apgd-t", options={"steps": 4, "targets": 2}),
-            Planned("FMN", "fmn", options={"steps": 6}),
-            Planned("Square", "square", options={"queries": 6}, screened=True),
+            AttackSpec("FGSM", "fgsm"),
+            AttackSpec("PGD", "pgd", options={"steps": 4, "restarts": 2, "early_stop": True}),
+            AttackSpec("APGD-T", "apgd-t", options={"steps": 4, "targets": 2}),
+            AttackSpec("FMN", "fmn", options={"steps": 6}),
+            AttackSpec("Square", "square", options={"queries": 6}, screened=True),
         ]
 
     memory.SMALLEST_BLOCK = 10
     suites._SUITES["short"] = Suite(short, probes=4)
 
 
-SETTINGS: dict[str, Any] = {"suite": "short", "eps": (0.01, 0.03), "seed": 3, "batch_size": 7, "exhibits": 2}
+SETTINGS: dict[str, Any] = {"suite": "short", "eps": (0.01, 0.03), "seed": 3, "batch_size": 7, "gallery": 2}
 
 
 class Net(nn.Module):
@@ -160,8 +159,7 @@ def _timeless(record: EvaluationRecord) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
     """The record of one process, with the threads of those below, and how often it asked the network."""
-    from robustfpd.evaluation import memory
-    from robustfpd.evaluation import suite as suites
+    from robustfpd.evaluation import memory, suites
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -171,7 +169,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int
     memory.SMALLEST_BLOCK = smallest
     del suites._SUITES["short"]
     torch.set_num_threads(threads)
-    assert {a.attack for a in record.attacks if a.fooled} >= {"FGSM", "PGD"}
+    assert {a.attack for a in record.attacks if a.misclassified} >= {"FGSM", "PGD"}
     assert record.clean.count > record.worst_case[0].robust.count > record.worst_case[1].robust.count > 0
     return _timeless(record), net.calls
 
@@ -186,7 +184,7 @@ def test_two_processes_make_the_record_of_one_and_each_asks_less(
     told = [e.told.split() for e in ended]
     assert [accuracy for accuracy, _ in told] == 2 * [str(record.robust_accuracy)]
     assert all(int(asked) < 0.9 * alone[1] for _, asked in told)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["record.exhibits", "record.json", "record.ledger.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["record.gallery", "record.json", "record.ledger.csv"]
 
 
 def test_what_two_began_one_ends_and_the_reverse(alone: tuple[dict[str, Any], int], tmp_path: Path) -> None:
@@ -212,7 +210,7 @@ def test_what_the_user_can_mend_is_told_once(tmp_path: Path) -> None:
     first, second = Several(other_weights, tmp_path, 2).ended()
     assert first.ending == "InputError"
     assert first.told.startswith("the processes were given different weights")
-    assert second.ending == "ToldElsewhere"  # the command line keeps silent about it
+    assert second.ending == "ReportedByOtherRank"  # the command line keeps silent about it
 
 
 def test_one_process_shares_with_nobody() -> None:

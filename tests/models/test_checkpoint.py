@@ -17,7 +17,7 @@ from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS, replacing, whol
 TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
 
 
-def trained(**options: Any) -> rf.FPD | rf.Plain:
+def trained(**options: Any) -> rf.FPD | rf.Baseline:
     """A model whose running statistics are no longer those of a fresh one."""
     model = rf.build(TASK, rf.ModelConfig(**options), seed=1)
     model.train()(torch.rand(4, 1, 12, 16))
@@ -31,7 +31,7 @@ def logits(model: nn.Module, channels: int = 1) -> Tensor:
     return out
 
 
-def assert_same(first: rf.FPD | rf.Plain, second: rf.FPD | rf.Plain, channels: int = 1) -> None:
+def assert_same(first: rf.FPD | rf.Baseline, second: rf.FPD | rf.Baseline, channels: int = 1) -> None:
     assert first.state_dict().keys() == second.state_dict().keys()
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in second.state_dict().items())
     assert torch.equal(logits(first.classifier(), channels), logits(second.classifier(), channels))

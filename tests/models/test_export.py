@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Plain
+from robustfpd.models import FPD, Baseline
 from robustfpd.models import export as exporting
 from robustfpd.models.export import Exported, Format, export
 from robustfpd.provenance import weights_sha256
@@ -135,8 +135,8 @@ def test_shipped_networks_of_mnist(name: str, tmp_path: Path) -> None:
 
 
 def test_a_plain_network(tmp_path: Path) -> None:
-    plain = rf.load("mnist/mini-plain")
-    assert isinstance(plain, Plain)
+    plain = rf.load("mnist/mini-baseline")
+    assert isinstance(plain, Baseline)
     made = export(plain, tmp_path / "plain.pt2", format="torch")
     images = torch.rand(2, 1, 28, 28)
     (found,) = run_torch(made.path, images)
@@ -199,7 +199,7 @@ def test_nothing_is_written_that_differs(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_network_itself_is_what_the_file_is_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     altered = exporting._plain_copy
 
-    def wrong(model: FPD | Plain) -> FPD | Plain:
+    def wrong(model: FPD | Baseline) -> FPD | Baseline:
         found = altered(model)
         with torch.no_grad():
             for p in found.parameters():

@@ -64,9 +64,9 @@ def test_both_passes_run_through_the_same_modules() -> None:
 
 
 def test_inner_denoising_follows_the_chosen_stages() -> None:
-    assert set(mini().backbone.implants) == {"0", "1"}
-    assert set(mini(denoise_after=(1, 3)).backbone.implants) == {"1", "3"}
-    assert not mini(denoise="none").backbone.implants
+    assert set(mini().backbone.inserted) == {"0", "1"}
+    assert set(mini(denoise_after=(1, 3)).backbone.inserted) == {"1", "3"}
+    assert not mini(denoise="none").backbone.inserted
     with pytest.raises(InputError, match=r"denoise_after must index the stages 0 to 4 .*found 5"):
         mini(denoise_after=(0, 5))
 
@@ -101,8 +101,8 @@ def test_the_classifier_gives_the_logits(mode: str, head: Any) -> None:
     x = torch.rand(3, 1, 16, 16)
     logits = model(x).logits
     assert torch.equal(model.classifier()(x), logits)
-    unsquashed = model.classifier(squash=False)(x)
-    assert torch.equal(unsquashed.tanh() if head == "tanh" else unsquashed, logits)
+    pre_squash = model.classifier(squash=False)(x)
+    assert torch.equal(pre_squash.tanh() if head == "tanh" else pre_squash, logits)
 
 
 def test_the_classifier_shares_the_models_mode_and_weights() -> None:
@@ -139,7 +139,7 @@ def test_in_training_both_passes_feed_the_running_averages_front_first() -> None
 
     seen.clear()
     model.backbone(x)
-    model.backbone(model.between(out.restored.detach(), x))
+    model.backbone(model.middle_denoise(out.restored.detach(), x))
     assert torch.allclose(seen[0].mean(dim=(0, 2, 3)), means[0], atol=1e-6)
     assert torch.allclose(seen[1].mean(dim=(0, 2, 3)), means[1], atol=1e-6)
 
@@ -258,9 +258,9 @@ def test_the_pyramids_width(channels: int | None, width: int) -> None:
 
 def test_the_plain_twin_is_pooling_and_a_linear_layer() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
-    model = rf.build(task, rf.ModelConfig(denoise="bottleneck", dropout=0.5).twin()).eval()
-    assert isinstance(model, rf.Plain)
-    assert not model.backbone.implants
+    model = rf.build(task, rf.ModelConfig(denoise="bottleneck", dropout=0.5).baseline()).eval()
+    assert isinstance(model, rf.Baseline)
+    assert not model.backbone.inserted
     assert not any(isinstance(m, nn.ELU) for m in model.modules())
     x = torch.rand(2, 1, 16, 16)
     linear = model.head.linear
@@ -273,10 +273,10 @@ def test_the_plain_twin_is_pooling_and_a_linear_layer() -> None:
 def test_the_twin_starts_with_the_same_backbone() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
     config = rf.ModelConfig(denoise="none")
-    ours, twin = rf.build(task, config, seed=2), rf.build(task, config.twin(), seed=2)
+    ours, baseline = rf.build(task, config, seed=2), rf.build(task, config.baseline(), seed=2)
     mine = ours.backbone.state_dict()
-    assert mine.keys() == twin.backbone.state_dict().keys()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in twin.backbone.state_dict().items())
+    assert mine.keys() == baseline.backbone.state_dict().keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in baseline.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,8 @@ def test_a_wrong_value_names_its_field(options: dict[str, Any], field: str) -> N
         mini(**options)
 
 
-def test_enhance_builds_no_twin() -> None:
-    with pytest.raises(InputError, match="plain twin"):
+def test_enhance_builds_no_baseline() -> None:
+    with pytest.raises(InputError, match="undefended baseline"):
         mini(defence="none")
 
 

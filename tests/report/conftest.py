@@ -32,8 +32,8 @@ def make_record() -> MakeRecord:
         radii = [(i + 1) / 10 for i in range(len(robust))]
         alone = [
             AttackResult(
-                attack=name, eps=eps, attacked=clean, fooled=clean - count - i, accuracy=Proportion.of(count + i, 200),
-                seconds=0.1,
+                attack=name, eps=eps, attacked=clean, misclassified=clean - count - i,
+                accuracy=Proportion.of(count + i, 200), seconds=0.1,
             )
             for eps, count in zip(radii, robust, strict=True)
             for i, name in enumerate(attacks)

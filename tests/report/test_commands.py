@@ -23,7 +23,7 @@ def adversarial(run: RunConfig) -> RunConfig:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_as_it_is_needs_no_settings(name: str) -> None:
-    for run in (recipe(name), recipe(name).twin()):
+    for run in (recipe(name), recipe(name).baseline()):
         assert settings(training_command(run, "runs/x")) == []
 
 
@@ -40,17 +40,17 @@ def test_a_recipe_as_it_is_needs_no_settings(name: str) -> None:
 )  # fmt: skip
 def test_the_settings_lead_back_to_the_run(overrides: list[str], plain: bool) -> None:
     run = recipe("digits/mini", overrides)
-    run = run.twin() if plain else run
+    run = run.baseline() if plain else run
     command = training_command(run, "runs/x")
     words = shlex.split(command)
-    assert ("--plain" in words) is plain
+    assert ("--baseline" in words) is plain
     seed = [f"seed={words[words.index('--seed') + 1]}"] if "--seed" in words else []
     again = recipe("digits/mini", [*settings(command), *seed])
-    assert (again.twin() if plain else again) == run
+    assert (again.baseline() if plain else again) == run
 
 
 def test_what_no_setting_says_is_an_error() -> None:
-    run = recipe("digits/mini").twin()
+    run = recipe("digits/mini").baseline()
     odd = run.model_copy(update={"training": run.training.model_copy(update={"epochs": 3})})
     with pytest.raises(InputError, match=r"training\.epochs is 3, .*training\.epochs=1.* gives 2"):
         training_command(odd, "runs/x")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from robustfpd.evaluation.exhibits import read_exhibits
+from robustfpd.evaluation.gallery import read_gallery
 from robustfpd.report import figures
 from robustfpd.training import EpochMetrics
 
@@ -23,9 +23,9 @@ def _texts(svg: str) -> list[str]:
 
 
 def test_curves_are_svg_that_names_axes_and_networks(make_record: MakeRecord) -> None:
-    svg = figures.accuracy_curves([make_record("a"), make_record("b")], ["FPD", "plain twin"])
+    svg = figures.accuracy_curves([make_record("a"), make_record("b")], ["FPD", "undefended baseline"])
     assert svg.startswith("<svg")
-    assert {"FPD", "plain twin", "eps (L∞)", "accuracy under the worst attack (%)"} <= set(_texts(svg))
+    assert {"FPD", "undefended baseline", "eps (L∞)", "accuracy under the worst attack (%)"} <= set(_texts(svg))
 
 
 def test_attack_curves_draw_every_attack_that_turned_something(make_record: MakeRecord) -> None:
@@ -35,7 +35,7 @@ def test_attack_curves_draw_every_attack_that_turned_something(make_record: Make
     many = tuple(f"attack {i}" for i in range(14))
     record = make_record("FPD", attacks=many, every_attack=False)
     quiet = {"attack 3", "attack 5"}
-    idle = tuple(a.model_copy(update={"fooled": 0}) if a.attack in quiet else a for a in record.attacks)
+    idle = tuple(a.model_copy(update={"misclassified": 0}) if a.attack in quiet else a for a in record.attacks)
     svg = figures.attack_curves(record.model_copy(update={"attacks": idle}), "0")
     shown = [t.removeprefix("after ") for t in _texts(svg) if t.startswith("after ")]
     assert shown == [n for n in many if n not in quiet][: figures.MOST_LINES]
@@ -44,8 +44,8 @@ def test_attack_curves_draw_every_attack_that_turned_something(make_record: Make
 def test_training_curves_show_the_gate_of_networks_that_have_one(history: tuple[EpochMetrics, ...]) -> None:
     plain = tuple(EpochMetrics(**{**vars(m), "restoration": None}) for m in history)
     gate = "gate open (%)"
-    assert gate in _texts(figures.training_curves({"FPD": history, "twin": plain}, {"FPD": 3, "twin": 3}))
-    assert gate not in _texts(figures.training_curves({"twin": plain}, {"twin": 50}))
+    assert gate in _texts(figures.training_curves({"FPD": history, "baseline": plain}, {"FPD": 3, "baseline": 3}))
+    assert gate not in _texts(figures.training_curves({"baseline": plain}, {"baseline": 50}))
 
 
 def test_figures_on_one_page_share_no_ids_and_take_the_page_s_ink(
@@ -82,11 +82,11 @@ def test_a_confusion_matrix_has_its_counts_written_in_where_they_fit() -> None:
 
 
 def test_the_surface_marks_image_and_adversarial_point(measured: Path) -> None:
-    surface = read_exhibits(measured / "record.exhibits").surface
+    surface = read_gallery(measured / "record.gallery").surface
     assert surface is not None
-    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_surface(surface)))
+    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_landscape(surface)))
     flat = surface.model_copy(update={"margin": tuple((0.0,) * 21 for _ in range(21))})
-    assert "image" in _texts(figures.loss_surface(flat))
+    assert "image" in _texts(figures.loss_landscape(flat))
 
 
 @pytest.mark.parametrize("name", ["$x^2$", "a < b & c", "</svg><script>x</script>", "--> $\\frac$"])

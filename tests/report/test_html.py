@@ -74,7 +74,9 @@ def page(measured: Path) -> str:
 
 @pytest.fixture
 def compared(make_source: MakeSource) -> str:
-    sources = [make_source(n, r) for n, r in (("FPD", (150, 60)), ("plain twin", (100, 10)), ("third net", (90, 5)))]
+    sources = [
+        make_source(n, r) for n, r in (("FPD", (150, 60)), ("undefended baseline", (100, 10)), ("third net", (90, 5)))
+    ]
     return render(report_on(sources, title="What it buys"))
 
 
@@ -119,7 +121,7 @@ def test_every_check_has_its_evidence_and_what_it_means(page: str, measured: Pat
 
 def test_every_network_is_named_with_its_numbers(compared: str) -> None:
     cells = [" ".join(cell.split()) for cell in _Page(compared).cells]
-    expected = ["eps (L∞)", "FPD", "plain twin", "third net"]
+    expected = ["eps (L∞)", "FPD", "undefended baseline", "third net"]
     expected += ["0 (clean)", *[str(Proportion.of(190, 200))] * 3]
     for eps, counts in (("0.1", (150, 100, 90)), ("0.2", (60, 10, 5))):
         expected += [eps, *(str(Proportion.of(count, 200)) for count in counts)]

@@ -9,6 +9,7 @@ import pytest
 from robustfpd.config import RunConfig, recipe
 from robustfpd.errors import InputError
 from robustfpd.evaluation import Proportion, WorstCase
+from robustfpd.report.metrics import radius
 from robustfpd.report.page import (
     Report,
     commands,
@@ -19,7 +20,6 @@ from robustfpd.report.page import (
     verdict_sentence,
 )
 from robustfpd.report.sources import Evaluated, Source
-from robustfpd.report.standing import radius
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord, MakeSource
@@ -89,7 +89,7 @@ def test_runs_without_an_evaluation_make_a_report_too(make_source: MakeSource) -
 def test_the_verdict_in_one_sentence(make_record: MakeRecord) -> None:
     said = verdict_sentence(make_record("net", (150, 60)))
     assert said == (
-        f"net classifies {Proportion.of(60, 200)} of 200 images rightly whatever suite quick did within L∞ 0.2."
+        f"net classifies {Proportion.of(60, 200)} of 200 images correctly whatever suite quick did within L∞ 0.2."
     )
 
 
@@ -159,8 +159,8 @@ def test_settings_that_differ_are_named_with_their_values(make_source: MakeSourc
 
 
 def test_the_commonest_mistakes_come_first(measured: Path) -> None:
+    from robustfpd.report.metrics import final_predictions
     from robustfpd.report.sources import read
-    from robustfpd.report.standing import final_predictions
 
     record = read(measured).evaluations[0].record
     found = confusions(record)

@@ -126,15 +126,15 @@ def _damaged(run: Path) -> None:
 
 
 def _no_picture(run: Path) -> None:
-    next((run / "evaluation" / "record.exhibits").glob("*-adversarial.png")).unlink()
+    next((run / "evaluation" / "record.gallery").glob("*-adversarial.png")).unlink()
 
 
 def _bad_picture(run: Path) -> None:
-    next((run / "evaluation" / "record.exhibits").glob("*-clean.png")).write_bytes(b"no picture")
+    next((run / "evaluation" / "record.gallery").glob("*-clean.png")).write_bytes(b"no picture")
 
 
 def _no_pictures(run: Path) -> None:
-    (run / "evaluation" / "record.exhibits" / "exhibits.json").write_text("{")
+    (run / "evaluation" / "record.gallery" / "gallery.json").write_text("{")
 
 
 def _no_metrics(run: Path) -> None:
@@ -151,7 +151,7 @@ def _no_settings(run: Path) -> None:
 
 
 def _other_pictures(run: Path) -> None:
-    path = run / "evaluation" / "record.exhibits" / "exhibits.json"
+    path = run / "evaluation" / "record.gallery" / "gallery.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings_sha256": "0" * 64}))
 
 
@@ -198,7 +198,7 @@ def test_a_picture_that_is_none_is_left_blank(run: Path) -> None:
 def test_a_picture_that_is_none_of_ours_is_left_blank(run: Path, kind: str) -> None:
     from PIL import Image
 
-    path = next((run / "evaluation" / "record.exhibits").glob("*-clean.png"))
+    path = next((run / "evaluation" / "record.gallery").glob("*-clean.png"))
     Image.new("CMYK" if kind == "CMYK" else "1", (8, 8) if kind == "CMYK" else (20000, 20000)).save(
         path, "JPEG" if kind == "CMYK" else "PNG"
     )

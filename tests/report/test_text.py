@@ -29,7 +29,7 @@ def test_the_csv_reads_back_as_the_record(measured: Path) -> None:
     }  # fmt: skip
     assert all(float(r["low"]) <= float(r["accuracy"]) <= float(r["high"]) for r in worst.values())
     attacks = [r for r in rest if r["attack"] != "worst case"]
-    assert [(r["attack"], int(r["turned"])) for r in attacks] == [(a.attack, a.fooled) for a in record.attacks]
+    assert [(r["attack"], int(r["turned"])) for r in attacks] == [(a.attack, a.misclassified) for a in record.attacks]
     assert {r["verdict"] for r in rows} == {record.verdict.status}
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from robustfpd.config import AdversarialConfig, RunConfig, TrainingConfig, parse, recipe
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Plain, build, enhance, load
+from robustfpd.models import FPD, Baseline, build, enhance, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import train
 from robustfpd.training.adversarial import adversarial_step
-from robustfpd.training.perturbation import adversary
+from robustfpd.training.perturbations import adversary
 
 
 def _model() -> FPD:
@@ -53,9 +53,9 @@ OPEN = TrainingConfig(threshold=1e9)
 @pytest.mark.parametrize("target", ["clean", "input"])
 def test_both_averages_the_losses_on_clean_and_adversarial_images(target: str) -> None:
     model, (clean, perturbed, labels) = _model(), _batch()
-    twin, update = copy.deepcopy(model), _Losses()
-    expected = _objective(twin, clean, clean, labels)
-    expected = expected + _objective(twin, perturbed, clean if target == "clean" else perturbed, labels)
+    baseline, update = copy.deepcopy(model), _Losses()
+    expected = _objective(baseline, clean, clean, labels)
+    expected = expected + _objective(baseline, perturbed, clean if target == "clean" else perturbed, labels)
     settings = parse(AdversarialConfig, {"restoration_target": target, "second_pass": False})
     result = adversarial_step(OPEN, settings)(model, clean, perturbed, labels, update)
     assert update.losses == pytest.approx([float(expected.detach()) / 2], rel=1e-5)
@@ -79,9 +79,9 @@ def test_halves_runs_one_half_clean_and_the_other_adversarial() -> None:
 
 def test_the_second_pass_starts_from_the_restored_adversarial_images() -> None:
     model, (clean, perturbed, labels) = _model(), _batch()
-    twin, update = copy.deepcopy(model), _Losses()
-    twin(clean)  # batch norm sees the passes in this order
-    again = twin(twin(perturbed).restored.detach())
+    baseline, update = copy.deepcopy(model), _Losses()
+    baseline(clean)  # batch norm sees the passes in this order
+    again = baseline(baseline(perturbed).restored.detach())
     config = TrainingConfig(threshold=1e9, alpha_restore_second=0.3)
     expected = F.cross_entropy(again.logits, labels) + 0.3 * F.mse_loss(again.restored, clean)
     result = adversarial_step(config, AdversarialConfig())(model, clean, perturbed, labels, update)
@@ -97,8 +97,8 @@ def test_restored_scale_enters_gate_and_clean_loss_alone() -> None:
     adversarial_step(TrainingConfig(threshold=scaled * 0.99), settings)(model, clean, perturbed, labels, shut)
     assert shut.losses == pytest.approx([scaled], rel=1e-4)
     assert shut.only == [frozenset({"front_and_pyramid", "upscaling"})]
-    twin = copy.deepcopy(model)
-    expected = _objective(twin, clean, clean, labels, 255) + _objective(twin, perturbed, clean, labels)
+    baseline = copy.deepcopy(model)
+    expected = _objective(baseline, clean, clean, labels, 255) + _objective(baseline, perturbed, clean, labels)
     adversarial_step(TrainingConfig(threshold=scaled * 1.1), settings)(model, clean, perturbed, labels, opened)
     assert opened.losses == pytest.approx([float(expected.detach()) / 2], rel=1e-4)
     assert opened.only == [None]
@@ -164,7 +164,7 @@ def test_the_attack_leads_away_from_the_prediction_or_the_truth(
         given.append(targets)
         return images
 
-    monkeypatch.setattr("robustfpd.training.perturbation.pgd", watched)
+    monkeypatch.setattr("robustfpd.training.perturbations.pgd", watched)
     settings = parse(AdversarialConfig, {"labels": labels})
     adversary(settings)(model, clean, truth, 1.0, torch.Generator())
     with torch.no_grad():
@@ -175,11 +175,11 @@ def test_the_attack_leads_away_from_the_prediction_or_the_truth(
 
 def test_the_twins_step_is_the_mean_cross_entropy() -> None:
     fpd, (clean, perturbed, labels) = _model(), _batch()
-    twin = build(fpd.task, fpd.config.twin()).train()
-    same = copy.deepcopy(twin)
+    baseline = build(fpd.task, fpd.config.baseline()).train()
+    same = copy.deepcopy(baseline)
     expected = (F.cross_entropy(same(clean), labels) + F.cross_entropy(same(perturbed), labels)) / 2
     update = _Losses()
-    result = adversarial_step(OPEN, AdversarialConfig())(twin, clean, perturbed, labels, update)
+    result = adversarial_step(OPEN, AdversarialConfig())(baseline, clean, perturbed, labels, update)
     assert update.losses == pytest.approx([float(expected.detach())], rel=1e-5)
     assert result.restoration is None
 
@@ -215,11 +215,11 @@ def test_the_second_stage_begins_with_the_first_ones_best_weights_and_leaves_the
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_resuming_the_second_stage_ends_with_the_same_weights(tmp_path: Path, plain: bool) -> None:
-    config = _run().twin() if plain else _run()
+    config = _run().baseline() if plain else _run()
     train(config, tmp_path / "run", device="cpu")
     stage = config.model_copy(update={"stage": "adversarial"})
     whole = train(stage, tmp_path / "whole", start=tmp_path / "run", device="cpu")
-    assert isinstance(whole.model, Plain if plain else FPD)
+    assert isinstance(whole.model, Baseline if plain else FPD)
     longer = stage.adversarial.model_copy(update={"epochs": 1})
     train(stage.model_copy(update={"adversarial": longer}), tmp_path / "cut", start=tmp_path / "run", device="cpu")
     stage.save(tmp_path / "cut" / "config.yaml")  # as if interrupted after its first epoch

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robustfpd import data
 from robustfpd.config import recipe
-from robustfpd.models.head import ClassificationLayer
+from robustfpd.models.heads import ClassificationLayer
 from robustfpd.training import train
 from robustfpd.training.cost import stage_cost
 
@@ -27,9 +27,9 @@ def test_the_passes_told_are_those_of_a_training_with_an_open_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, plain: bool, settings: tuple[str, ...]
 ) -> None:
     run = recipe("digits/mini", [*TINY, *settings]).model_copy(update={"stage": stage})
-    run = run.twin() if plain else run
+    run = run.baseline() if plain else run
     counts = data.count(run.data)
-    seen, back, original = [0], [0], ClassificationLayer.unsquashed
+    seen, back, original = [0], [0], ClassificationLayer.pre_squash
 
     def came_back(gradient: Tensor) -> None:
         back[0] += len(gradient)
@@ -41,7 +41,7 @@ def test_the_passes_told_are_those_of_a_training_with_an_open_gate(
             logits.register_hook(came_back)  # type: ignore[no-untyped-call]
         return logits
 
-    monkeypatch.setattr(ClassificationLayer, "unsquashed", counting)
+    monkeypatch.setattr(ClassificationLayer, "pre_squash", counting)
     train(run, tmp_path / "run", device="cpu")
     told = stage_cost(run, counts.info.task, counts.train, counts.validation)
     looks = 2 * 2  # whether the network overflows, when it is built

@@ -127,14 +127,14 @@ def test_adversarial_training_is_one_training_too(folder: Path) -> None:
 ])  # fmt: skip
 def test_an_error_of_process_0_ends_both_and_is_told_once(folder: Path, case: str, message: str) -> None:
     first, second = (seen[case] for seen in _seen(folder, "failing"))
-    assert first[0] != "ToldElsewhere"
+    assert first[0] != "ReportedByOtherRank"
     assert re.search(message, first[1])
-    assert second[0] == "ToldElsewhere"
+    assert second[0] == "ReportedByOtherRank"
 
 
 def test_an_error_of_another_process_ends_both_and_is_told_there(folder: Path) -> None:
     first, second = (seen["second process"] for seen in _seen(folder, "failing"))
-    assert first == ["ToldElsewhere", "process 1 ended with an error"]
+    assert first == ["ReportedByOtherRank", "process 1 ended with an error"]
     assert second == ["InputError", "no such folder here"]
 
 

@@ -17,7 +17,7 @@ from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import EpochMetrics, Observer, Progress, RunFolder, train
-from robustfpd.training.phases import Step, StepResult, Update, two_phase_step
+from robustfpd.training.steps import Step, StepResult, Update, two_phase_step
 
 
 def _config(**training: object) -> RunConfig:
@@ -163,7 +163,7 @@ def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatc
         saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
         return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
 
-    monkeypatch.setattr("robustfpd.training.perturbation.add_uniform_noise", poisoned)
+    monkeypatch.setattr("robustfpd.training.perturbations.add_uniform_noise", poisoned)
     with pytest.raises(InputError, match=r"epoch 2: .* checkpoints are from before|epoch 2: .* are from before"):
         train(_config(), tmp_path / "run", device="cpu")
     weights = read_weights(tmp_path / "run" / "checkpoints" / "last")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from robustfpd.config import RunConfig, recipe, recipe_names
 from robustfpd.models import FPD, build
-from robustfpd.training.optimizers import make_optimizer
-from robustfpd.training.phases import parameter_groups, two_phase_step
+from robustfpd.training.optim import make_optimizer
 from robustfpd.training.stepping import Stepper
+from robustfpd.training.steps import parameter_groups, two_phase_step
 
 LR, CLIP = 0.05, 5.0
 
@@ -49,7 +49,7 @@ def _ours(config: RunConfig, model: FPD, clean: Tensor, noisy: Tensor, labels: T
     fabric = Fabric(accelerator="cpu", devices=1)
     optimizer = make_optimizer(parameter_groups(model), config.training.optimizer)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    update = Stepper(fabric, wrapped, optimizer, config.training.clip)
+    update = Stepper(fabric, wrapped, optimizer, config.training.clip_grad_norm)
     two_phase_step(config.training)(wrapped, clean, noisy, labels, update)
 
 
@@ -78,7 +78,7 @@ def test_every_full_size_recipe_has_the_published_rule() -> None:
 
 def test_behind_the_shut_gate_only_the_transposed_convolutions_step_on_the_restoration_loss() -> None:
     config, model, clean, noisy, labels = _setting(threshold=0.0)
-    assert config.training.clip == CLIP
+    assert config.training.clip_grad_norm == CLIP
     before = copy.deepcopy(model.state_dict())
     reference = copy.deepcopy(model)
     F.mse_loss(reference(noisy).restored, clean).backward()  # type: ignore[no-untyped-call]
@@ -114,7 +114,7 @@ def test_behind_the_open_gate_both_phases_step_and_the_second_goes_through_the_f
 
 
 def test_normalised_space_measures_noise_and_loss_in_standard_deviations(tmp_path: Path) -> None:
-    from robustfpd.training.perturbation import noise
+    from robustfpd.training.perturbations import noise
 
     config = recipe("caltech101/resnet101", protocol="published").training
     assert config.space == "normalised"

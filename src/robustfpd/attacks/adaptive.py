@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfpd.attacks.bpda import BPDA, non_differentiable_modules, straight_through
 from robustfpd.attacks.losses import LossFunction
-from robustfpd.attacks.straight_through import StraightThrough, passing, straight
 from robustfpd.models import FPD, FPDClassifier
 from robustfpd.models.denoise import Bottleneck, NonLocal
 
-PLAIN = "logits"
-UNSQUASHED = "pre-squash"
+LOGITS = "logits"
+PRE_SQUASH = "pre-squash"
 JOINT_WEIGHT = 10.0
 """Of the restoration loss (mean squared error in [0, 1], about 0.02) beside cross-entropy (of order 1)."""
 
@@ -37,9 +37,9 @@ class View:
 
 def views(classifier: nn.Module) -> dict[str, nn.Module]:
     """Return the classifier and, for an FPD that squashes its logits, the logits before squashing, by name."""
-    found: dict[str, nn.Module] = {PLAIN: classifier}
+    found: dict[str, nn.Module] = {LOGITS: classifier}
     if isinstance(classifier, FPDClassifier) and classifier.squash and classifier.fpd.head.squashes:
-        found[UNSQUASHED] = classifier.fpd.classifier(squash=False)
+        found[PRE_SQUASH] = classifier.fpd.classifier(squash=False)
     return found
 
 
@@ -58,11 +58,11 @@ def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
     if isinstance(classifier, FPDClassifier):
         return found | _fpd_views(classifier.fpd)
     try:
-        dead = passing(classifier, images)
+        dead = non_differentiable_modules(classifier, images)
     except Exception:  # one that takes batches of one size only, say; the checks tell what attacks cannot do
         dead = []
     if dead:
-        found["straight-through"] = View(StraightThrough(classifier, dead))
+        found["straight_through-through"] = View(BPDA(classifier, dead))
     return found
 
 
@@ -80,7 +80,7 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
         found["back-pass"] = View(_Through(fpd, restored="detached"))
     denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck))]
     if denoising or fpd.config.middle != "none":
-        found["bpda-denoising"] = View(StraightThrough(_Through(fpd, input_detached=True), denoising))
+        found["bpda-denoising"] = View(BPDA(_Through(fpd, input_detached=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
         module = _Through(fpd, joint=True)
         found[name] = View(module, _joint(module, sign))
@@ -88,7 +88,7 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
 
 
 class _Through(nn.Module):
-    """An FPD's unsquashed logits with another way back for gradients; what goes forward is the same."""
+    """An FPD's pre-squash logits with another way back for gradients; what goes forward is the same."""
 
     def __init__(self, fpd: FPD, *, restored: str = "exact", input_detached: bool = False, joint: bool = False) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class _Through(nn.Module):
         if self.restored == "detached":
             restored = restored.detach()
         elif self.restored == "identity":
-            restored = straight(images, restored)
+            restored = straight_through(images, restored)
         around = images.detach() if self.input_detached else images
-        logits: Tensor = self.fpd.head.unsquashed(self.fpd.back(restored, around))
+        logits: Tensor = self.fpd.head.pre_squash(self.fpd.back(restored, around))
         return logits
 
 

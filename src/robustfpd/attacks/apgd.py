@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.apgd_schedule import SHRINKING, Due, Schedule
-from robustfpd.attacks.attack import attack
+from robustfpd.attacks.base import attack
+from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
 from robustfpd.attacks.inputs import check_batch_size, check_logits
 from robustfpd.attacks.losses import loss_function, targeted_dlr
-from robustfpd.attacks.norms import Radius, geometry
-from robustfpd.attacks.refill import Lots, Rows, Search, run
+from robustfpd.attacks.norms import Radius, lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
@@ -45,7 +45,7 @@ def apgd_ce(
     averaged (Athalye et al., ICML 2018). Returns the first misclassified iterate, or where there is none the one with
     the largest loss.
     """
-    search = _Apgd(classifier, images, labels, eps, norm, steps, eot, _untargeted("ce"), generator)
+    search = APGD(classifier, images, labels, eps, norm, steps, eot, _untargeted("ce"), generator)
     return search.all(restarts, batch_size)
 
 
@@ -55,7 +55,7 @@ def apgd_dlr(
     restarts: int = 1, eot: int = 1, batch_size: int | None = None, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Auto-PGD on the difference of logits ratio, which scaled logits cannot hide from; as `apgd_ce` otherwise."""
-    search = _Apgd(classifier, images, labels, eps, norm, steps, eot, _untargeted("dlr"), generator)
+    search = APGD(classifier, images, labels, eps, norm, steps, eot, _untargeted("dlr"), generator)
     return search.all(restarts, batch_size)
 
 
@@ -69,7 +69,7 @@ def apgd_t(
 
     As `apgd_ce` otherwise; at most K-1 classes are tried, and any misclassification counts.
     """
-    search = _Apgd(classifier, images, labels, eps, norm, steps, eot, targeted_dlr, generator)
+    search = APGD(classifier, images, labels, eps, norm, steps, eot, targeted_dlr, generator)
     return search.all(restarts, batch_size, targets)
 
 
@@ -79,7 +79,7 @@ def _untargeted(loss: str) -> Objective:
 
 
 @dataclass
-class _State(Rows):
+class APGDState(BatchState):
     """What is known of each image that still stands."""
 
     images: Tensor
@@ -110,7 +110,7 @@ class _State(Rows):
     """Pixels that the best point had moved at the last check (L1)."""
 
 
-class _Apgd(Search[_State]):
+class APGD(IterativeAttack[APGDState]):
     """Runs of Auto-PGD against one classifier, on images that still stand."""
 
     early = True
@@ -121,7 +121,7 @@ class _Apgd(Search[_State]):
     ) -> None:  # fmt: skip
         assert generator is not None  # the decorator's
         self.classifier, self.images, self.labels = classifier, images, labels
-        self.eps, self.space, self.steps, self.eot = eps, geometry(norm), steps, eot
+        self.eps, self.space, self.steps, self.eot = eps, lp_ball(norm), steps, eot
         self.objective, self.generator, self.sparse = objective, generator, norm == "l1"
 
     def all(self, restarts: int, batch_size: int | None, targets: int | None = None) -> Tensor:
@@ -137,32 +137,33 @@ class _Apgd(Search[_State]):
         self.goals = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
         self.found, self.found_loss = images.clone(), torch.full_like(logits[:, 0].float(), -torch.inf)
         self.schedule = Schedule(self.steps, self.eps, images.device, sparse=self.sparse)
-        self.length, self.restarts, self.lots = len(self.schedule), restarts, Lots(self.generator)
+        self.length, self.restarts, self.rng = len(self.schedule), restarts, SampleRNG(self.generator)
         standing = (logits.argmax(dim=1) == labels).nonzero().flatten()
         run(self, standing, restarts * min(targets or 1, logits.shape[1] - 1), batch_size)
         return self.found
 
-    def begin(self, image: Tensor, start: Sequence[int]) -> _State:
+    def begin(self, image: Tensor, start: Sequence[int]) -> APGDState:
         """From a random point of the largest ball."""
         images, none = self.images[image], torch.full_like(self.found_loss[image], -torch.inf)
         widest = self.eps * (SHRINKING[0][0] if self.sparse else 1)
-        delta = self.space.sample(images, widest, self.lots.of(image, start))
+        delta = self.space.sample(images, widest, self.rng.of(image, start))
         radius = self.schedule.first_radius
         x = images + (delta if radius == widest else self.space.project(delta, images, radius))
         rank = torch.tensor(start, device=image.device) // self.restarts
         zero = torch.zeros_like(none)
-        return _State(
-            image=image, step=torch.zeros_like(image), fallen=zero.bool(), images=images, labels=self.labels[image],
+        return APGDState(
+            image=image, step=torch.zeros_like(image), misclassified=zero.bool(), images=images,
+            labels=self.labels[image],
             targets=self.goals[image, rank], x=x, previous=x.clone(), gradient=torch.zeros_like(x), loss=none,
             best_x=x.clone(), best_gradient=torch.zeros_like(x), best_loss=none.clone(), found=images.clone(),
             found_loss=none.clone(), size=zero.clone(), risen=zero.clone(), checked_loss=none.clone(),
             shortened=~zero.bool(), dense=zero.clone(), moved=zero.clone(),
         )  # fmt: skip
 
-    def look(self, rows: _State, at: int | None, fresh: Tensor | None) -> None:
+    def look(self, rows: APGDState, at: int | None, fresh: Tensor | None) -> None:
         """One pass: note what the points now are worth, shorten steps where it is time, and step."""
         s, now, before = rows, self.schedule.at(rows.step), rows.loss
-        fooled = self._ask(s)
+        misclassified = self._ask(s)
         with torch.no_grad():
             self._begin_stage(s, now)
             s.risen = torch.where(now.begins, 0.0, s.risen + (s.loss > before))
@@ -171,20 +172,20 @@ class _Apgd(Search[_State]):
             s.best_gradient = torch.where(_column(better), s.gradient, s.best_gradient)
             s.best_loss = torch.where(better, s.loss, s.best_loss)
             s.checked_loss = torch.where(now.begins, s.loss, s.checked_loss)
-            self._note(s, fooled & now.counts, now.counts)
+            self._note(s, misclassified & now.counts, now.counts)
             if self.schedule.checks(at):
                 (self._resize_sparse if self.sparse else self._resize)(s, now)
             if at != self.length - 1:
                 self._move(s, now, at)
 
-    def end(self, rows: _State, places: Tensor) -> None:
+    def end(self, rows: APGDState, places: Tensor) -> None:
         """Keep what is better than what earlier starts found."""
-        image, fallen, loss = rows.image[places], rows.fallen[places], rows.found_loss[places]
-        gained = fallen | (loss > self.found_loss[image])
+        image, misclassified, loss = rows.image[places], rows.misclassified[places], rows.found_loss[places]
+        gained = misclassified | (loss > self.found_loss[image])
         self.found[image] = torch.where(_column(gained), rows.found[places], self.found[image])
         self.found_loss[image] = torch.where(gained, loss, self.found_loss[image])
 
-    def _ask(self, s: _State) -> Tensor:
+    def _ask(self, s: APGDState) -> Tensor:
         """Loss and gradient at the points now, averaged over `eot` answers; whether these misclassify on average."""
         x = s.x.detach().requires_grad_()
         gradient, answer, value = torch.zeros_like(x), torch.zeros(()), torch.zeros(())
@@ -205,7 +206,7 @@ class _Apgd(Search[_State]):
         s.loss = value.nan_to_num(-torch.inf, neginf=-torch.inf, posinf=torch.inf)
         return (answer.argmax(dim=1) != s.labels) & answer.isfinite().all(dim=1)
 
-    def _begin_stage(self, s: _State, now: Due) -> None:
+    def _begin_stage(self, s: APGDState, now: Due) -> None:
         """Steps of full length where this pass is the first in its ball."""
         s.size = torch.where(now.begins, now.radius * (1 if self.sparse else 2), s.size)
         s.shortened = s.shortened | now.begins
@@ -215,14 +216,14 @@ class _Apgd(Search[_State]):
             s.dense = torch.where(now.begins, torch.where(widest, 0.2, changed / pixels / 1.5), s.dense)
             s.moved = torch.where(now.begins, torch.where(widest, float(pixels), changed), s.moved)
 
-    def _note(self, s: _State, fooled: Tensor, counts: Tensor) -> None:
+    def _note(self, s: APGDState, misclassified: Tensor, counts: Tensor) -> None:
         """Keep the first misclassified point, or the one with the largest loss; those of wider balls do not count."""
-        gained = ~s.fallen & counts & (fooled | (s.loss > s.found_loss))
+        gained = ~s.misclassified & counts & (misclassified | (s.loss > s.found_loss))
         s.found = torch.where(_column(gained), s.x, s.found)
         s.found_loss = torch.where(gained, s.loss, s.found_loss)
-        s.fallen = s.fallen | fooled
+        s.misclassified = s.misclassified | misclassified
 
-    def _move(self, s: _State, now: Due, at: int | None) -> None:
+    def _move(self, s: APGDState, now: Due, at: int | None) -> None:
         """The next points: a step further, or the best ones on the way into a smaller ball."""
         x = self._sparse_step(s, _column(now.radius)) if self.sparse else self._step(s, now)
         if self.sparse and self.schedule.ends(at):
@@ -232,7 +233,7 @@ class _Apgd(Search[_State]):
             s.x = torch.where(_column(now.ends), inside, s.x)
         s.previous, s.x = s.x, x
 
-    def _step(self, s: _State, now: Due) -> Tensor:
+    def _step(self, s: APGDState, now: Due) -> Tensor:
         """A projected step with inertia."""
         ahead = self.space.project(
             s.x + _column(s.size) * self.space.ascent(s.gradient) - s.images, s.images, self.eps
@@ -242,7 +243,7 @@ class _Apgd(Search[_State]):
         delta = (s.x + moved - s.images).to(s.images.dtype)
         return (s.images + self.space.project(delta, s.images, self.eps)).clamp(0, 1)
 
-    def _resize(self, s: _State, now: Due) -> None:
+    def _resize(self, s: APGDState, now: Due) -> None:
         """Halve the steps of images whose loss rises too seldom, and return them to their best points."""
         stuck = (s.risen <= RISING * now.window) | (~s.shortened & (s.best_loss <= s.checked_loss))
         stuck &= now.checks
@@ -253,7 +254,7 @@ class _Apgd(Search[_State]):
         s.checked_loss = torch.where(now.checks, s.best_loss, s.checked_loss)
         s.risen = torch.where(now.checks, 0.0, s.risen)
 
-    def _sparse_step(self, s: _State, eps: Radius) -> Tensor:
+    def _sparse_step(self, s: APGDState, eps: Radius) -> Tensor:
         """A step in equal parts along the pixels with the steepest slopes."""
         slopes = s.gradient.flatten(1).abs()
         pixels = slopes.shape[1]
@@ -264,7 +265,7 @@ class _Apgd(Search[_State]):
         delta = (s.x + direction * _column(s.size / share) - s.images).to(s.images.dtype)
         return (s.images + self.space.project(delta, s.images, eps)).clamp(0, 1)
 
-    def _resize_sparse(self, s: _State, now: Due) -> None:
+    def _resize_sparse(self, s: APGDState, now: Due) -> None:
         """Follow the sparsity of the best point: longest steps where it grew sparser, shorter ones elsewhere."""
         changed = _changed(s.best_x, s.images)
         sparser = now.checks & (changed / s.moved < 0.95)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from robustfpd.attacks.adapters.pyautoattack import fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from robustfpd.attacks.attack import attack
-from robustfpd.attacks.counting import tell_queries
-from robustfpd.attacks.norms import geometry
-from robustfpd.attacks.with_pyautoattack import fab_t, square
+from robustfpd.attacks.base import attack
+from robustfpd.attacks.norms import lp_ball
+from robustfpd.attacks.query_counter import record_queries
 from robustfpd.config import Norm
 
 EOT_SAMPLES = 20
@@ -62,7 +62,7 @@ def _in_turn(
     for turn, member in enumerate(members):
         x, y = images[standing], labels[standing]
         found = member(x, y)
-        inside = geometry(norm).size(found - x) <= eps * (1 + ROUNDING) + ROUNDING
+        inside = lp_ball(norm).size(found - x) <= eps * (1 + ROUNDING) + ROUNDING
         with torch.no_grad():
             fell = inside & (classifier(found).argmax(dim=1) != y)
         kept = fell | inside if turn == 0 else fell
@@ -70,5 +70,5 @@ def _in_turn(
         standing = standing[~fell]
         if len(standing) == 0:
             break
-    tell_queries(classifier, None)
+    record_queries(classifier, None)
     return best

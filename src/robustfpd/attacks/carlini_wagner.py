@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.attack import attack
+from robustfpd.attacks.adapters.art import cw_linf
+from robustfpd.attacks.adapters.foolbox import cw_l2
+from robustfpd.attacks.base import attack
 from robustfpd.attacks.inputs import positive
-from robustfpd.attacks.with_art import cw_linf
-from robustfpd.attacks.with_foolbox import cw_l2
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.attack import attack
-from robustfpd.attacks.counting import tell_queries
+from robustfpd.attacks.base import attack
 from robustfpd.attacks.inputs import check_logits
-from robustfpd.attacks.norms import geometry
+from robustfpd.attacks.norms import lp_ball
+from robustfpd.attacks.query_counter import record_queries
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
@@ -26,7 +26,7 @@ def noise(
     assert generator is not None
     if samples < 1:
         raise InputError(f"samples must be at least 1, found {samples}")
-    space, best = geometry(norm), images.clone()
+    space, best = lp_ball(norm), images.clone()
     standing = torch.arange(len(images), device=images.device)
     queries = torch.zeros(len(images), dtype=torch.long, device=images.device)
     for draw in range(samples):
@@ -42,7 +42,7 @@ def noise(
         standing = standing[logits.argmax(dim=1) == labels[standing]]
         if len(standing) == 0:
             break
-    tell_queries(classifier, queries)
+    record_queries(classifier, queries)
     return best
 
 

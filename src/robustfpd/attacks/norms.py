@@ -27,7 +27,7 @@ CACHED = 50_000
 """Values that are projected at once on a CPU."""
 
 
-class Geometry(ABC):
+class LpBall(ABC):
     """Operations in one norm. Perturbations are N×C×H×W, one ball per image."""
 
     name: Norm
@@ -62,7 +62,7 @@ class Geometry(ABC):
         return 1.0
 
 
-class Linf(Geometry):
+class Linf(LpBall):
     """Largest change of any pixel."""
 
     name = "linf"
@@ -90,7 +90,7 @@ class Linf(Geometry):
         return self.project(eps * (2 * _uniform(images, generator) - 1), images, eps)
 
 
-class L2(Geometry):
+class L2(LpBall):
     """Euclidean length."""
 
     name = "l2"
@@ -116,7 +116,7 @@ class L2(Geometry):
         return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
 
 
-class L1(Geometry):
+class L1(LpBall):
     """Sum of all changes."""
 
     name = "l1"
@@ -152,16 +152,16 @@ class L1(Geometry):
         return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
 
 
-_GEOMETRIES: dict[str, Geometry] = {g.name: g for g in (Linf(), L2(), L1())}
+_BALLS: dict[str, LpBall] = {g.name: g for g in (Linf(), L2(), L1())}
 
 
-def geometry(norm: str, offered: tuple[str, ...] = NORMS, attack: str = "this attack") -> Geometry:
+def lp_ball(norm: str, offered: tuple[str, ...] = NORMS, attack: str = "this attack") -> LpBall:
     """Return the geometry of a norm; one that is unknown or not among `offered` is an InputError."""
-    if norm not in _GEOMETRIES:
+    if norm not in _BALLS:
         raise unknown_name("norm", norm, offered)
     if norm not in offered:
         raise InputError(f"{attack} does not offer norm {norm!r}; it offers {', '.join(offered)}")
-    return _GEOMETRIES[norm]
+    return _BALLS[norm]
 
 
 def _in_parts(

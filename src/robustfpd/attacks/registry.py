@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
+from robustfpd.attacks.adapters.foolbox import ddn, deepfool, fmn
+from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from robustfpd.attacks.attack import Attack
 from robustfpd.attacks.autoattack import autoattack, autoattack_rand
+from robustfpd.attacks.base import Attack
 from robustfpd.attacks.carlini_wagner import cw
-from robustfpd.attacks.gradient import bim, fgsm, pgd
 from robustfpd.attacks.noise import noise
-from robustfpd.attacks.with_art import hopskipjump, jsma, zoo
-from robustfpd.attacks.with_foolbox import ddn, deepfool, fmn
-from robustfpd.attacks.with_pyautoattack import fab, fab_t, square
+from robustfpd.attacks.pgd import bim, fgsm, pgd
 from robustfpd.errors import unknown_name
 
 _ATTACKS: dict[str, Attack[Any]] = {

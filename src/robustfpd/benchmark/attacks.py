@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd import data, load
-from robustfpd.attacks.attack import left_alone, reproducible
-from robustfpd.attacks.counting import Counted
+from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.benchmark.machine import synchroniser
 from robustfpd.benchmark.peers import OURS, OWN, PEERS, Run, Work, floor
 from robustfpd.benchmark.result import Bar, Entry, Measure, Workload
@@ -22,7 +22,7 @@ from robustfpd.benchmark.scale import Scale
 from robustfpd.benchmark.timing import Contender, Pace, Timing, interleave
 from robustfpd.config import DataConfig, Norm
 from robustfpd.errors import MissingDataError
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 EPS: dict[str, dict[str, float]] = {"mnist": {"linf": 0.1, "l2": 1.5}, "digits": {"linf": 0.1, "l2": 0.5}}
 """Radii at which some images fall and others do not."""
@@ -75,7 +75,7 @@ def attack_workloads(scale: Scale, pace: Pace, target: Victim) -> Iterator[Workl
         for count in scale.batches:
             work = target.work(count, steps, norm)
             title = f"{'PGD' if attack == 'pgd' else 'APGD-CE'}, {steps} steps, {NAMES[norm]}, eps {work.eps:g}"
-            with left_alone(work.classifier), reproducible(generator(0, "benchmark")):
+            with preserve_state(work.classifier), reproducible(generator(0, "benchmark")):
                 yield compared(attack, work, pace, f"{title}: {target.name}")
 
 
@@ -119,7 +119,7 @@ def _entry(name: str, work: Work, timing: Timing, passes: tuple[float, float]) -
 
 def _passes(make: Callable[[Work], Run], work: Work) -> tuple[float, float]:
     """Forward and backward passes per image, counted in a run that is not timed."""
-    counted = Counted(work.classifier)
+    counted = QueryCounter(work.classifier)
     counted.eval()
     run = make(replace(work, classifier=counted))
     counted.reset()  # ART asks for a first prediction when it is set up
@@ -141,5 +141,5 @@ def _seeded(run: Run) -> Run:
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images that are classified rightly."""
+    """Share of images that are classified correctly."""
     return cast(float, (classifier(images).argmax(dim=1) == labels).float().mean().item())

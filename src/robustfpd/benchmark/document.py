@@ -22,7 +22,7 @@ median. Absolute times say more of the machine than of the code, and are kept in
 
 ABOUT = {
     "model": (
-        "FPD against its plain twin",
+        "FPD against its undefended baseline",
         "The same backbone without the defence, on the same random batch. Inference is `model.classifier()` in "
         "inference mode. A training step is that of real training: forward, backward, clipping, Adam; the gate is "
         "open, so that both phases run. fp32 is compared with the same step under bfloat16 autocast. The share of the "

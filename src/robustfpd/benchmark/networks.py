@@ -1,4 +1,4 @@
-"""FPD against its plain twin: inference, training steps, precision, share of the matmul peak, peak memory."""
+"""FPD against its undefended baseline: inference, training steps, precision, share of the matmul peak, peak memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig
 from robustfpd.models import FPD, build
 from robustfpd.models.mode import evaluating
 from robustfpd.models.precision import multiplies_bf16
-from robustfpd.seeding import generator
-from robustfpd.training.optimizers import make_optimizer
-from robustfpd.training.phases import StepResult, parameter_groups, plain_step, two_phase_step
+from robustfpd.rng import generator
+from robustfpd.training.optim import make_optimizer
 from robustfpd.training.stepping import Stepper
+from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
 
 OPEN = TrainingConfig.model_validate({"threshold": 1e30, "optimizer": {"name": "adam", "lr": 1e-4}})
 """The gate always open: both phases run in every step."""
@@ -41,14 +41,14 @@ class Trainee:
         )
         config = ModelConfig(backbone=network.backbone, pyramid_channels=network.pyramid_channels)
         fabric = Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index])
-        self.raw = build(task, config if defence == "fpd" else config.twin())
+        self.raw = build(task, config if defence == "fpd" else config.baseline())
         self.model, optimizer = fabric.setup(self.raw, make_optimizer(parameter_groups(self.raw), OPEN.optimizer))
-        self.update = Stepper(fabric, self.model, optimizer, OPEN.clip)
+        self.update = Stepper(fabric, self.model, optimizer, OPEN.clip_grad_norm)
         self.images, self.noisy, self.labels = (t.to(device) for t in batch(network))
 
     def step(self, config: TrainingConfig = OPEN, dtype: torch.dtype = torch.float32) -> StepResult:
         """Train on the batch once, as real training does."""
-        step = two_phase_step(config) if isinstance(self.raw, FPD) else plain_step(config)
+        step = two_phase_step(config) if isinstance(self.raw, FPD) else baseline_step(config)
         with torch.autocast(self.images.device.type, dtype, enabled=dtype != torch.float32):
             return step(self.model, self.images, self.noisy, self.labels, self.update)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustfpd import attacks
 from robustfpd.config import Norm
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 OURS = "robustfpd"
 

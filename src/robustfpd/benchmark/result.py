@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from robustfpd.config.base import Config
+from robustfpd.config.schema import Config
 from robustfpd.errors import InputError
 
 FORMAT = 1

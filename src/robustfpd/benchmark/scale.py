@@ -44,7 +44,7 @@ class Scale:
     """Square's, per image, in the suite of libraries."""
     scaling_suite: str
     scaling_images: int
-    trained: tuple[str, ...] = ("mnist/mini-plain", "digits/mini-fpd")
+    trained: tuple[str, ...] = ("mnist/mini-baseline", "digits/mini-fpd")
     """Networks to attack; the first whose images are there is."""
     smoke: bool = False
     """Too little for its numbers to mean anything."""

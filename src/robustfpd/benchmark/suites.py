@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.attack import left_alone, reproducible
-from robustfpd.attacks.counting import Counted
+from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.benchmark.attacks import NAMES, Victim
 from robustfpd.benchmark.machine import synchroniser
 from robustfpd.benchmark.peers import OURS, PEERS, Work, foolbox_pgd
@@ -21,7 +21,7 @@ from robustfpd.benchmark.result import Bar, Entry, Measure, Spread, Workload
 from robustfpd.benchmark.scale import Scale
 from robustfpd.benchmark.timing import Contender, Pace, interleave
 from robustfpd.evaluation import evaluate
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """AutoAttack's `standard`."""
@@ -39,7 +39,7 @@ def suite_workload(scale: Scale, pace: Pace, target: Victim) -> Workload:
     if out:
         missing = [Entry(name=name, missing="not installed") for name in out]
         return Workload(group=group, entries=tuple(missing), notes=("needs pip install 'robustfpd[attacks]'",))
-    counted = Counted(work.classifier).eval()
+    counted = QueryCounter(work.classifier).eval()
     theirs = replace(work, classifier=counted)
 
     def libraries() -> Tensor:
@@ -50,7 +50,7 @@ def suite_workload(scale: Scale, pace: Pace, target: Victim) -> Workload:
     def ours() -> Any:
         return evaluate(work.classifier, (work.images, work.labels), suite=scale.suite, eps=work.eps, batch_size=BATCH)
 
-    with left_alone(work.classifier), reproducible(generator(0, "benchmark")):
+    with preserve_state(work.classifier), reproducible(generator(0, "benchmark")):
         contenders = [Contender(OURS, ours), Contender(LIBRARIES, libraries)]
         timing = interleave(
             contenders, replace(pace, least=1), synchronise=synchroniser(work.images.device), warm_ups=0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from robustfpd.errors import InputError, ToldElsewhere, unknown_name
+from robustfpd.errors import InputError, ReportedByOtherRank, unknown_name
 
 COMMANDS = {
     "demo": "the whole journey on small digits, offline, in two minutes",
@@ -43,7 +43,7 @@ See it on small digits, offline, in two minutes:
 With photographs of your own, in a folder for each class:
   robustfpd train folder/mini --data-root PHOTOS   train, into runs/folder-mini
   robustfpd evaluate runs/folder-mini              attack it
-  robustfpd report runs/folder-mini                read what withstood, and why
+  robustfpd report runs/folder-mini                read what robust, and why
 
 With a network of your own, made by the function `make` in mynets.py:
   robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             print(f"robustfpd {__version__}")
         else:
+            from robustfpd.cli.common import settings_together
             from robustfpd.cli.parsing import parse
-            from robustfpd.cli.running import settings_together
 
             name, *rest = words
             parse(name, function(name), settings_together(rest) if name == "train" else rest)()
@@ -104,7 +104,7 @@ def _ending_well() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has had enough of it
         sys.stdout = None
         raise SystemExit(1) from None
-    except ToldElsewhere:
+    except ReportedByOtherRank:
         raise SystemExit(2) from None
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         _tell(f"error: {error}")

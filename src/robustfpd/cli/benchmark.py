@@ -55,8 +55,8 @@ def benchmark(
         quiet: say nothing.
     """
     from robustfpd.benchmark import SECTIONS
+    from robustfpd.cli.common import check_device, known
     from robustfpd.cli.output import Output
-    from robustfpd.cli.running import check_device, known
 
     sections = [known("part of the benchmark", name, SECTIONS) for name in only.split(",")]
     check_device(device)
@@ -107,7 +107,7 @@ def _measured(
     from robustfpd.benchmark.running import run
     from robustfpd.benchmark.scale import FULL, SMOKE
     from robustfpd.benchmark.timing import Pace
-    from robustfpd.cli.running import torch_device
+    from robustfpd.cli.common import torch_device
 
     place = torch_device(device)
     scale = SMOKE if smoke else FULL

@@ -113,9 +113,9 @@ def _names(parameter: str, hint: Any) -> Collection[str]:
     if get_origin(kind) is Literal:
         return get_args(kind)
     if parameter in ("run", "runs", "surrogate"):
-        from robustfpd.models import shipped
+        from robustfpd.models import zoo
 
-        return [*shipped.names(), *sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))]
+        return [*zoo.names(), *sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))]
     lists: dict[str, Collection[str]] = {
         "dataset": DATASETS, "device": DEVICES, "norm": NORMS, "suite": SUITES,
         "stages": [*STAGES, ",".join(STAGES)],

@@ -40,10 +40,10 @@ def convert(
         raise InputError(f"there is no file {published}; give the authors' bestmodel_params.pkl")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} holds files; give a new or empty folder for the model")
-    from robustfpd.cli.running import program
-    from robustfpd.models.published import read_published
+    from robustfpd.cli.common import program
+    from robustfpd.models.author_checkpoints import read_author_checkpoint
 
-    found = read_published(published, image_size, mean or None, std or None)
+    found = read_author_checkpoint(published, image_size, mean or None, std or None)
     model, task = found.model, found.model.task
     model.save(folder)
     kind = "plain, without a decoder"

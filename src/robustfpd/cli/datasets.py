@@ -28,8 +28,8 @@ def datasets(
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from robustfpd.cli.running import program
-    from robustfpd.data.cache_images import images_folder
+    from robustfpd.cli.common import program
+    from robustfpd.data.decode_cache import images_folder
     from robustfpd.data.inventory import inventory
 
     found = inventory(data_root, cache)
@@ -55,7 +55,7 @@ def datasets(
 
 def _values(found: Found, data_root: Path) -> dict[str, object]:
     """A data set, for machines; sizes are bytes."""
-    from robustfpd.cli.running import program
+    from robustfpd.cli.common import program
 
     described = found.info
     return {

@@ -12,7 +12,7 @@ from robustfpd.errors import InputError
 if TYPE_CHECKING:
     from robustfpd.evaluation import EvaluationRecord
 
-FOLDERS = ("fpd", "twin", "twin-no-noise")
+FOLDERS = ("fpd", "baseline", "baseline-no-noise")
 MARKER = "demo.json"
 """By this file the folder of an earlier demo is known."""
 
@@ -20,9 +20,9 @@ MARKER = "demo.json"
 def demo(
     out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None, json: bool = False, quiet: bool = False
 ) -> None:  # fmt: skip
-    """Train an FPD and its plain twins on 1,797 real digits, attack them all, write a report.
+    """Train an FPD and its undefended baselines on 1,797 real digits, attack them all, write a report.
 
-    The twins are the same backbone without the defence, trained for the same number of optimiser steps:
+    The baselines are the same backbone without the defence, trained for the same number of optimiser steps:
     one with the same noise, one without. White-box FGSM and PGD-40, on the FPD's pre-tanh logits as well.
 
     For example `robustfpd demo`, or `robustfpd demo --seed 1 --out runs/demo-1`.
@@ -42,16 +42,16 @@ def demo(
     import torch
 
     from robustfpd import data, evaluation, training
+    from robustfpd.cli.common import program
     from robustfpd.cli.display import evaluation_display, training_display
-    from robustfpd.cli.running import program
     from robustfpd.report.page import comparison_sentence, report_on
     from robustfpd.report.sources import read
     from robustfpd.report.tables import comparison_table
     from robustfpd.report.write import write_report
 
-    twin = fpd.twin()
-    noiseless = twin.model_copy(update={"training": twin.training.model_copy(update={"noise": 0.0})})
-    runs = {"FPD": fpd, "plain twin, same noise": twin, "plain twin, no noise": noiseless}
+    baseline = fpd.baseline()
+    noiseless = baseline.model_copy(update={"training": baseline.training.model_copy(update={"noise": 0.0})})
+    runs = {"FPD": fpd, "undefended baseline, same noise": baseline, "undefended baseline, no noise": noiseless}
 
     torch.set_num_threads(1)  # 8×8 images are too small to share: threads would wait for each other
     output = Output(json=json, quiet=quiet)

@@ -82,7 +82,7 @@ def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObser
 
 
 def _phase(progress: TrainingProgress) -> str:
-    """Phase and gate; the plain twin has neither."""
+    """Phase and gate; the undefended baseline has neither."""
     if progress.step.restoration is None:
         return ""
     if progress.step.second_ce is None and progress.step.gate_open and progress.step.adversarial_ce is None:
@@ -115,7 +115,7 @@ def _pair(first: object, second: object) -> str:
 
 
 def _epoch_cells(m: EpochMetrics) -> list[tuple[str, str]]:
-    """What an epoch's line shows, with its headings; the plain twin has neither phases nor a gate."""
+    """What an epoch's line shows, with its headings; the undefended baseline has neither phases nor a gate."""
     cells = [("epoch", str(m.epoch + 1)), ("cross-entropy", _pair(m.ce, m.second_ce))]
     if m.restoration is not None:
         cells += [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from robustfpd.cli.output import Output
-    from robustfpd.cli.subjects import Subject
+    from robustfpd.cli.targets import Subject
     from robustfpd.config import DataConfig
     from robustfpd.evaluation.doctor import Finding
 
@@ -70,9 +70,9 @@ def doctor(
         raise InputError(f"--image-size must be at least 1, found {image_size}")
     if model is not None and dataset is None:
         raise InputError(f"say with --dataset which images {model} is for")
+    from robustfpd.cli.common import torch_device
     from robustfpd.cli.output import Output
-    from robustfpd.cli.running import torch_device
-    from robustfpd.cli.subjects import subject
+    from robustfpd.cli.targets import subject
 
     output = Output(json=json, quiet=quiet)
     found = subject(run, model, trust_code)
@@ -132,7 +132,7 @@ def _drawn(total: int, count: int, seed: int) -> Tensor:
     """Which images; only they are read."""
     import torch
 
-    from robustfpd.seeding import generator
+    from robustfpd.rng import generator
 
     return torch.randperm(total, generator=generator(seed, "images"))[:count].sort().values
 

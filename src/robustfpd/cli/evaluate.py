@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from robustfpd.cli.subjects import Subject
+    from robustfpd.cli.targets import Subject
     from robustfpd.config import DataConfig, EvaluationConfig, RunConfig
     from robustfpd.evaluation import EvaluationRecord, Proportion
 
@@ -74,7 +74,7 @@ def evaluate(
         suite: which attacks: quick, standard (AutoAttack and attacks that know the defence), full, published, ...;
             default the recipe's.
         num_images: how many images; default the recipe's.
-        surrogate: networks that attacks are transferred from, named like run or model; the plain twin of a network
+        surrogate: networks that attacks are transferred from, named like run or model; the baseline of a network
             that comes with robustfpd joins by itself.
         trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
             only for runs of your own.
@@ -97,8 +97,8 @@ def evaluate(
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.running import check_device, check_settings, configured, met, program, told_once, torch_device
-    from robustfpd.cli.subjects import subject, surrogates
+    from robustfpd.cli.common import check_device, check_settings, configured, met, program, told_once, torch_device
+    from robustfpd.cli.targets import subject, surrogates
 
     with met(device, FOR_LONG) as first:
         output = Output(json=json and first, quiet=quiet or not first)
@@ -110,7 +110,7 @@ def evaluate(
         check_settings(config.model_copy(update={"evaluation": plan}))
         if surrogate and plan.space == "normalised":
             raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
-        others = surrogates(surrogate, found.twin if plan.space == "pixels" else None, trust_code)
+        others = surrogates(surrogate, found.baseline if plan.space == "pixels" else None, trust_code)
         chosen = torch_device(device)
         if dry_run:
             if first:
@@ -149,7 +149,7 @@ def _attacked(
 ) -> _Attacked:  # fmt: skip
     """Load networks and images."""
     from robustfpd.cli.images import as_made_for, images_of
-    from robustfpd.evaluation.space import in_space
+    from robustfpd.evaluation.normalised_space import in_space
 
     classifier = found.classifier().to(device)
     images, class_names = images_of(as_made_for(found, config).data, split, found, classifier)
@@ -181,7 +181,7 @@ def _check_names(
     batch_size: int | None,
 ) -> None:  # fmt: skip
     """Refuse what no evaluation can have, before anything is looked for."""
-    from robustfpd.cli.running import known
+    from robustfpd.cli.common import known
     from robustfpd.config import DATASETS, NORMS, SUITES
 
     for kind, name, names in (("norm", norm, NORMS), ("suite", suite, SUITES), ("dataset", dataset, DATASETS)):

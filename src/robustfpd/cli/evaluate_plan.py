@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from robustfpd.attacks.cost import Passes
-    from robustfpd.cli.subjects import Subject
+    from robustfpd.cli.targets import Subject
     from robustfpd.config import DataConfig, EvaluationConfig, TaskConfig
-    from robustfpd.evaluation.suite import Planned
+    from robustfpd.evaluation.suites import AttackSpec
 
 
 @dataclass(frozen=True)
 class _Step:
     """One attack, on all radii."""
 
-    planned: Planned
+    planned: AttackSpec
     each: Passes
     """Of one image at one radius, at most."""
     radii: int
@@ -80,19 +80,19 @@ def _steps(
     import torch
 
     from robustfpd import attacks
-    from robustfpd.attacks.adaptive import PLAIN, UNSQUASHED, adaptive_views
+    from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH, adaptive_views
     from robustfpd.attacks.cost import Passes, Victim, most
-    from robustfpd.evaluation.suite import Target
-    from robustfpd.evaluation.suite import plan as planned_attacks
+    from robustfpd.evaluation.suites import SuiteContext
+    from robustfpd.evaluation.suites import plan as planned_attacks
     from robustfpd.models.mode import evaluating
 
     images = torch.rand(4, task.in_channels, *task.image_size, device=device)
     with evaluating(classifier):
         # In normalised space attacks see the logits only.
-        views = adaptive_views(classifier, images) if plan.space == "pixels" else {PLAIN: None}
-    target = Target(plan.norm, tuple(views), tuple(surrogates))
+        views = adaptive_views(classifier, images) if plan.space == "pixels" else {LOGITS: None}
+    target = SuiteContext(plan.norm, tuple(views), tuple(surrogates))
     victim = Victim(plan.norm, task.num_classes, images[0].numel())
-    looks = Passes(1 + (UNSQUASHED in views), 0)  # at what it found
+    looks = Passes(1 + (PRE_SQUASH in views), 0)  # at what it found
     return [
         _Step(p, most(p.attack, victim, p.options) + looks, 1 if attacks.get(p.attack).minimal else len(plan.eps))
         for p in planned_attacks(plan.suite, target)

@@ -41,7 +41,7 @@ def pace(network: nn.Module, task: TaskConfig, device: torch.device, *, training
     """Time a few passes of random images through a network, as training or as attacks ask for them."""
     import torch
 
-    from robustfpd.attacks.attack import left_alone
+    from robustfpd.attacks.base import preserve_state
     from robustfpd.models import FPDOutput
 
     network.to(device).train(training)
@@ -56,7 +56,7 @@ def pace(network: nn.Module, task: TaskConfig, device: torch.device, *, training
         images.requires_grad_(not training)
         forward().backward()  # type: ignore[no-untyped-call]
 
-    scene: AbstractContextManager[None] = nullcontext() if training else left_alone(network)
+    scene: AbstractContextManager[None] = nullcontext() if training else preserve_state(network)
     with scene:
         whole = _timed(both, device)
         images.requires_grad_(False)

@@ -9,7 +9,7 @@ from robustfpd.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from robustfpd.cli.subjects import Subject
+    from robustfpd.cli.targets import Subject
     from robustfpd.config import DataConfig, RunConfig
     from robustfpd.data import DatasetInfo, ImageSet
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from robustfpd.evaluation import EvaluationRecord
-    from robustfpd.models.shipped import ShippedModel
+    from robustfpd.models.zoo import ZooModel
 
 DEFENCES = {"fpd": "FPD", "none": "no defence"}
 
@@ -18,7 +18,7 @@ DEFENCES = {"fpd": "FPD", "none": "no defence"}
 def models(json: bool = False, quiet: bool = False) -> None:
     """List the trained networks that come with robustfpd: what `robustfpd evaluate` and `rf.load` take by name.
 
-    Accuracy is in % with its 95 % interval, on clean images and on what withstood the attacks at each radius.
+    Accuracy is in % with its 95 % interval, on clean images and on what robust the attacks at each radius.
 
     For example `robustfpd models`, or `robustfpd models --json`.
 
@@ -28,14 +28,14 @@ def models(json: bool = False, quiet: bool = False) -> None:
     """
     from rich.table import Table
 
-    from robustfpd.models import shipped
+    from robustfpd.models import zoo
     from robustfpd.models.checkpoint import WEIGHTS
 
     table = Table("model", "defence", "accuracy in % [95 %]", box=None, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = True  # a name is there to be copied
     listed = []
-    for name, model in sorted(shipped.manifest().models.items()):
-        where, folder = shipped.place(name)
+    for name, model in sorted(zoo.manifest().models.items()):
+        where, folder = zoo.place(name)
         size, record = model.file(WEIGHTS).size, _record(model, folder)
         how = [DEFENCES[model.defence], *model.training.split(", ")]
         table.add_row(f"{name}\n  {size / 1000:,.0f} kB, {where}", "\n".join(how), f"{_accuracy(record)}\n")
@@ -48,14 +48,14 @@ def models(json: bool = False, quiet: bool = False) -> None:
     output.result({"models": listed})
 
 
-def _values(model: ShippedModel) -> dict[str, Any]:
+def _values(model: ZooModel) -> dict[str, Any]:
     return model.model_dump(include={"description", "recipe", "dataset", "defence", "training"})
 
 
-def _record(model: ShippedModel, folder: Path | None) -> EvaluationRecord | None:
+def _record(model: ZooModel, folder: Path | None) -> EvaluationRecord | None:
     """Its evaluation, where the results are at hand and are those that were measured."""
     from robustfpd.evaluation import EvaluationRecord
-    from robustfpd.models.shipped import digest
+    from robustfpd.models.zoo import digest
 
     shown = next((file for file in model.files if model.results[:1] == (file.path,)), None)
     if shown is None or folder is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from robustfpd.config import DataConfig
-    from robustfpd.models import FPD, Plain
+    from robustfpd.models import FPD, Baseline
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Network:
     """A loaded network, and what is known of its images."""
 
     name: str
-    model: FPD | Plain
+    model: FPD | Baseline
     data: DataConfig | None
     """Of the run; None for a saved model."""
     class_names: tuple[str, ...]
@@ -30,7 +30,7 @@ class Network:
 
 def network(given: Path, trust_code: bool = False) -> Network:
     """Load what the user named; what is not there is refused before torch is imported."""
-    from robustfpd.cli.subjects import trained
+    from robustfpd.cli.targets import trained
 
     found = trained(given, trust_code)
     from robustfpd.data.class_names import class_names

@@ -74,9 +74,9 @@ def predict(
         raise InputError("name at least one image, folder or pattern after the run")
     if restored is not None and restored.exists() and not restored.is_dir():
         raise InputError(f"--restored {restored} is a file; give a folder")
+    from robustfpd.cli.common import torch_device
     from robustfpd.cli.networks import network
     from robustfpd.cli.output import Output
-    from robustfpd.cli.running import torch_device
 
     output = Output(json=json, quiet=quiet or csv)
     found = network(run, trust_code)
@@ -107,7 +107,7 @@ def _rows(
     found: Network, images: Sequence[str], restored: Path | None, top: int, output: Output
 ) -> Iterator[Row]:  # fmt: skip
     """A row for each image, in order; memory holds one batch of images."""
-    from robustfpd.data.pictures import named, read
+    from robustfpd.data.image_files import named, read
 
     files = named(images)
     task, config = found.model.task, found.data
@@ -137,7 +137,7 @@ def _answers(found: Network, pixels: Sequence[Any], top: int) -> Iterator[tuple[
     import numpy as np
     import torch
 
-    from robustfpd.data.images import as_seen
+    from robustfpd.data.image_set import as_seen
     from robustfpd.models.predict import predict as predicted
 
     if not pixels:

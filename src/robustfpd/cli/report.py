@@ -28,9 +28,9 @@ def report(
     """Write what was found as one page to read and send: report.html, with report.md and report.csv beside it.
 
     For example `robustfpd report runs/digits-mini`,
-    or `robustfpd report runs/mnist-mini runs/mnist-mini-plain --suite standard`.
+    or `robustfpd report runs/mnist-mini runs/mnist-mini-baseline --suite standard`.
 
-    Several runs are compared side by side; the plain twin joins by itself where it was trained and evaluated too.
+    Several runs are compared side by side; the baseline joins by itself where it was trained and evaluated too.
 
     Args:
         runs: run folders, networks by name (see `robustfpd models`), folders of evaluations, or single records.
@@ -48,7 +48,7 @@ def report(
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be an .html file, found {out}; the .md and .csv go beside it")
     from robustfpd.config import SUITES
-    from robustfpd.report.places import check_place
+    from robustfpd.report.paths import check_place
 
     if suite is not None and suite not in SUITES:
         raise unknown_name("suite", suite, SUITES)
@@ -60,7 +60,7 @@ def report(
 
     sources = [read(run) for run in runs]
     if len(sources) == 1:
-        sources += _twin(sources[0])
+        sources += _baseline(sources[0])
     made = report_on(sources, title=title, suite=suite, norm=norm)
     page = out or sources[0].home / ("report.html" if len(runs) == 1 else "comparison.html")
     files = write_report(page, made)
@@ -69,25 +69,25 @@ def report(
     output.result({"files": [str(f) for f in files], "problems": list(made.problems), "runs": _numbers(made)})
 
 
-def _twin(source: Source) -> list[Source]:
-    """The plain twin, where it was trained beside the run, or comes with robustfpd, and was evaluated."""
-    from robustfpd.models import shipped
+def _baseline(source: Source) -> list[Source]:
+    """The baseline, where it was trained beside the run, or comes with robustfpd, and was evaluated."""
+    from robustfpd.models import zoo
     from robustfpd.report.sources import read
 
     folder = Path(source.name)
     adversarial = folder.name == "adversarial"
     run = folder.parent if adversarial else folder
-    beside = run.with_name(f"{run.name}-plain") / ("adversarial" if adversarial else "")
-    named = source.name.replace("fpd", "plain")
+    beside = run.with_name(f"{run.name}-baseline") / ("adversarial" if adversarial else "")
+    named = source.name.replace("fpd", "baseline")
     found = []
     if (beside / "config.yaml").is_file():
         found = [read(beside)]
-    elif named != source.name and {source.name, named} <= set(shipped.names()):
+    elif named != source.name and {source.name, named} <= set(zoo.names()):
         found = [read(named)]
     kinds = {(e.record.suite, e.record.norm, e.record.data_sha256) for e in source.evaluations}
     return [
-        twin for twin in found
-        if kinds & {(e.record.suite, e.record.norm, e.record.data_sha256) for e in twin.evaluations}
+        baseline for baseline in found
+        if kinds & {(e.record.suite, e.record.norm, e.record.data_sha256) for e in baseline.evaluations}
     ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def train(
     download: bool = False,
     out: Path | None = None,
     seed: int | None = None,
-    plain: bool = False,
+    baseline: bool = False,
     resume: bool = False,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -54,7 +54,7 @@ def train(
         download: fetch the data set into --data-root when it is not there.
         out: the run's folder; default runs/RECIPE. The adversarial stage goes into its folder adversarial.
         seed: seed of every random draw; default the recipe's.
-        plain: train the plain twin instead: no defence, same data, noise and number of optimiser steps.
+        baseline: train the baseline instead: no defence, same data, noise and number of optimiser steps.
         resume: go on after the last whole epoch of an interrupted run.
         device: auto, cpu, cuda or mps.
         precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
@@ -64,12 +64,12 @@ def train(
         quiet: tell nothing but errors and warnings.
     """
     from robustfpd import config as configuration
-    from robustfpd.cli.running import check_device, check_settings, configured, met, program, torch_device
+    from robustfpd.cli.common import check_device, check_settings, configured, met, program, torch_device
 
     with met(device) as talks:
         run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
-        run = run.twin() if plain else run
-        variant = ("-published" if protocol == "published" else "") + ("-plain" if plain else "")
+        run = run.baseline() if baseline else run
+        variant = ("-published" if protocol == "published" else "") + ("-baseline" if baseline else "")
         folder = out or Path("runs") / (recipe_slug(recipe) + variant)
         names = _stage_names(stages)
         check_settings(run)
@@ -86,11 +86,11 @@ def train(
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
         "--device": device, "--precision": precision,
     }  # fmt: skip
-    flags = [word for word, on in (("--plain", plain), ("--download", download)) if on]
+    flags = [word for word, on in (("--baseline", baseline), ("--download", download)) if on]
     command = [program(), "train", recipe, *settings, *_words(options), *flags]
     results = []
     for stage in planned:
-        title = f"training {recipe}{' (plain twin)' if plain else ''}, stage {stage.run.stage}, into {stage.folder}"
+        title = f"training {recipe}{' (baseline)' if baseline else ''}, stage {stage.run.stage}, into {stage.folder}"
         result = _train(stage, resume, str(chosen), precision, output, command, title)
         output.say(_ending(result, stage.run))
         results.append(_found(stage, result))
@@ -99,7 +99,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Planned:
+class StagePlan:
     """One stage: its settings, where it goes, and the checkpoint it begins with."""
 
     run: RunConfig
@@ -107,10 +107,10 @@ class Planned:
     start: Path | None
 
 
-def _evaluating(stage: Planned) -> str:
+def _evaluating(stage: StagePlan) -> str:
     """The command that attacks what was trained."""
-    from robustfpd.cli.running import program
-    from robustfpd.models.foreign import needs_trust
+    from robustfpd.cli.common import program
+    from robustfpd.models.import_model import needs_trust
 
     trusting = " --trust-code" if needs_trust(stage.run.model.backbone) else ""
     return f"{program()} evaluate {shlex.quote(str(stage.folder))}{trusting}"
@@ -128,7 +128,7 @@ def _stage_names(text: str) -> list[StageName]:
     return asked  # type: ignore[return-value]
 
 
-def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) -> list[Planned]:
+def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) -> list[StagePlan]:
     """The stages with their folders; the adversarial one begins with what lies, or will lie, in the folder above."""
     from robustfpd.models.checkpoint import whole
 
@@ -136,7 +136,7 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
     for name in stages:
         stage_run = run.model_copy(update={"stage": name})
         if name == "two-phase":
-            planned.append(Planned(stage_run, folder, None))
+            planned.append(StagePlan(stage_run, folder, None))
             continue
         begins = folder if run.adversarial.start == "best" else None
         if begins is not None and "two-phase" not in stages and not whole(folder / "checkpoints" / "best").is_dir():
@@ -144,7 +144,7 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
                 f"the adversarial stage begins with the two-phase run in {folder}, which holds no checkpoint; "
                 "train both with --stages two-phase,adversarial"
             )
-        planned.append(Planned(stage_run, folder / "adversarial", begins))
+        planned.append(StagePlan(stage_run, folder / "adversarial", begins))
     for stage in () if resume else planned:  # the second stage's folder too, before the first one is trained
         if (stage.folder / "config.yaml").is_file():
             raise InputError(
@@ -154,12 +154,12 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
 
 
 def _train(
-    stage: Planned, resume: bool, device: str, precision: Precision, output: Output, command: list[str], title: str
+    stage: StagePlan, resume: bool, device: str, precision: Precision, output: Output, command: list[str], title: str
 ) -> TrainResult:
     """Train one stage; on Ctrl-C or SIGTERM say what is kept and how to go on, and leave with 130."""
     from robustfpd import training
+    from robustfpd.cli.common import ended_by_signals, started_by
     from robustfpd.cli.display import training_display
-    from robustfpd.cli.running import ended_by_signals, started_by
 
     folder = training.RunFolder(stage.folder)
     go_on = resume and (folder.started or stage.run.stage == "two-phase")
@@ -191,7 +191,7 @@ def _ending(result: TrainResult, run: RunConfig) -> str:
     )
 
 
-def _found(stage: Planned, result: TrainResult) -> dict[str, Any]:
+def _found(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
     """What came of a stage, for machines; epochs are counted from 1, accuracies are fractions."""
     best = result.history[result.best_epoch]
     return {

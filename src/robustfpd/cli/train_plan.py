@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
     from robustfpd.attacks.cost import Passes
-    from robustfpd.cli.train import Planned
+    from robustfpd.cli.train import StagePlan
     from robustfpd.config import Precision, RunConfig
     from robustfpd.data import Counts
 
 
-def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device, precision: Precision) -> None:
+def tell_plan(output: Output, planned: Sequence[StagePlan], device: torch.device, precision: Precision) -> None:
     """Tell each stage, its passes at most, and how long they would take; nothing is written."""
     from robustfpd import data
     from robustfpd.models import build
@@ -48,7 +48,7 @@ def tell_plan(output: Output, planned: Sequence[Planned], device: torch.device, 
 
 def _subject(run: RunConfig, counts: Counts, parameters: int) -> str:
     task, model = counts.info.task, run.model
-    defence = f"FPD, {model.head} head" if model.defence == "fpd" else "no defence (plain twin)"
+    defence = f"FPD, {model.head} head" if model.defence == "fpd" else "no defence (undefended baseline)"
     return (
         f"recipe {run.recipe}, {run.protocol} protocol, seed {run.seed}\n"
         f"  data      {counts.info.name}, {task}\n"
@@ -57,7 +57,7 @@ def _subject(run: RunConfig, counts: Counts, parameters: int) -> str:
     )
 
 
-def _lines(stage: Planned, passes: Passes, speed: Pace) -> list[str]:
+def _lines(stage: StagePlan, passes: Passes, speed: Pace) -> list[str]:
     run, procedure = stage.run, stage.run.procedure
     optimizer = procedure.optimizer
     lines = [
@@ -81,7 +81,7 @@ def _lines(stage: Planned, passes: Passes, speed: Pace) -> list[str]:
     ]
 
 
-def _values(stage: Planned, passes: Passes, speed: Pace) -> dict[str, Any]:
+def _values(stage: StagePlan, passes: Passes, speed: Pace) -> dict[str, Any]:
     return {
         "stage": stage.run.stage, "folder": str(stage.folder), "start": stage.start and str(stage.start),
         "epochs": stage.run.procedure.epochs, "forward_passes": passes.forward, "backward_passes": passes.backward,

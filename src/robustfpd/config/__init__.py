@@ -1,6 +1,7 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
-from robustfpd.config.base import (
+from robustfpd.config.load import RECIPES, load_run, parse, recipe, recipe_names
+from robustfpd.config.schema import (
     CUSTOM_BACKBONE,
     DATASETS,
     DEVICES,
@@ -8,24 +9,26 @@ from robustfpd.config.base import (
     PRECISIONS,
     STAGES,
     SUITES,
+    AdversarialConfig,
+    AugmentConfig,
     Config,
+    DataConfig,
     Denoise,
+    EvaluationConfig,
     Head,
     Middle,
+    ModelConfig,
     Norm,
-    Precision,
-    Protocol,
-    StageName,
-)
-from robustfpd.config.procedure import (
-    AdversarialConfig,
     OptimizerConfig,
+    Precision,
     ProcedureConfig,
+    Protocol,
+    RunConfig,
     ScheduleConfig,
+    StageName,
+    TaskConfig,
     TrainingConfig,
 )
-from robustfpd.config.reading import RECIPES, load_run, parse, recipe, recipe_names
-from robustfpd.config.run import AugmentConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
 
 __all__ = [
     "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",

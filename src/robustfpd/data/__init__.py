@@ -2,6 +2,6 @@
 
 from robustfpd.data.datasets import Counts, Splits, count, info, load, names
 from robustfpd.data.described import DatasetInfo
-from robustfpd.data.images import ImageSet
+from robustfpd.data.image_set import ImageSet
 
 __all__ = ["Counts", "DatasetInfo", "ImageSet", "Splits", "count", "info", "load", "names"]

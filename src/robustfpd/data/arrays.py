@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from robustfpd.config import DataConfig
-from robustfpd.data.cache_images import images_folder, kept
 from robustfpd.data.decode import Pixels, covering
+from robustfpd.data.decode_cache import images_folder, kept
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.fetch import alone, set_aside
-from robustfpd.data.images import ImageSet, centre_crop
+from robustfpd.data.download import alone, set_aside
+from robustfpd.data.image_set import ImageSet, centre_crop
 from robustfpd.data.progress import decoding_shown
 from robustfpd.data.splits import stratified
 from robustfpd.errors import InputError, MissingDataError, first_line

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robustfpd.data.images import ImageSet, as_seen
+from robustfpd.data.image_set import ImageSet, as_seen
 from robustfpd.processes import ALONE, Processes
 
 

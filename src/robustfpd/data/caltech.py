@@ -6,8 +6,8 @@ from pathlib import Path
 
 from robustfpd.config import DataConfig
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.fetch import Archive, unpacked
-from robustfpd.data.folders import Listing, class_folders, listed, parts
+from robustfpd.data.download import Archive, unpacked
+from robustfpd.data.image_folder import Listing, class_folders, listed, parts
 from robustfpd.errors import InputError
 
 CLASSES_101 = tuple(

@@ -7,7 +7,7 @@ from pathlib import Path
 from robustfpd.config import DataConfig
 from robustfpd.data.caltech import ARCHIVE_256, BACKGROUND_101
 from robustfpd.data.datasets import info
-from robustfpd.data.folders import class_folders
+from robustfpd.data.image_folder import class_folders
 
 
 def class_names(config: DataConfig, num_classes: int) -> tuple[str, ...]:

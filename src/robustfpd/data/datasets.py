@@ -20,11 +20,11 @@ from robustfpd.data.caltech import (
     read_caltech256,
 )
 from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.folders import Listing, folder_listing, parted, read_folder
-from robustfpd.data.images import ImageSet
+from robustfpd.data.image_folder import Listing, folder_listing, parted, read_folder
+from robustfpd.data.image_set import ImageSet
 from robustfpd.data.splits import stratified
 from robustfpd.errors import unknown_name
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from robustfpd.data.images import margin
+from robustfpd.data.image_set import margin
 from robustfpd.errors import InputError, first_line
 
 Pixels = npt.NDArray[np.uint8]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from robustfpd.config import DataConfig, TaskConfig
-from robustfpd.data.images import ImageSet
+from robustfpd.data.image_set import ImageSet
 from robustfpd.errors import InputError
 
 OnProgress = Callable[[int, int], None]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustfpd.data.cache_images import SUFFIX, images_folder
 from robustfpd.data.caltech import ARCHIVES
 from robustfpd.data.datasets import info, names
+from robustfpd.data.decode_cache import SUFFIX, images_folder
 from robustfpd.data.described import DatasetInfo
-from robustfpd.data.fetch import interrupted
+from robustfpd.data.download import interrupted
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

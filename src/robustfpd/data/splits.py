@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustfpd.config import DataConfig
 from robustfpd.errors import InputError
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 
 def stratified(labels: Tensor, fraction: float, seed: int, purpose: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.images import centre_crop, margin
+from robustfpd.data.image_set import centre_crop, margin
 from robustfpd.processes import ALONE, Processes
 
 ASPECTS = (3 / 4, 4 / 3)
@@ -27,7 +27,7 @@ def augment(
 ) -> Tensor:  # fmt: skip
     """Crop, rotate, shift, mirror, brighten images and change their contrast at random.
 
-    Geometry is one interpolation from the images to the result. Its steps, in torchvision's terms:
+    LpBall is one interpolation from the images to the result. Its steps, in torchvision's terms:
     RandomResizedCrop to the images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip,
     CenterCrop to `size`.
 

@@ -1,11 +1,11 @@
 """Robust evaluation: suites of attacks, worst case per image, records."""
 
 from robustfpd.evaluation.doctor import Finding, diagnose
+from robustfpd.evaluation.evaluator import evaluate
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.runner import evaluate
 from robustfpd.evaluation.stages import EvaluationObserver, Stage
-from robustfpd.evaluation.suite import suite_names
+from robustfpd.evaluation.suites import suite_names
 from robustfpd.evaluation.verdict import Check, Verdict
 
 __all__ = [

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.attack import reproducible
+from robustfpd.attacks.base import reproducible
 from robustfpd.attacks.inputs import check_eps, check_images, check_labels
-from robustfpd.attacks.norms import geometry
+from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.data import ImageSet
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.mode import evaluating
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -81,7 +81,7 @@ def checked_radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
     """Radii, checked, smallest first."""
     if isinstance(eps, str):
         raise InputError(f"eps must be a number or several, found the text {eps!r}")
-    geometry(norm)
+    lp_ball(norm)
     several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
     radii = sorted({check_eps(e, norm) for e in several})
     if not radii:

@@ -16,7 +16,7 @@ from robustfpd.config import Config
 from robustfpd.errors import InputError, first_line
 from robustfpd.provenance import write_json
 
-Outcome = Literal["fooled", "withstood", "failed", "unknown"]
+Outcome = Literal["misclassified", "robust", "failed", "unknown"]
 CLEAN = "clean"
 """What the rows of the images as they are call their attack."""
 
@@ -36,7 +36,7 @@ class LedgerRow(Config):
     """Norm of the perturbation; the smallest that was found where the attack looks for that."""
     outcome: Outcome = "unknown"
     """`failed` where the attack raised an error or left its ball; `unknown` in ledgers from before this field."""
-    closeness: float = 0.0
+    margin: float = 0.0
     """Best wrong logit minus the true one, over the largest minus the third, at the point that was found."""
     queries: int = 0
     """Forward passes spent on it."""

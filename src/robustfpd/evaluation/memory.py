@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from robustfpd.attacks.registry import get
-from robustfpd.evaluation.suite import Planned
+from robustfpd.evaluation.suites import AttackSpec
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 BLOCKS = 4
@@ -41,7 +41,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
-def refills(planned: Planned) -> bool:
+def refills(planned: AttackSpec) -> bool:
     """Whether the attack takes a whole block and keeps its batches full by itself."""
     return "batch_size" in get(planned.attack).options
 

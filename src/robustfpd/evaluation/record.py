@@ -50,15 +50,15 @@ class AttackResult(Config):
     attack: str
     eps: float
     attacked: int
-    """Images it was tried on: those that still stood, or all that were classified rightly."""
-    fooled: int
+    """Images it was tried on: those that still stood, or all that were classified correctly."""
+    misclassified: int
     """Of these, images it turned."""
     accuracy: Proportion | None = None
     """Accuracy under this attack alone; known only when it was tried on all images."""
     seconds: float
     failed: int = 0
     """Images for which it raised an error or left its ball: it says nothing about these."""
-    spared: int = 0
+    skipped: int = 0
     """Images that still stood but were left out: no closer one had fallen to it."""
     forward_passes: int = 0
     backward_passes: int = 0
@@ -69,7 +69,7 @@ class AttackResult(Config):
 
 
 class WorstCase(Config):
-    """Images that withstood every attack at a radius and at all smaller ones."""
+    """Images that robust every attack at a radius and at all smaller ones."""
 
     eps: float
     robust: Proportion
@@ -129,12 +129,12 @@ class EvaluationRecord(Config):
 
     @property
     def clean_accuracy(self) -> float:
-        """Fraction of images classified rightly without an attack."""
+        """Fraction of images classified correctly without an attack."""
         return self.clean.value
 
     @property
     def robust_accuracy(self) -> float:
-        """Fraction that withstood every attack at the largest radius; see `worst_case` for the others."""
+        """Fraction that robust every attack at the largest radius; see `worst_case` for the others."""
         return self.worst_case[-1].robust.value
 
     def save(self, path: Path) -> Path:

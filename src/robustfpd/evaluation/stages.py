@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.attacks.adaptive import View
-from robustfpd.attacks.attack import reproducible
+from robustfpd.attacks.base import reproducible
 from robustfpd.errors import InputError
 from robustfpd.evaluation import checks
-from robustfpd.evaluation.bench import OUTSIDE, Bench, forward_passes
-from robustfpd.evaluation.exhibits import Exhibits
+from robustfpd.evaluation.attack_runner import OUTSIDE, AttackRunner, forward_passes
+from robustfpd.evaluation.early_stopping import fruitless, tranches
+from robustfpd.evaluation.gallery import Gallery
 from robustfpd.evaluation.inputs import digest
 from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.screening import fruitless, tranches
 from robustfpd.evaluation.sharing import by_first, together
-from robustfpd.evaluation.suite import Planned, Target, plan
-from robustfpd.evaluation.suite import suite as suite_named
+from robustfpd.evaluation.suites import AttackSpec, SuiteContext, plan
+from robustfpd.evaluation.suites import suite as suite_named
 from robustfpd.evaluation.verdict import Check, Verdict
 from robustfpd.processes import Processes
 from robustfpd.provenance import environment, weights_sha256
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,16 @@ class Stages:
     """State of one evaluation."""
 
     def __init__(
-        self, bench: Bench, ledger: Ledger, suite: str, radii: Sequence[float], surrogates: Mapping[str, nn.Module],
-        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver, exhibits: Exhibits | None,
+        self, runner: AttackRunner, ledger: Ledger, suite: str, radii: Sequence[float],
+        surrogates: Mapping[str, nn.Module],
+        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver, gallery: Gallery | None,
         sizes: Sizes, processes: Processes,
     ) -> None:  # fmt: skip
-        self.exhibits, self.sizes, self.processes = exhibits, sizes, processes
-        self.bench, self.ledger, self.suite, self.radii = bench, ledger, suite, radii
+        self.gallery, self.sizes, self.processes = gallery, sizes, processes
+        self.runner, self.ledger, self.suite, self.radii = runner, ledger, suite, radii
         self.surrogates, self.every_attack, self.observer = surrogates, every_attack, observer
         self.checks = handed_over
-        self.closest = torch.full((len(bench.images),), -torch.inf)
+        self.closest = torch.full((len(runner.images),), -torch.inf)
         """How near each image has come to falling."""
         self.stages = 0  # attacks that are done
         self.smallest: dict[str, dict[int, LedgerRow]] = {}
@@ -81,36 +82,36 @@ class Stages:
     def record(self, subject: str, class_names: tuple[str, ...], settings_sha256: str, looked: int) -> EvaluationRecord:
         """Do everything; `looked` is how many images went forward before."""
         worst, results, verdict = self.everything()
-        bench = self.bench
+        runner = self.runner
         forward, backward = self.passes_of_checks()
-        batch_size = min(self.processes.all(bench.batch_size))
+        batch_size = min(self.processes.all(runner.batch_size))
         return EvaluationRecord(
-            subject=subject, suite=self.suite, norm=bench.norm, seed=bench.seed, batch_size=batch_size,
-            batch_size_found=self.sizes.found, search_precision="bf16" if bench.bfloat16 else "fp32",
+            subject=subject, suite=self.suite, norm=runner.norm, seed=runner.seed, batch_size=batch_size,
+            batch_size_found=self.sizes.found, search_precision="bf16" if runner.bfloat16 else "fp32",
             every_attack=self.every_attack, clean=worst[0].robust, worst_case=worst[1:], attacks=results,
-            ledger=tuple(self.ledger.rows), data_sha256=digest(bench.images, bench.labels), verdict=verdict,
-            weights_sha256=weights_sha256(bench.classifier), environment=environment(bench.device),
+            ledger=tuple(self.ledger.rows), data_sha256=digest(runner.images, runner.labels), verdict=verdict,
+            weights_sha256=weights_sha256(runner.classifier), environment=environment(runner.device),
             surrogates=tuple(self.surrogates), class_names=class_names, settings_sha256=settings_sha256,
             check_forward_passes=looked + forward, check_backward_passes=backward,
         )  # fmt: skip
 
     def everything(self) -> tuple[tuple[WorstCase, ...], tuple[AttackResult, ...], Verdict]:
         """Clean images, checks, attacks, checks of these; the first worst case is that of the clean images."""
-        bench, suite = self.bench, suite_named(self.suite)
-        count = len(bench.images)
+        runner, suite = self.runner, suite_named(self.suite)
+        count = len(runner.images)
         self._clean()
-        correct = bench.clean == bench.labels
-        with forward_passes(bench.classifier) as self.looks, reproducible(generator(bench.seed, "views")):
-            views = adaptive.adaptive_views(bench.classifier, bench.images[:4].to(bench.device))
+        correct = runner.clean == runner.labels
+        with forward_passes(runner.classifier) as self.looks, reproducible(generator(runner.seed, "views")):
+            views = adaptive.adaptive_views(runner.classifier, runner.images[:4].to(runner.device))
         taken = sorted({*views} & {*self.surrogates})
         if taken:
             raise InputError(f"a surrogate cannot be called {taken[0]!r}: a view of the classifier has that name")
-        bench.offer(views | {n: View(m, surrogate=True) for n, m in self.surrogates.items()})
-        self.subject = checks.Subject(bench, correct, self.radii, suite.probes)
+        runner.offer(views | {n: View(m, surrogate=True) for n, m in self.surrogates.items()})
+        self.subject = checks.CheckContext(runner, correct, self.radii, suite.probes)
         # What follows from the checks must be the same everywhere, even where processors round differently.
         self.checks = self.processes.told(self.checks + checks.before_attacks(self.subject))
         doubtful = any(c.outcome in ("suspicious", "failed") for c in self.checks)
-        target = Target(bench.norm, tuple(views), tuple(self.surrogates), checks.is_random(self.checks))
+        target = SuiteContext(runner.norm, tuple(views), tuple(self.surrogates), checks.is_random(self.checks))
         planned = plan(self.suite, target)
         standing = correct.clone()
         results: list[AttackResult] = []
@@ -124,36 +125,36 @@ class Stages:
                 result, fallen = self._attack(attack, eps, tried, spare=not doubtful)
                 standing[fallen] = False
                 results.append(result)
-                if self.exhibits is not None:
-                    self.exhibits.save(final=eps == self.radii[-1])
+                if self.gallery is not None:
+                    self.gallery.save(final=eps == self.radii[-1])
             worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), count)))
         findings = checks.Findings(planned, tuple(self.ledger.rows), results, standing, self.closest)
         self.checks += checks.after_attacks(self.subject, findings)
-        if self.exhibits is not None:
-            self.exhibits.finish(bench.uncounted(target.best), standing)
+        if self.gallery is not None:
+            self.gallery.finish(runner.uncounted(target.best), standing)
         return tuple(worst), tuple(results), Verdict.of(self.checks)
 
     def passes_of_checks(self) -> tuple[int, int]:
         """Images forward and backward, but for those of attacks and of the clean predictions."""
-        forward, backward = self.bench.looks
+        forward, backward = self.runner.looks
         own = self.subject.classifier  # it goes round the views
         return sum(self.looks) + forward + own.forward_passes, backward + own.backward_passes
 
     def _clean(self) -> None:
         """Classify the images as they are."""
-        bench = self.bench
-        units = list(torch.split(torch.arange(len(bench.images)), self.sizes.block))
-        for indices, rows in self._worked(CLEAN, 0.0, units, bench.ask):
-            bench.clean[indices] = torch.tensor([r.adversarial_prediction for r in rows])
+        runner = self.runner
+        units = list(torch.split(torch.arange(len(runner.images)), self.sizes.block))
+        for indices, rows in self._worked(CLEAN, 0.0, units, runner.ask):
+            runner.clean[indices] = torch.tensor([r.adversarial_prediction for r in rows])
 
     def _worked(
         self, label: str, eps: float, units: Sequence[Tensor], work: Callable[[Tensor], list[LedgerRow]]
     ) -> Iterator[tuple[Tensor, list[LedgerRow]]]:
         """Rows of each unit of images, in order: as the ledger has them, or made now, by the processes in turn."""
-        processes, bench = self.processes, self.bench
+        processes, runner = self.processes, self.runner
         known = by_first(processes, lambda: self._known(label, eps, units))
         for indices, rows in zip(units, known, strict=False):
-            bench.found = None
+            runner.found = None
             if not processes.first:
                 self.ledger.add(rows)
             yield indices, rows
@@ -161,17 +162,17 @@ class Stages:
         for at in range(0, len(left), processes.size):
             hand = left[at : at + processes.size]
             made = together(processes, lambda: work(hand[processes.rank]) if processes.rank < len(hand) else [])  # noqa: B023
-            found = bench.found
+            found = runner.found
             for rank, (indices, rows) in enumerate(zip(hand, made, strict=False)):
                 self._write(rows)
-                bench.found = found if rank == processes.rank else None
+                runner.found = found if rank == processes.rank else None
                 yield indices, rows
 
     def _known(self, label: str, eps: float, units: Sequence[Tensor]) -> list[list[LedgerRow]]:
         """Rows of the first units, as far as the ledger has them."""
         known = []
         for indices in units:
-            rows = self.ledger.replay(label, eps, self.bench.numbers[indices].tolist())
+            rows = self.ledger.replay(label, eps, self.runner.numbers[indices].tolist())
             if rows is None:
                 break
             known.append(rows)
@@ -183,81 +184,81 @@ class Stages:
         if not self.processes.first:
             self.ledger.add(rows)
 
-    def _attack(self, planned: Planned, eps: float, tried: Tensor, *, spare: bool) -> tuple[AttackResult, Tensor]:
+    def _attack(self, planned: AttackSpec, eps: float, tried: Tensor, *, spare: bool) -> tuple[AttackResult, Tensor]:
         """Run one attack on the images `tried`; return its result and the indices that fell."""
-        rows, spared, found = [], 0, self.smallest.setdefault(planned.label, {})
+        rows, skipped, found = [], 0, self.smallest.setdefault(planned.label, {})
         known = torch.tensor([int(i) in found for i in tried], dtype=torch.bool)
         rows += self._again(planned, eps, tried[known]) if bool(known.any()) else []
         fresh = tried[~known]
         screened = planned.screened and spare and not self.every_attack
-        draws = generator(self.bench.seed, "tranches", planned.label, repr(eps))
+        draws = generator(self.runner.seed, "tranches", planned.label, repr(eps))
         parts = tranches(fresh, self.closest[fresh], draws) if screened else [fresh]
         for tranche in parts:
             tranche_rows = self._tranche(planned, eps, tranche)
             rows += tranche_rows
             if screened and fruitless(tranche_rows):
-                spared = len(tried) - len(rows)
+                skipped = len(tried) - len(rows)
                 break
-        place = {int(number): i for i, number in enumerate(self.bench.numbers)}
-        lost = torch.tensor([place[r.image] for r in rows if r.outcome == "fooled"], dtype=torch.long)
-        return self._result(planned, eps, rows, spared), lost
+        place = {int(number): i for i, number in enumerate(self.runner.numbers)}
+        lost = torch.tensor([place[r.image] for r in rows if r.outcome == "misclassified"], dtype=torch.long)
+        return self._result(planned, eps, rows, skipped), lost
 
-    def _tranche(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+    def _tranche(self, planned: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
         """Run one attack on images, block by block."""
-        bench, sizes, all_rows = self.bench, self.sizes, list[LedgerRow]()
+        runner, sizes, all_rows = self.runner, self.sizes, list[LedgerRow]()
         blocks = torch.split(indices, sizes.block) if len(indices) else ()
-        units = [unit for block in blocks for unit in bench.units(planned, block, sizes.batch)]
-        for unit, rows in self._worked(planned.label, eps, units, lambda unit: bench.run(planned, eps, unit)):
+        units = [unit for block in blocks for unit in runner.units(planned, block, sizes.batch)]
+        for unit, rows in self._worked(planned.label, eps, units, lambda unit: runner.run(planned, eps, unit)):
             self._learn(planned, eps, unit, rows)
             all_rows += rows
         return all_rows
 
-    def _learn(self, planned: Planned, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
+    def _learn(self, planned: AttackSpec, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
         """Note how near images came to falling, and what need not be looked for again."""
         self._see(planned, eps, indices, rows)
         # What lies outside the ball tells nothing of how near an image came to falling inside.
         limit = eps * (1 + OUTSIDE) + OUTSIDE
         told = [r.outcome != "failed" and r.distance <= limit for r in rows]
-        near = torch.tensor([r.closeness if t else -torch.inf for r, t in zip(rows, told, strict=True)])
+        near = torch.tensor([r.margin if t else -torch.inf for r, t in zip(rows, told, strict=True)])
         self.closest[indices] = torch.maximum(self.closest[indices], near)
         if attacks.get(planned.attack).minimal:
             self.smallest[planned.label].update(
                 {i: r for i, r in zip(indices.tolist(), rows, strict=True) if r.outcome != "failed"}
             )
 
-    def _again(self, planned: Planned, eps: float, indices: Tensor) -> list[LedgerRow]:
+    def _again(self, planned: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
         """What was found at a smaller radius by an attack that does not depend on it, judged at this one."""
 
         def judged(indices: Tensor) -> list[LedgerRow]:
             rows = []
             for i in indices.tolist():
                 row = self.smallest[planned.label][i]
-                fooled = row.adversarial_prediction != row.label and row.distance <= eps * (1 + OUTSIDE)
-                changes: dict[str, Any] = {"eps": eps, "outcome": "fooled" if fooled else "withstood"}
+                misclassified = row.adversarial_prediction != row.label and row.distance <= eps * (1 + OUTSIDE)
+                changes: dict[str, Any] = {"eps": eps, "outcome": "misclassified" if misclassified else "robust"}
                 rows.append(row.model_copy(update={**changes, "queries": 0, "gradients": 0, "seconds": 0.0}))
             return rows
 
         ((_, rows),) = self._worked(planned.label, eps, [indices], judged)
-        self.bench.found = None
+        self.runner.found = None
         self._see(planned, eps, indices, rows)
         return rows
 
-    def _see(self, planned: Planned, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
+    def _see(self, planned: AttackSpec, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
         """Let images be chosen for the report."""
-        if self.exhibits is not None:
-            self.exhibits.see(self.stages, planned, eps, indices, rows)
+        if self.gallery is not None:
+            self.gallery.see(self.stages, planned, eps, indices, rows)
 
-    def _result(self, planned: Planned, eps: float, rows: Sequence[LedgerRow], spared: int) -> AttackResult:
-        attack, total = attacks.get(planned.attack), len(self.bench.labels)
-        fooled = [r for r in rows if r.outcome == "fooled"]
-        blind = attack.access != "gradients" and bool(fooled)
+    def _result(self, planned: AttackSpec, eps: float, rows: Sequence[LedgerRow], skipped: int) -> AttackResult:
+        attack, total = attacks.get(planned.attack), len(self.runner.labels)
+        misclassified = [r for r in rows if r.outcome == "misclassified"]
+        blind = attack.access != "gradients" and bool(misclassified)
         found = [r.distance for r in rows if r.distance > 0 and r.outcome != "failed"] if attack.minimal else []
         return AttackResult(
-            attack=planned.label, eps=eps, attacked=len(rows), fooled=len(fooled),
-            accuracy=Proportion.of(len(rows) - len(fooled), total) if self.every_attack else None,
-            seconds=sum(r.seconds for r in rows), failed=sum(r.outcome == "failed" for r in rows), spared=spared,
+            attack=planned.label, eps=eps, attacked=len(rows), misclassified=len(misclassified),
+            accuracy=Proportion.of(len(rows) - len(misclassified), total) if self.every_attack else None,
+            seconds=sum(r.seconds for r in rows), failed=sum(r.outcome == "failed" for r in rows), skipped=skipped,
             forward_passes=sum(r.queries for r in rows), backward_passes=sum(r.gradients for r in rows),
-            median_queries=_median([r.queries for r in fooled]) if blind else None,
+            median_queries=_median([r.queries for r in misclassified]) if blind else None,
             median_distance=_median(found) if found else None,
         )  # fmt: skip
 

@@ -10,15 +10,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustfpd.models.building import build, enhance, load
-    from robustfpd.models.fpd import FPD, FPDClassifier, FPDOutput, Plain
-    from robustfpd.models.published import load_published
+    from robustfpd.models.author_checkpoints import load_published
+    from robustfpd.models.factory import build, enhance, load
+    from robustfpd.models.fpd import FPD, Baseline, FPDClassifier, FPDOutput
 
-__all__ = ["FPD", "FPDClassifier", "FPDOutput", "Plain", "build", "enhance", "load", "load_published"]
+__all__ = ["FPD", "Baseline", "FPDClassifier", "FPDOutput", "build", "enhance", "load", "load_published"]
 
 _WHERE = {
     "build": "building", "enhance": "building", "load": "building", "FPD": "fpd", "FPDClassifier": "fpd",
-    "FPDOutput": "fpd", "Plain": "fpd", "load_published": "published",
+    "FPDOutput": "fpd", "Baseline": "fpd", "load_published": "published",
 }  # fmt: skip
 
 

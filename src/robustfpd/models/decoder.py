@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError
-from robustfpd.models.folding import Layer, fold
+from robustfpd.models.ops.fused_decoder import Layer, fold
 
 
 class RestorationDecoder(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustfpd.config import Denoise
 from robustfpd.errors import unknown_name
-from robustfpd.models.tracing import as_autocast, traced
+from robustfpd.models.ops.tracing import as_autocast, traced
 
 
 def dot_product(x: Tensor, kept: float = 0.0) -> Tensor:

@@ -25,9 +25,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 from robustfpd.errors import InputError, first_line
-from robustfpd.models.fpd import FPD, Plain
+from robustfpd.models.fpd import FPD, Baseline
 from robustfpd.provenance import weights_sha256
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -64,7 +64,7 @@ class Exported:
 
 
 def export(
-    model: FPD | Plain,
+    model: FPD | Baseline,
     path: str | Path,
     *,
     format: Format = "onnx",
@@ -75,7 +75,7 @@ def export(
     """Write a network to one file: `images` N×C×H×W float32 in [0, 1] → `logits` N×K, for any N.
 
     Args:
-        model: an FPD or its plain twin; it is left as it is. Evaluation mode is exported, with the head's squashing.
+        model: an FPD or its baseline; it is left as it is. Evaluation mode is exported, with the head's squashing.
         path: where to; a file that is there is replaced once the new one is verified.
         format: `onnx`, or `torch`: a program of torch.export, which `torch.export.load(path).module()` runs.
         restored: give the restored images, N×C×H×W, as a second output.
@@ -130,7 +130,7 @@ def check_packages(format: Format) -> None:
 class _Exportable(nn.Module):
     """A network that returns a plain tuple of its outputs."""
 
-    def __init__(self, model: FPD | Plain, restored: bool) -> None:
+    def __init__(self, model: FPD | Baseline, restored: bool) -> None:
         super().__init__()
         self.model = model
         self.restored = restored
@@ -143,7 +143,7 @@ class _Exportable(nn.Module):
         return (out.logits, out.restored) if self.restored else (out.logits,)
 
 
-def _plain_copy(model: FPD | Plain) -> FPD | Plain:
+def _plain_copy(model: FPD | Baseline) -> FPD | Baseline:
     """A copy on the CPU, in evaluation mode, its constrained weights computed once and for all."""
     found = copy.deepcopy(model).cpu().eval()
     for module in list(found.modules()):
@@ -155,7 +155,9 @@ def _plain_copy(model: FPD | Plain) -> FPD | Plain:
     return found
 
 
-def _facts(model: FPD | Plain, size: tuple[int, int], names: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
+def _facts(
+    model: FPD | Baseline, size: tuple[int, int], names: Sequence[str], outputs: Sequence[str]
+) -> dict[str, str]:
     """What the file says about itself, all in words."""
     shape = f"N×{model.task.in_channels}×{size[0]}×{size[1]}"
     colours = {1: ", grey", 3: ", RGB"}.get(model.task.in_channels, "")

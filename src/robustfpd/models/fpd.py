@@ -1,4 +1,4 @@
-"""The Feature Pyramid Decoder around a backbone, and the plain twin it is measured against.
+"""The Feature Pyramid Decoder around a backbone, and the undefended baseline it is measured against.
 
 Li et al., "Enhancing Intrinsic Adversarial Robustness via Feature Pyramid Decoder", CVPR 2020.
 """
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TaskConfig
 from robustfpd.errors import InputError
-from robustfpd.models.activation import to_elu
-from robustfpd.models.backbone import PYRAMID_LEVELS, Backbone
+from robustfpd.models.backbones import Network, normalisation
 from robustfpd.models.checkpoint import write_model
 from robustfpd.models.decoder import RestorationDecoder
 from robustfpd.models.denoise import affinity, denoising_layer
-from robustfpd.models.head import classification_layer
-from robustfpd.models.networks import Network, normalisation
+from robustfpd.models.heads import classification_layer
+from robustfpd.models.insertion import PYRAMID_LEVELS, Backbone
+from robustfpd.models.ops.elu import to_elu
 
 SMALL_IMAGE = 64
 """`small_stem: auto` removes the stem's downsampling for images with a side under this."""
@@ -35,8 +35,8 @@ class FPDOutput(NamedTuple):
     """N×C×H×W, the restoration decoder's image; near [0, 1] once trained."""
 
 
-class Defendable(nn.Module, ABC):
-    """A backbone with a classification layer: what FPD and its plain twin share."""
+class BaseClassifier(nn.Module, ABC):
+    """A backbone with a classification layer: what FPD and its undefended baseline share."""
 
     def __init__(self, network: Network, task: TaskConfig, config: ModelConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Defendable(nn.Module, ABC):
             image_size=task.image_size,
             small_stem=bool(small),
             layout=network.layout,
-            implant=self._implant,
+            insert=self._insert,
         )
         self.dropout = nn.Dropout(config.dropout)
         self.mean: Tensor
@@ -74,7 +74,7 @@ class Defendable(nn.Module, ABC):
         """Write `model.safetensors` and `config.json` to a folder, atomically; `robustfpd.load` reads them."""
         write_model(Path(folder), self.state_dict(), self.task, self.config)
 
-    def _implant(self, index: int, channels: int) -> nn.Module | None:
+    def _insert(self, index: int, channels: int) -> nn.Module | None:
         return None
 
     def _features(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
@@ -99,7 +99,7 @@ class Defendable(nn.Module, ABC):
             raise InputError(f"images must be floating point in [0, 1], found {images.dtype}; divide uint8 by 255")
 
 
-class FPD(Defendable):
+class FPD(BaseClassifier):
     """Feature Pyramid Decoder: front pass, restoration, back pass with the same weights, constrained head.
 
     Shapes: images N×C×H×W in [0, 1] → `FPDOutput(logits N×K, restored N×C×H×W)`.
@@ -131,7 +131,7 @@ class FPD(Defendable):
     def with_maps(self, images: Tensor) -> tuple[FPDOutput, list[Tensor]]:
         """What `forward` gives, and the maps of the back pass, from which `again` goes on."""
         restored = self.restore(images)
-        maps = self._features(self.between(restored, images))
+        maps = self._features(self.middle_denoise(restored, images))
         return FPDOutput(self.head(self._pooled(maps)), restored), maps
 
     def again(self, maps: list[Tensor], restored: Tensor) -> FPDOutput:
@@ -157,9 +157,9 @@ class FPD(Defendable):
 
     def back(self, restored: Tensor, images: Tensor) -> Tensor:
         """Middle denoising and back pass (FPD_BD): restored images → pooled features, N×C."""
-        return self._pooled(self._features(self.between(restored, images)))
+        return self._pooled(self._features(self.middle_denoise(restored, images)))
 
-    def between(self, restored: Tensor, images: Tensor) -> Tensor:
+    def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
         """What the back pass sees: the restored image, plus non-local means of the input or of itself."""
         if self.config.middle == "none":
             return restored
@@ -172,7 +172,7 @@ class FPD(Defendable):
         """The plain module images → logits; `squash=False` leaves out the head's squashing (adaptive attacks)."""
         return FPDClassifier(self, squash=squash)
 
-    def _implant(self, index: int, channels: int) -> nn.Module | None:
+    def _insert(self, index: int, channels: int) -> nn.Module | None:
         if index not in self.config.denoise_after:
             return None
         return denoising_layer(self.config.denoise, channels)
@@ -199,12 +199,12 @@ class FPDClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Classify images."""
         features = self.fpd.back(self.fpd.restore(images), images)
-        logits: Tensor = self.fpd.head(features) if self.squash else self.fpd.head.unsquashed(features)
+        logits: Tensor = self.fpd.head(features) if self.squash else self.fpd.head.pre_squash(features)
         return logits
 
 
-class Plain(Defendable):
-    """The twin: the same backbone, global average pooling and a linear layer, trained on the same images."""
+class Baseline(BaseClassifier):
+    """The baseline: the same backbone, global average pooling and a linear layer, trained on the same images."""
 
     def __init__(self, network: Network, task: TaskConfig, config: ModelConfig) -> None:
         super().__init__(network, task, config)
@@ -216,6 +216,6 @@ class Plain(Defendable):
         logits: Tensor = self.head(self._pooled(self._features(images)))
         return logits
 
-    def classifier(self) -> Plain:
+    def classifier(self) -> Baseline:
         """Itself: it is a plain classifier already."""
         return self

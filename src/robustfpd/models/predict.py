@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustfpd.models.fpd import FPD, Plain
+from robustfpd.models.fpd import FPD, Baseline
 from robustfpd.models.mode import evaluating
 
 
@@ -27,13 +27,13 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(model: FPD | Plain, images: Tensor) -> Prediction:
+def predict(model: FPD | Baseline, images: Tensor) -> Prediction:
     """Classify images N×C×H×W in [0, 1], in evaluation mode; an FPD also tells what it made of them."""
     with evaluating(model):
-        if isinstance(model, Plain):
+        if isinstance(model, Baseline):
             return Prediction(model(images).softmax(dim=1), None, None, None)
         restored = model.restore(images)
-        logits = model.head.unsquashed(model.back(restored, images))
+        logits = model.head.pre_squash(model.back(restored, images))
     restored = restored.clamp(0, 1)
     apart = 255 * (restored - images).flatten(1)
     return Prediction(

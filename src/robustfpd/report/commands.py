@@ -11,7 +11,7 @@ import yaml
 from robustfpd.config import RunConfig, recipe, recipe_names
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.models.foreign import needs_trust
+from robustfpd.models.import_model import needs_trust
 
 ELSEWHERE = ("data.root", "data.download", "data.cache", "evaluation", "stage", "seed", "recipe", "protocol")
 """What flags say, or what does not change the training."""
@@ -36,7 +36,7 @@ def training_command(config: RunConfig, out: str) -> str:
     if config.stage == "adversarial":
         words += ["--stages", "two-phase,adversarial" if config.adversarial.start == "best" else "adversarial"]
     words += ["--protocol", config.protocol] if config.protocol != "corrected" else []
-    words += ["--plain"] if plain else []
+    words += ["--baseline"] if plain else []
     words += ["--seed", str(config.seed)] if config.seed != base.seed else []
     words += ["--data-root", "data", "--download"] if config.data.dataset not in BUNDLED else []
     return shlex.join([*words, "--out", out])
@@ -69,14 +69,14 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 def _settings(config: RunConfig, plain: bool) -> list[str]:
     """The `field=value` words that lead from the recipe to these settings.
 
-    The plain twin multiplies some of what is given, by factors that other settings decide: so what comes out is looked
+    The baseline multiplies some of what is given, by factors that other settings decide: so what comes out is looked
     at, and what was given is corrected by it.
     """
     wanted, given = _flat(config), dict[str, Any]()
     for _ in range(ROUNDS):
         words = [f"{name}={_word(value)}" for name, value in given.items()]
         run = recipe(config.recipe, words, protocol=config.protocol)
-        found = _flat(run.twin() if plain else run)
+        found = _flat(run.baseline() if plain else run)
         lost = [name for name in wanted if found[name] != wanted[name]]
         if not lost:
             return words

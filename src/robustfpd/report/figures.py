@@ -16,8 +16,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.evaluation.surface import Surface
-from robustfpd.report.standing import NORMS, after_each_attack
+from robustfpd.evaluation.loss_landscape import LossLandscape
+from robustfpd.report.metrics import NORMS, after_each_attack
 from robustfpd.training import EpochMetrics
 
 COLOURS = ("#2f7fc1", "#d1495b", "#2a9461", "#9a6fb0", "#b9751b", "#6b7f8c")
@@ -58,7 +58,7 @@ def attack_curves(record: EvaluationRecord, key: str) -> str:
     """
     curves = after_each_attack(record)
     if not record.every_attack:
-        busy = {a.attack for a in record.attacks if a.fooled}
+        busy = {a.attack for a in record.attacks if a.misclassified}
         curves = {label: points for label, points in curves.items() if label in busy} or dict([*curves.items()][:1])
     hardest = sorted(curves, key=lambda label: curves[label][-1][1])[:MOST_LINES]
     curves = {label: points for label, points in curves.items() if label in hardest}
@@ -117,7 +117,7 @@ def confusion(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
         return _svg(figure, "confusion")
 
 
-def loss_surface(surface: Surface) -> str:
+def loss_landscape(surface: LossLandscape) -> str:
     """The margin around an image; the line is where the class changes. Returns SVG."""
     grid = np.array(surface.margin)
     most = max(float(np.abs(grid).max()), 1e-6)

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.report.meanings import meanings
+from robustfpd.report.metrics import NORMS, radius
 from robustfpd.report.page import (
     SAID,
     Column,
@@ -22,7 +23,6 @@ from robustfpd.report.page import (
     settings_that_differ,
     verdict_sentence,
 )
-from robustfpd.report.standing import NORMS, radius
 
 HERE = Path(__file__).parent
 VIEWS = {

@@ -8,12 +8,12 @@ from typing import Any
 
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.evaluation.exhibits import exhibits_folder
+from robustfpd.evaluation.gallery import gallery_folder
 from robustfpd.report import figures
 from robustfpd.report.commands import evaluation_command, training_command
-from robustfpd.report.pictures import BUDGET, Gallery, gallery
+from robustfpd.report.metrics import NORMS, AttackLine, attack_lines, class_name, confusion_counts, radius
 from robustfpd.report.sources import Evaluated, Source
-from robustfpd.report.standing import NORMS, AttackLine, attack_lines, class_name, confusion_counts, radius
+from robustfpd.report.thumbnails import BUDGET, ThumbnailGallery, thumbnails
 
 SAID = {
     "trusted": "No check found a reason to doubt this number.",
@@ -48,8 +48,8 @@ class Column:
 
     @property
     def left_out(self) -> bool:
-        """Whether some attack spared images, or failed on some."""
-        return any(a.spared or a.failed for a in self.record.attacks)
+        """Whether some attack skipped images, or failed on some."""
+        return any(a.skipped or a.failed for a in self.record.attacks)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def verdict_sentence(record: EvaluationRecord) -> str:
     """The result in one sentence."""
     worst = record.worst_case[-1]
     return (
-        f"{record.subject} classifies {worst.robust} of {record.num_images:,} images rightly whatever suite "
+        f"{record.subject} classifies {worst.robust} of {record.num_images:,} images correctly whatever suite "
         f"{record.suite} did within {NORMS[record.norm]} {radius(worst.eps)}."
     )
 
@@ -196,15 +196,15 @@ def drawn(report: Report) -> dict[str, Any]:
     record, shown = first.record, first.evaluated.shown
     counts = confusion_counts(record) if record.ledger else None
     names = [] if counts is None else [class_name(record, i) for i in range(len(counts))]
-    pictures: Gallery | None = None
+    pictures: ThumbnailGallery | None = None
     if shown is not None:
-        pictures = gallery(exhibits_folder(first.evaluated.path), shown, record, BUDGET)
+        pictures = thumbnails(gallery_folder(first.evaluated.path), shown, record, BUDGET)
     return found | {
         "accuracy": figures.accuracy_curves([c.record for c in report.columns], [c.name for c in report.columns]),
         "attacks": [(c.name, figures.attack_curves(c.record, str(i))) for i, c in enumerate(report.columns)],
         "confusion": None if counts is None else figures.confusion(counts, names),
         "gallery": pictures,
-        "surface": None if shown is None or shown.surface is None else figures.loss_surface(shown.surface),
+        "surface": None if shown is None or shown.surface is None else figures.loss_landscape(shown.surface),
     }
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from robustfpd.config import RunConfig, load_run, parse
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation import EvaluationRecord, is_unfinished
-from robustfpd.evaluation.exhibits import Shown, exhibits_folder, read_exhibits
+from robustfpd.evaluation.gallery import Shown, gallery_folder, read_gallery
 from robustfpd.evaluation.ledger import CLEAN, read_rows
 from robustfpd.evaluation.record import FORMATS, LEDGER
-from robustfpd.evaluation.suite import STRENGTH
-from robustfpd.models import shipped
-from robustfpd.report.places import check_place, results_of
-from robustfpd.report.standing import fell
+from robustfpd.evaluation.suites import STRENGTH
+from robustfpd.models import zoo
+from robustfpd.report.metrics import fell
+from robustfpd.report.paths import check_place, results_of
 from robustfpd.training import EpochMetrics, RunFolder
 
 UNFINISHED = ".unfinished.json"
@@ -73,14 +73,14 @@ def read(given: str | Path) -> Source:
     if path.is_dir():
         beside = path.resolve().with_name(f"{path.resolve().name}-evaluation")
         return _assembled(name, path, None, _records(path) or _records(beside))
-    _, folder = shipped.place(name)
+    _, folder = zoo.place(name)
     shown = _records(folder / "results") if folder is not None else []
     source = _assembled(name, results_of(name), None, [*_records(results_of(name)), *shown])
     return dataclasses.replace(source, config=_settings(folder))
 
 
 def _settings(folder: Path | None) -> RunConfig | None:
-    path = None if folder is None else folder / shipped.SETTINGS
+    path = None if folder is None else folder / zoo.SETTINGS
     return load_run(path) if path is not None and path.is_file() else None
 
 
@@ -139,11 +139,11 @@ def _evaluated(path: Path) -> Evaluated:
         record = _without_ledger(path, error)
         ledger = path.with_suffix(LEDGER)
         problems.append(f"{ledger} is cut off or damaged: no confusion, norms and queries of single images")
-    folder = exhibits_folder(path)
+    folder = gallery_folder(path)
     shown = None
     if folder.is_dir():
         try:
-            shown = read_exhibits(folder)
+            shown = read_gallery(folder)
         except InputError as error:
             problems.append(f"no pictures: {error}")
         if shown is not None and record.settings_sha256 not in (None, shown.settings_sha256):
@@ -167,10 +167,10 @@ def _without_ledger(path: Path, error: InputError) -> EvaluationRecord:
 
 
 def _missing(folder: Path, shown: Shown) -> Iterator[str]:
-    for exhibit in (*shown.fell, *shown.stood):
-        for picture in exhibit.pictures:
-            if not (folder / exhibit.file(picture)).is_file():
-                yield exhibit.file(picture)
+    for gallery_image in (*shown.fell, *shown.stood):
+        for picture in gallery_image.pictures:
+            if not (folder / gallery_image.file(picture)).is_file():
+                yield gallery_image.file(picture)
 
 
 def _so_far(path: Path) -> str:
@@ -186,7 +186,7 @@ def _so_far(path: Path) -> str:
     unfinished = is_unfinished(path)
     lost = "was not finished" if unfinished else "lost its record"
     return (
-        f"{path.stem} {lost}: so far {right} of {len(clean)} images were classified rightly and {len(fallen)} of these "
+        f"{path.stem} {lost}: so far {right} of {len(clean)} images were correct and {len(fallen)} of these "
         f"fell; repeat the evaluation{', it goes on from there' if unfinished else ''}"
     )
 

@@ -52,9 +52,11 @@ def verdict_text(record: EvaluationRecord) -> Text:
 
 def _found(result: AttackResult) -> str:
     """What an attack did, on one line."""
-    left_out = [f"{result.spared} spared"] if result.spared else []
+    left_out = [f"{result.skipped} skipped"] if result.skipped else []
     left_out += [f"{result.failed} failed"] if result.failed else []
-    return f"{result.attack} {result.fooled}/{result.attacked}" + (f" ({', '.join(left_out)})" if left_out else "")
+    return f"{result.attack} {result.misclassified}/{result.attacked}" + (
+        f" ({', '.join(left_out)})" if left_out else ""
+    )
 
 
 def _cell(value: float, low: float, high: float) -> str:

@@ -7,12 +7,12 @@ import dataclasses
 import io
 import re
 
+from robustfpd.report.metrics import NORMS, radius
 from robustfpd.report.page import SAID, Column, Report, commands, comparison_sentence, verdict_sentence
-from robustfpd.report.standing import NORMS, radius
 
 COLUMNS = (
     "run", "suite", "norm", "eps", "attack", "images", "tried", "turned", "accuracy", "low", "high", "median_norm",
-    "median_queries", "passes", "seconds", "failed", "spared", "verdict",
+    "median_queries", "passes", "seconds", "failed", "skipped", "verdict",
 )  # fmt: skip
 
 MARK = "<!-- robustfpd report -->"

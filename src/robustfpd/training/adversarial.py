@@ -1,4 +1,4 @@
-"""One step of adversarial training, the second stage, for an FPD and for its plain twin.
+"""One step of adversarial training, the second stage, for an FPD and for its undefended baseline.
 
 Half of the loss is on clean images, half on adversarial ones. Then once more from the restored adversarial images,
 as in two-phase training (Li et al., CVPR 2020; adversarial training after Madry et al., ICLR 2018).
@@ -16,12 +16,12 @@ from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.models import FPDOutput
 from robustfpd.training.agreement import everywhere
 from robustfpd.training.objectives import PassLosses, first_objective, pass_losses
-from robustfpd.training.phases import Step, StepResult, Update, gated, second_phase
+from robustfpd.training.steps import Step, StepResult, Update, gated, second_phase
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Clean or adversarial images of a batch after a pass; `restored` is None in the plain twin."""
+    """Clean or adversarial images of a batch after a pass; `restored` is None in the undefended baseline."""
 
     target: Tensor
     labels: Tensor
@@ -63,7 +63,7 @@ def adversarial_step(config: TrainingConfig, settings: AdversarialConfig, unit: 
             return _result(parts, restoration, None, gate_open=False)
         objectives = [first.objective(config, unit, scale), *(part.objective(config, unit) for part in parts[1:])]
         loss = torch.stack(objectives).mean()
-        once = not settings.second_pass or index % config.second_every > 0
+        once = not settings.second_pass or index % config.second_pass_interval > 0
         if restored is None or perturbed is None or once:
             update(loss)
             return _result(parts, restoration, None)

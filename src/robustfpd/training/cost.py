@@ -34,7 +34,7 @@ def stage_cost(run: RunConfig, task: TaskConfig, train: int, validation: int) ->
 
 def _second(run: RunConfig, train: int) -> int:
     """Images of an epoch that go through once more; of those in `shared` half a pass is told too much."""
-    batch, every = run.procedure.batch_size, run.training.second_every
+    batch, every = run.procedure.batch_size, run.training.second_pass_interval
     return min(train, -(-train // (batch * every)) * batch)
 
 

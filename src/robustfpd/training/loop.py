@@ -20,25 +20,25 @@ from robustfpd.config import Precision, RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
 from robustfpd.errors import InputError, first_line
-from robustfpd.models import FPD, Plain, load
+from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.models.precision import chosen
 from robustfpd.processes import Processes
-from robustfpd.seeding import derive, generator
+from robustfpd.rng import derive, generator
 from robustfpd.together import errors_shared, join
+from robustfpd.training.activation_checkpointing import checkpoint_blocks
 from robustfpd.training.adversarial import adversarial_step
 from robustfpd.training.agreement import average_statistics, averaged
-from robustfpd.training.beginning import check_agreed, prepared
 from robustfpd.training.early_stopping import EarlyStopping
 from robustfpd.training.fabric import launch
-from robustfpd.training.optimizers import Schedule, make_optimizer
-from robustfpd.training.perturbation import adversary, noise
-from robustfpd.training.phases import StepResult, parameter_groups, plain_step, two_phase_step
-from robustfpd.training.progress import EpochMetrics, EpochSums, Observer, Progress, TrainResult
-from robustfpd.training.recompute import recompute_blocks
+from robustfpd.training.metrics import EpochMetrics, EpochSums, Observer, Progress, TrainResult
+from robustfpd.training.optim import Schedule, make_optimizer
+from robustfpd.training.perturbations import adversary, noise
 from robustfpd.training.run_folder import RunFolder
+from robustfpd.training.setup import check_agreed, prepared
 from robustfpd.training.sharding import gathered, load_optimizer_state, load_weights, whole_weights, with_whole_weights
 from robustfpd.training.stepping import Stepper
+from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
 from robustfpd.training.validation import robust_accuracy, validate
 
 
@@ -93,7 +93,7 @@ class _Training:
     """State of one training; `run` is the loop."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, splits: data.Splits, model: FPD | Plain, fabric: Fabric,
+        self, config: RunConfig, folder: RunFolder, splits: data.Splits, model: FPD | Baseline, fabric: Fabric,
         observer: Observer,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.splits, self.fabric, self.observer = config, folder, splits, fabric, observer
@@ -104,14 +104,14 @@ class _Training:
         self.raw_model = model
         self.frozen = [m for m in model.modules() if not m.training]
         self.own_statistics = self.processes.size > 1 and not settings.sync_batchnorm
-        if settings.recompute:
-            recompute_blocks(model)
+        if settings.activation_checkpointing:
+            checkpoint_blocks(model)
         self.model = fabric.setup_module(model)  # first: FSDP makes other parameters
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
         for method in ("with_maps", "again") if isinstance(model, FPD) else ():
             self.model.mark_forward_method(method)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.update = Stepper(fabric, self.model, self.optimizer, settings.clip)
+        self.update = Stepper(fabric, self.model, self.optimizer, settings.clip_grad_norm)
         # After the set-up, which may move the model to another device.
         unit = self.unit = model.std if config.training.space == "normalised" else 1.0
         if self.adversarial:
@@ -120,7 +120,7 @@ class _Training:
         else:
             self.perturb = noise(config.training, unit, self.processes)
             two_phase = isinstance(model, FPD)
-            self.step = two_phase_step(config.training, unit) if two_phase else plain_step(config.training)
+            self.step = two_phase_step(config.training, unit) if two_phase else baseline_step(config.training)
         self.schedule = Schedule(optimizer, settings.schedule, self.batches * settings.epochs)
         self.stopping = EarlyStopping(settings.early_stop_patience)
         self.history: list[EpochMetrics] = []
@@ -211,7 +211,7 @@ class _Training:
                 stage = "adversarial" if self.adversarial else "training"
                 raise InputError(
                     f"training diverged in epoch {epoch + 1}: {name} is {value}; lower {stage}.optimizer.lr "
-                    f"or {stage}.clip. {kept}"
+                    f"or {stage}.clip_grad_norm. {kept}"
                 )
 
     def _report(self, epoch: int, index: int, seconds: float, result: StepResult, sums: EpochSums) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from robustfpd.config import RunConfig, load_run
 from robustfpd.data import Splits
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.models import FPD, Plain
+from robustfpd.models import FPD, Baseline
 from robustfpd.models.checkpoint import replacing, whole, write_model_files
 from robustfpd.processes import Processes
 from robustfpd.provenance import environment, write_json
@@ -82,7 +82,7 @@ class RunFolder:
             )
 
     def save_checkpoint(
-        self, folder: Path, model: FPD | Plain, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
+        self, folder: Path, model: FPD | Baseline, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
     ) -> None:
         """Write a loadable model, with the training state beside it when given."""
         with replacing(folder) as new:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from robustfpd.models import FPD, Plain
-from robustfpd.training.perturbation import Perturb
+from robustfpd.models import FPD, Baseline
+from robustfpd.training.perturbations import Perturb
 
 
 def share_out(model: nn.Module, device: torch.device) -> None:
@@ -48,7 +48,7 @@ def with_whole_weights(perturb: Perturb) -> Perturb:
     """Let an attack have all weights: it does not call the model itself, but parts of it."""
 
     def perturbing(
-        model: FPD | Plain, clean: Tensor, labels: Tensor, epoch: float, draws: torch.Generator
+        model: FPD | Baseline, clean: Tensor, labels: Tensor, epoch: float, draws: torch.Generator
     ) -> Tensor | None:
         with whole_weights(model):
             return perturb(model, clean, labels, epoch, draws)

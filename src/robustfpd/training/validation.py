@@ -12,11 +12,11 @@ from robustfpd.attacks import pgd
 from robustfpd.config import AdversarialConfig
 from robustfpd.data import ImageSet
 from robustfpd.data.batches import batches
-from robustfpd.models import FPD, FPDOutput, Plain
+from robustfpd.models import FPD, Baseline, FPDOutput
 from robustfpd.models.mode import evaluating
 from robustfpd.processes import Processes
-from robustfpd.seeding import generator
-from robustfpd.training.perturbation import attacked
+from robustfpd.rng import generator
+from robustfpd.training.perturbations import attacked
 
 PGD_STEPS = 10
 
@@ -59,7 +59,7 @@ def validate(
 
 
 def robust_accuracy(
-    model: FPD | Plain, images: ImageSet, config: AdversarialConfig, batch_size: int, device: torch.device, seed: int
+    model: FPD | Baseline, images: ImageSet, config: AdversarialConfig, batch_size: int, device: torch.device, seed: int
 ) -> float:
     """Accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
 

@@ -8,19 +8,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.attack import left_alone, reproducible
-from robustfpd.evaluation.checks import gradients, outputs, probing, results
-from robustfpd.evaluation.checks.handed_over import (
+from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.evaluation.checks import attacks as attack_checks
+from robustfpd.evaluation.checks import gradients, outputs, results
+from robustfpd.evaluation.checks.context import CheckContext, Findings, guarded, skipped
+from robustfpd.evaluation.checks.inputs import (
     clean_accuracy,
     eps_units,
     images_in_range,
     stays_in_evaluation,
     training_mode,
 )
-from robustfpd.evaluation.checks.subject import Findings, Subject, guarded, skipped
 from robustfpd.evaluation.verdict import Check
 
-__all__ = ["NAMES", "Findings", "Subject", "after_attacks", "before_attacks", "handed_over", "is_random"]
+__all__ = ["NAMES", "CheckContext", "Findings", "after_attacks", "before_attacks", "handed_over", "is_random"]
 
 _LOOKING = {
     outputs.RANDOM: outputs.randomised, "finite-outputs": outputs.finite, "squashed-outputs": outputs.squashed,
@@ -50,20 +51,21 @@ def handed_over(classifier: nn.Module, images: Tensor, device: torch.device) -> 
     return [training_mode(classifier, images, device), images_in_range(images)]
 
 
-def before_attacks(subject: Subject) -> list[Check]:
+def before_attacks(subject: CheckContext) -> list[Check]:
     """Check answers and gradients of the classifier."""
     found = [stays_in_evaluation(subject), clean_accuracy(subject), eps_units(subject)]
     if len(subject.images) == 0:
-        return [*found, *(skipped(name, "no image is classified rightly") for name in _LOOKING)]
-    with left_alone(subject.bench.classifier), reproducible(subject.draws("before attacks")):
+        return [*found, *(skipped(name, "no image is classified correctly") for name in _LOOKING)]
+    with preserve_state(subject.runner.classifier), reproducible(subject.draws("before attacks")):
         return [*found, *(guarded(name, partial(check, subject)) for name, check in _LOOKING.items())]
 
 
-def after_attacks(subject: Subject, findings: Findings) -> list[Check]:
+def after_attacks(subject: CheckContext, findings: Findings) -> list[Check]:
     """Check how attacks behave on a few images, and what the suite's brought home."""
-    with left_alone(subject.bench.classifier), reproducible(subject.draws("after attacks")):
+    with preserve_state(subject.runner.classifier), reproducible(subject.draws("after attacks")):
         probed = [
-            *probing.probing(subject), guarded("more-steps", partial(probing.more_steps, subject, findings)),
+            *attack_checks.probing(subject),
+            guarded("more-steps", partial(attack_checks.more_steps, subject, findings)),
             guarded("rugged-loss", partial(gradients.ruggedness, subject, findings)),
         ]  # fmt: skip
     return [

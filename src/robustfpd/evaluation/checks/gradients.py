@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustfpd.attacks.losses import LossFunction, cross_entropy, margin
-from robustfpd.attacks.norms import geometry
-from robustfpd.evaluation.checks.subject import LOOKED_AT, Findings, Subject, judged, skipped
+from robustfpd.attacks.norms import lp_ball
+from robustfpd.evaluation.checks.context import LOOKED_AT, CheckContext, Findings, judged, skipped
 from robustfpd.evaluation.verdict import Check
 
 STEP = 1e-3
@@ -34,7 +34,7 @@ FEW = 3
 """Fewer images that stand tell nothing."""
 
 
-def vanishing(subject: Subject) -> Check:
+def vanishing(subject: CheckContext) -> Check:
     """Are there gradients of cross-entropy and of the margin, neither zero nor NaN?"""
     name, y = "vanishing-gradients", subject.labels
     shares: dict[str, float] = {}
@@ -57,7 +57,7 @@ def vanishing(subject: Subject) -> Check:
     return judged(name, most > 0 or max(shares["zero_ce"], shares["zero_margin"]) > VANISHED, evidence, **shares)
 
 
-def agreement(subject: Subject) -> Check:
+def agreement(subject: CheckContext) -> Check:
     """Do gradients tell how the margin changes? Finite differences along random directions say."""
     name, draws, errors = "gradient-agreement", subject.draws("gradient-agreement"), []
     if torch.finfo(subject.images.dtype).eps > COARSE:
@@ -76,7 +76,7 @@ def agreement(subject: Subject) -> Check:
     return judged(name, max(errors) > DISAGREES, evidence, error=here, error_around=around)
 
 
-def _disagreement(subject: Subject, x: Tensor, gradient: Tensor, draws: torch.Generator) -> float:
+def _disagreement(subject: CheckContext, x: Tensor, gradient: Tensor, draws: torch.Generator) -> float:
     """Squared error of the slopes that gradients tell, over the squared slopes: what the worst images reach."""
     told, seen = [], []
     for _ in range(DIRECTIONS):
@@ -92,7 +92,7 @@ def _disagreement(subject: Subject, x: Tensor, gradient: Tensor, draws: torch.Ge
     return float(relative.nan_to_num(1).quantile(1 - WORST))
 
 
-def stability(subject: Subject) -> Check:
+def stability(subject: CheckContext) -> Check:
     """Do gradients point the same way one grey level further?"""
     name, draws, cosines = "gradient-stability", subject.draws("gradient-stability"), []
     for x in places(subject):
@@ -109,14 +109,14 @@ def stability(subject: Subject) -> Check:
     return judged(name, min(cosines) < TURNS, evidence, cosine=cosines[0], cosine_around=cosines[1])
 
 
-def places(subject: Subject) -> tuple[Tensor, Tensor]:
+def places(subject: CheckContext) -> tuple[Tensor, Tensor]:
     """The images, and a random point of each one's smallest ball: some defences hide only what is no real image."""
     x = subject.images
-    delta = geometry(subject.norm).sample(x, subject.radii[0], subject.draws("places"))
+    delta = lp_ball(subject.norm).sample(x, subject.radii[0], subject.draws("places"))
     return x, (x + delta).clamp(0, 1)
 
 
-def ruggedness(subject: Subject, findings: Findings) -> Check:
+def ruggedness(subject: CheckContext, findings: Findings) -> Check:
     """Do gradients around the images that stand point the same way all over a ball?"""
     name, standing = "rugged-loss", torch.nonzero(findings.standing).flatten()
     if len(standing) < FEW:
@@ -140,7 +140,7 @@ def ruggedness(subject: Subject, findings: Findings) -> Check:
     return judged(name, typical < RUGGED, evidence, median_cosine=typical, distance=apart)
 
 
-def slopes(subject: Subject, images: Tensor, labels: Tensor, loss: LossFunction) -> Tensor | None:
+def slopes(subject: CheckContext, images: Tensor, labels: Tensor, loss: LossFunction) -> Tensor | None:
     """Gradient of a loss for each image, N×C×H×W; None where logits do not depend on images differentiably."""
     x = images.clone().requires_grad_()
     with torch.enable_grad():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustfpd.attacks.norms import geometry
-from robustfpd.evaluation.checks.subject import Subject, judged, passed
+from robustfpd.attacks.norms import lp_ball
+from robustfpd.evaluation.checks.context import CheckContext, judged, passed
 from robustfpd.evaluation.verdict import Check
 
 RANDOM = "randomised-outputs"
@@ -19,7 +19,7 @@ SATURATED = 0.2
 
 
 @torch.no_grad()
-def randomised(subject: Subject) -> Check:
+def randomised(subject: CheckContext) -> Check:
     """Are answers to the same question the same?"""
     answers = torch.stack([subject.classifier(subject.images).float() for _ in range(5)])
     scale = _spread(answers[0])
@@ -35,9 +35,9 @@ def randomised(subject: Subject) -> Check:
 
 
 @torch.no_grad()
-def finite(subject: Subject) -> Check:
+def finite(subject: CheckContext) -> Check:
     """Are there finite answers all over the balls? NaN is no class, and no attack learns from it."""
-    x, draws, space = subject.images, subject.draws("finite-outputs"), geometry(subject.norm)
+    x, draws, space = subject.images, subject.draws("finite-outputs"), lp_ball(subject.norm)
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for eps in subject.radii:
         for _ in range(DRAWS):
@@ -50,7 +50,7 @@ def finite(subject: Subject) -> Check:
 
 
 @torch.no_grad()
-def squashed(subject: Subject) -> Check:
+def squashed(subject: CheckContext) -> Check:
     """Are these logits, or probabilities or saturated squashings of them?"""
     logits = subject.classifier(subject.images).float()
     sums = logits.sum(dim=1)
@@ -70,7 +70,7 @@ def squashed(subject: Subject) -> Check:
 
 
 @torch.no_grad()
-def batches(subject: Subject) -> Check:
+def batches(subject: CheckContext) -> Check:
     """Does an answer depend on which images are in the batch?"""
     x = subject.images
     together = subject.classifier(x).float()
@@ -88,11 +88,11 @@ def batches(subject: Subject) -> Check:
     return judged("batch-composition", apart > 10 * SAME, evidence, changed=turned, largest_difference=apart)
 
 
-def wrappers(subject: Subject) -> Check:
+def wrappers(subject: CheckContext) -> Check:
     """Do the views under attack classify as the classifier does, with gradients recorded too?"""
     x, y = subject.images, subject.labels
     worst, which = 0, ""
-    for name, view in subject.bench.views.items():
+    for name, view in subject.runner.views.items():
         if view.surrogate:
             continue
         with torch.no_grad():
@@ -102,7 +102,7 @@ def wrappers(subject: Subject) -> Check:
         if int(differing.sum()) > worst:
             worst, which = int(differing.sum()), name
     evidence = (
-        f"of {len(x)} rightly classified images, the wrappers under attack classify {len(x) - worst} rightly, "
+        f"of {len(x)} correctly classified images, the wrappers under attack classify {len(x) - worst} correctly, "
         "gradients recorded or not"
     )
     return judged("wrapper-accuracy", worst > 0, evidence + (f" ({which})" if which else ""), differing=worst)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import View
-from robustfpd.evaluation.bench import CHANGED
-from robustfpd.evaluation.checks.subject import Findings, Subject, judged, skipped
+from robustfpd.evaluation.attack_runner import CHANGED
+from robustfpd.evaluation.checks.context import CheckContext, Findings, judged, skipped
 from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.verdict import Check
 
@@ -25,7 +25,7 @@ def failures(findings: Findings) -> Check:
     nothing = all(r.failed == r.attacked for r in findings.results if r.attacked)
     return Check(
         name="failed-attacks", outcome="failed" if nothing else "suspicious", values={"failed": len(failed)},
-        evidence=f"{', '.join(labels)} failed on {len(failed)} images, which count as withstood there; the first: "
+        evidence=f"{', '.join(labels)} failed on {len(failed)} images, which count as robust there; the first: "
         f"{first.note}",
     )  # fmt: skip
 
@@ -51,10 +51,10 @@ def idle(findings: Findings) -> Check:
     return judged("idle-attacks", bool(idle_labels), evidence + more, idle=len(idle_labels))
 
 
-def precision(subject: Subject, findings: Findings, before: Sequence[Check]) -> Check:
+def precision(subject: CheckContext, findings: Findings, before: Sequence[Check]) -> Check:
     """Did attacks see the classifier's gradients in float32, or float32 attacks turn little of what others left?"""
     name = "search-precision"
-    if not subject.bench.bfloat16:
+    if not subject.runner.bfloat16:
         return judged(name, False, "attacks differentiated the classifier without reduced precision")
     told = "attacks differentiated the classifier in bfloat16; float32 confirmed every success"
     if not bool(findings.standing.any()):
@@ -65,10 +65,10 @@ def precision(subject: Subject, findings: Findings, before: Sequence[Check]) -> 
     return judged(name, longer.outcome != "passed", f"{told}. In float32, {longer.evidence}", **longer.values)
 
 
-def blind(subject: Subject, findings: Findings) -> Check:
+def blind(subject: CheckContext, findings: Findings) -> Check:
     """Do attacks without the classifier's gradients turn what those with them left?"""
     name = "black-box"
-    views: dict[str, View] = subject.bench.views
+    views: dict[str, View] = subject.runner.views
     without = {p.label for p in findings.planned if _sees_nothing(p.attack, views[p.view])}
     tried = [r for r in findings.rows if r.attack in without and r.eps > 0]
     if not tried:
@@ -77,11 +77,11 @@ def blind(subject: Subject, findings: Findings) -> Check:
     for row in findings.rows:
         if row.eps > 0 and row.attack not in without:
             seen.setdefault(row.image, []).append(row)
-    turned = [r for r in tried if r.outcome == "fooled" and _withstood_before(r, seen.get(r.image, []))]
+    turned = [r for r in tried if r.outcome == "misclassified" and _withstood_before(r, seen.get(r.image, []))]
     labels = ", ".join(dict.fromkeys(r.attack for r in turned))
     evidence = (
         f"of {len({r.image for r in tried})} images tried, {len({r.image for r in turned})} fell to attacks that do "
-        f"not use the classifier's gradients and had withstood those that do{f' ({labels})' if labels else ''}"
+        f"not use the classifier's gradients and had robust those that do{f' ({labels})' if labels else ''}"
     )
     images = len(findings.standing)
     return judged(name, len({r.image for r in turned}) > max(1, BLIND * images), evidence, turned=len(turned))
@@ -94,4 +94,4 @@ def _sees_nothing(attack: str, view: View) -> bool:
 def _withstood_before(row: LedgerRow, seen: Sequence[LedgerRow]) -> bool:
     """Whether attacks with gradients were tried on the image at this radius or below, and none turned it."""
     before = [r for r in seen if r.eps <= row.eps]
-    return bool(before) and all(r.outcome != "fooled" for r in before)
+    return bool(before) and all(r.outcome != "misclassified" for r in before)

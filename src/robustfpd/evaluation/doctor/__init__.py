@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from robustfpd.attacks.adaptive import as_classifier
-from robustfpd.attacks.attack import left_alone, reproducible
+from robustfpd.attacks.base import preserve_state, reproducible
 from robustfpd.errors import InputError
-from robustfpd.evaluation.checks.subject import Subject
+from robustfpd.evaluation.checks.context import CheckContext
 from robustfpd.evaluation.doctor import accuracy, behaviour
 from robustfpd.evaluation.doctor.finding import Finding, Patient, found, skipped
 from robustfpd.evaluation.doctor.handed_over import LABELS, look_at_images, look_at_labels, together
 from robustfpd.evaluation.inputs import check_count, check_module, device_of
-from robustfpd.seeding import generator
+from robustfpd.rng import generator
 
 __all__ = ["Finding", "diagnose"]
 
-Look = Callable[[Patient, Subject], Finding]
+Look = Callable[[Patient, CheckContext], Finding]
 _BLIND = ("finite-outputs", "constant-output")
 """With these nothing else can be seen."""
 _LOOKS: dict[str, tuple[Look, tuple[str, ...]]] = {
@@ -71,12 +71,12 @@ def diagnose(
 
 def _examined(patient: Patient, num_classes: int | None) -> list[Finding]:
     """All about the classifier, in the order in which one thing hides another."""
-    with left_alone(patient.classifier):
+    with preserve_state(patient.classifier):
         findings = [behaviour.answers(patient)]
     if findings[0].outcome == "problem":
         return findings
     findings.append(behaviour.handed_over_mode(patient))
-    with left_alone(patient.classifier), reproducible(generator(patient.seed, "doctor")):
+    with preserve_state(patient.classifier), reproducible(generator(patient.seed, "doctor")):
         findings.append(behaviour.output(patient))
         if findings[-1].outcome == "problem" and not isinstance(patient.classifier, behaviour.Unwrapped):
             return findings

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from robustfpd.evaluation.checks.handed_over import clean_accuracy
+from robustfpd.evaluation.checks.inputs import clean_accuracy
 from robustfpd.evaluation.doctor.finding import Finding, Patient, found, skipped, told
 
 NORMALISATION, ORDER, LABELS, ACCURACY = "normalisation", "channel-order", "label-order", "clean-accuracy"
@@ -22,7 +22,7 @@ half by chance."""
 SHORT = 20
 """Classes whose order is written out."""
 Explanation = tuple[Finding, int]
-"""With the images that would be classified rightly beside those that are; 0 where it explains nothing."""
+"""With the images that would be classified correctly beside those that are; 0 where it explains nothing."""
 _STATISTICS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -109,7 +109,7 @@ def _best(
             best, which = seen, told_as
     total = len(right)
     if which and clearly_better(best, right):
-        evidence = f"{int(best.sum())} of {total} images are classified rightly when {which}, {now} as they are"
+        evidence = f"{int(best.sum())} of {total} images are classified correctly when {which}, {now} as they are"
         return found(name, True, evidence, advice + ways[which][1]), int(best.sum()) - now
     no = f"no other way of showing the images is clearly better than {now} of {total} right"
     return found(name, False, no, ""), 0
@@ -135,7 +135,7 @@ def label_order(classes: int, predictions: Tensor, labels: Tensor) -> Explanatio
     count, now = len(labels), int(right.sum())
     if how and clearly_better(best, right):
         evidence = (
-            f"{int(best.sum())} of {count} images are classified rightly with the classes in another order, {now}"
+            f"{int(best.sum())} of {count} images are classified correctly with the classes in another order, {now}"
         )
         fix = f"give the classes the order of the model's training, here: labels = {how.replace('K', str(classes))}"
         return found(LABELS, True, f"{evidence} in this one", fix), int(best.sum()) - now

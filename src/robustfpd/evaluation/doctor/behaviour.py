@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import gradients, outputs
-from robustfpd.evaluation.checks.handed_over import stays_in_evaluation, training_mode
-from robustfpd.evaluation.checks.subject import Subject, guarded
+from robustfpd.evaluation.checks.context import CheckContext, guarded
+from robustfpd.evaluation.checks.inputs import stays_in_evaluation, training_mode
 from robustfpd.evaluation.doctor.finding import Finding, Patient, found, told
 
 SLOW = 0.25
@@ -141,13 +141,13 @@ def handed_over_mode(patient: Patient) -> Finding:
     return told(check, "call model.eval() before it is handed over")
 
 
-def stays(patient: Patient, subject: Subject) -> Finding:
+def stays(patient: Patient, subject: CheckContext) -> Finding:
     """Does .eval() reach all of it?"""
     fix = "let train(mode) pass its mode on to all children, and self.training follow it; or freeze with model.eval()"
     return told(stays_in_evaluation(subject), fix)
 
 
-def finite(patient: Patient, subject: Subject) -> Finding:
+def finite(patient: Patient, subject: CheckContext) -> Finding:
     """Are there finite answers?"""
     lost = int((~patient.logits.isfinite().all(dim=1)).sum())
     fix = (
@@ -159,7 +159,7 @@ def finite(patient: Patient, subject: Subject) -> Finding:
     return told(guarded("finite-outputs", lambda: outputs.finite(subject)), fix)
 
 
-def constant(patient: Patient, subject: Subject) -> Finding:
+def constant(patient: Patient, subject: CheckContext) -> Finding:
     """Does the answer depend on the image?"""
     logits = patient.logits
     moved = float(logits.std(dim=0).max()) if len(logits) > 1 else float("nan")
@@ -169,7 +169,7 @@ def constant(patient: Patient, subject: Subject) -> Finding:
     return found("constant-output", moved <= outputs.SAME * spread or moved == 0, evidence, fix)
 
 
-def precision(patient: Patient, subject: Subject) -> Finding:
+def precision(patient: Patient, subject: CheckContext) -> Finding:
     """Are logits fine enough for small steps?"""
     dtype = patient.ask(patient.images[:2]).dtype
     bad = dtype not in (torch.float32, torch.float64)
@@ -177,7 +177,7 @@ def precision(patient: Patient, subject: Subject) -> Finding:
     return found("precision", bad, f"logits are {dtype}", fix, "warning")
 
 
-def random(patient: Patient, subject: Subject) -> Finding:
+def random(patient: Patient, subject: CheckContext) -> Finding:
     """Are answers to the same question the same?"""
     fix = (
         "turn off what draws: dropout by F.dropout(x, p, training=self.training), augmentation only in training; if it "
@@ -186,13 +186,13 @@ def random(patient: Patient, subject: Subject) -> Finding:
     return told(guarded("randomised-outputs", lambda: outputs.randomised(subject)), fix)
 
 
-def batches(patient: Patient, subject: Subject) -> Finding:
+def batches(patient: Patient, subject: CheckContext) -> Finding:
     """Does an answer depend on which images are in the batch?"""
     fix = "use running statistics (F.batch_norm(..., training=self.training)) and no means over dim 0"
     return told(guarded("batch-composition", lambda: outputs.batches(subject)), fix)
 
 
-def squashed(patient: Patient, subject: Subject) -> Finding:
+def squashed(patient: Patient, subject: CheckContext) -> Finding:
     """Are these logits, and not probabilities, their logarithms, or saturated squashings?"""
     fix = "return the logits, without the last softmax, sigmoid or tanh"
     logits = patient.logits
@@ -207,7 +207,7 @@ def squashed(patient: Patient, subject: Subject) -> Finding:
     return told(guarded("squashed-outputs", lambda: outputs.squashed(subject)), fix)
 
 
-def vanishing(patient: Patient, subject: Subject) -> Finding:
+def vanishing(patient: Patient, subject: CheckContext) -> Finding:
     """Are there gradients?"""
     fix = (
         "take out torch.no_grad, detach, .data, numpy, argmax and round between images and logits; where one is the "
@@ -216,7 +216,7 @@ def vanishing(patient: Patient, subject: Subject) -> Finding:
     return told(guarded("vanishing-gradients", lambda: gradients.vanishing(subject)), fix)
 
 
-def agreement(patient: Patient, subject: Subject) -> Finding:
+def agreement(patient: Patient, subject: CheckContext) -> Finding:
     """Do gradients tell how the margin changes?"""
     fix = (
         "a custom backward, quantisation or very steep layer? evaluate with attacks that use no gradients too (square)"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import View, views
 from robustfpd.config import Config
-from robustfpd.evaluation.bench import Bench
-from robustfpd.evaluation.checks.subject import Subject
+from robustfpd.evaluation.attack_runner import AttackRunner
+from robustfpd.evaluation.checks.context import CheckContext
 from robustfpd.evaluation.verdict import Check
 
 Outcome = Literal["ok", "warning", "problem", "skipped"]
@@ -71,15 +71,15 @@ class Patient:
         """Classes of the images as they are, N."""
         return self.logits.argmax(dim=1)
 
-    def subject(self, labels: Tensor) -> Subject:
-        """As the checks of evaluations want to see it, all images counted as classified rightly."""
-        bench = Bench(
+    def subject(self, labels: Tensor) -> CheckContext:
+        """As the checks of evaluations want to see it, all images counted as classified correctly."""
+        runner = AttackRunner(
             self.classifier, self.images, labels, torch.arange(len(labels)), self.device, "linf", self.seed, 64,
             self.logits.shape[1],
         )  # fmt: skip
-        bench.clean = self.predictions
-        bench.offer({name: View(module) for name, module in views(self.classifier).items()})
-        return Subject(bench, torch.ones(len(labels), dtype=torch.bool), (RADIUS,), probes=1)
+        runner.clean = self.predictions
+        runner.offer({name: View(module) for name, module in views(self.classifier).items()})
+        return CheckContext(runner, torch.ones(len(labels), dtype=torch.bool), (RADIUS,), probes=1)
 
 
 def skipped(name: str, first: Sequence[str]) -> Finding:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.inputs import check_labels
 from robustfpd.errors import InputError, first_line
-from robustfpd.evaluation.checks.handed_over import ONE_LEVEL, images_in_range
+from robustfpd.evaluation.checks.inputs import ONE_LEVEL, images_in_range
 from robustfpd.evaluation.doctor.finding import Finding, found, told
 
 IMAGES, LABELS = "images-in-range", "labels"

@@ -1,0 +1,164 @@
+"""What several commands do alike: apply shared flags, check names before torch is imported, name the program."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustfpd.errors import InputError, ReportedByOtherRank, unknown_name
+from robustfpd.launched import Launched
+
+if TYPE_CHECKING:
+    import torch
+
+    from robustfpd.config import DataConfig, RunConfig
+
+
+def program() -> str:
+    """How the user's shell calls this program; `make` runs it from a virtual environment that may not be on PATH."""
+    called = sys.argv[0] if sys.argv else ""
+    return "robustfpd" if shutil.which("robustfpd") or not called.endswith("robustfpd") else os.path.relpath(called)
+
+
+@contextmanager
+def met(device: str, patience: timedelta | None = None) -> Iterator[bool]:
+    """Meet the other processes, where torchrun or srun started several; what is wrong in the block ends all of them.
+
+    Yields whether this process is the one that talks.
+    """
+    launched = Launched.now()
+    if launched.size == 1:
+        yield True
+        return
+    from robustfpd.together import PATIENCE, errors_shared, join
+
+    try:
+        join(device, patience or PATIENCE)
+    except InputError as error:
+        if launched.local_rank == 0:
+            raise
+        raise ReportedByOtherRank(str(error)) from None
+    with errors_shared():
+        yield launched.first
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let process 0 alone tell what all processes were told to have gone wrong."""
+    try:
+        yield
+    except InputError as error:
+        if Launched.now().first:
+            raise
+        raise ReportedByOtherRank(str(error)) from None
+
+
+def started_by() -> str:
+    """For messages that tell a command: how to start it, where that was not by its name alone."""
+    by = Launched.now().by
+    return "" if by == "shell" else f", under {by} as before"
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM, by which torchrun and SLURM end processes, do as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except RuntimeError:
+        if Launched.now().size > 1:
+            time.sleep(1)  # the others are gone; they had a signal that may be on its way here
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def settings_together(arguments: Sequence[str]) -> list[str]:
+    """Move the `group.field=value` words of `train` to the end; values of flags stay, whatever they look like.
+
+    argparse takes a list of words only where they stand together.
+    """
+    from robustfpd.cli import function
+    from robustfpd.cli.parsing import walk
+
+    setting = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
+    walked = walk(function("train"), arguments)
+    moved = sorted(walked, key=lambda w: w.place >= 0 and setting.fullmatch(w.text) is not None)  # a stable sort
+    return [word.text for word in moved]
+
+
+def configured(run: RunConfig, data_root: str | None, download: bool, seed: int | None) -> RunConfig:
+    """Apply the flags that commands share to a run's settings."""
+    changes = {"root": data_root} if data_root is not None else {}
+    data = run.data.model_copy(update={**changes, "download": download or run.data.download})
+    return run.model_copy(update={"data": data, "seed": run.seed if seed is None else seed})
+
+
+def known(kind: str, name: str, names: Collection[str]) -> str:
+    """Return `name` if it is one of `names`; an InputError with the nearest ones otherwise."""
+    if name not in names:
+        raise unknown_name(kind, name, names)
+    return name
+
+
+def check_settings(run: RunConfig) -> None:
+    """Refuse what a run cannot mean, as far as names and folders tell; needs no torch."""
+    from robustfpd.config import DATASETS, SUITES
+    from robustfpd.models.import_model import find, is_foreign
+
+    known("dataset", run.data.dataset, DATASETS)
+    known("suite", run.evaluation.suite, SUITES)
+    if is_foreign(run.model.backbone):
+        find(run.model.backbone, "model.backbone")
+    check_folder(run.data)
+
+
+def check_folder(data: DataConfig) -> None:
+    """Refuse a folder of the user's own images that is not there."""
+    root = Path(data.root).expanduser()
+    if data.dataset == "folder" and not root.is_dir():
+        raise InputError(
+            f"no folder {root.absolute()}; give the one that holds a folder of images per class as --data-root"
+        )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is none; whether it is there, `torch_device` finds out."""
+    from robustfpd.config import DEVICES
+
+    kind, separator, number = name.partition(":")
+    known("device", kind, DEVICES)
+    if separator and not number.isdecimal():
+        raise InputError(f"--device takes {', '.join(DEVICES)}, or one of several as cuda:1; found {name!r}")
+
+
+def torch_device(name: str) -> torch.device:
+    """Return a device that works here; `auto` takes a GPU when there is one."""
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use --device cpu, or leave it out"
+        ) from None
+    return device

@@ -1,0 +1,1 @@
+"""Fast equivalents of the literal layers, tested equal to them."""

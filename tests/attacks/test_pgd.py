@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from torch import Tensor, nn
+
+import robustfpd as rf
+from robustfpd.attacks import bim, fgsm, pgd
+from robustfpd.attacks.norms import lp_ball
+from robustfpd.config import NORMS, Norm
+from robustfpd.errors import InputError
+
+if TYPE_CHECKING:
+    from tests.attacks.conftest import Linear
+
+ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
+
+
+def _best_gain(slope: Tensor, image: Tensor, eps: float, norm: str) -> float:
+    """Largest slope·δ over ball ∩ box, for one image, in float64."""
+    g, x = slope.detach().double().flatten().numpy(), image.double().flatten().numpy()
+    room = np.where(g > 0, 1 - x, x)
+    if norm == "linf":
+        return float(np.abs(g) @ np.minimum(room, eps))
+    if norm == "l2":
+
+        def step(t: float) -> Any:
+            return np.minimum(t * np.abs(g), room)
+
+        largest = float((room / np.abs(g)).max())
+        if np.linalg.norm(step(largest)) <= eps:
+            return float(np.abs(g) @ room)
+        return float(np.abs(g) @ step(float(brentq(lambda t: np.linalg.norm(step(t)) - eps, 0, largest, xtol=1e-14))))
+    gain, left = 0.0, eps
+    for i in np.argsort(-np.abs(g)):
+        used = min(left, float(room[i]))
+        gain, left = gain + used * float(abs(g[i])), left - used
+    return gain
+
+
+def _margin(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = classifier(images)
+    true = logits.gather(1, labels[:, None])[:, 0]
+    margin: Tensor = logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
+    return margin
+
+
+def _zeros(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.long)
+
+
+_SETTINGS: list[tuple[Norm, float, dict[str, Any], float]] = [
+    ("linf", 0.03, {}, 1e-5),
+    ("linf", 0.6, {}, 1e-5),
+    ("l2", 0.3, {}, 1e-3),
+    ("l2", 2.0, {}, 1e-3),
+    ("l2", 2.0, {"steps": 100, "step_size": 1.0}, 1e-4),
+    ("l1", 0.5, {}, 2e-3),
+    ("l1", 4.0, {}, 1e-3),
+    ("l1", 4.0, {"steps": 200, "step_size": 20.0}, 1e-4),
+]
+
+
+@pytest.mark.parametrize(("norm", "eps", "options", "slack"), _SETTINGS)
+@pytest.mark.parametrize("model", ["two_classes", "three_classes"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_pgd_reaches_the_closed_form_optimum_on_a_linear_model(
+    request: pytest.FixtureRequest, corners: Tensor, model: str, loss: Literal["ce", "margin"], norm: Norm, eps: float,
+    options: dict[str, Any], slack: float,
+) -> None:  # fmt: skip
+    classifier: Linear = request.getfixturevalue(model)
+    labels = _zeros(corners)
+    found = pgd(classifier, corners, labels, eps=eps, norm=norm, loss=loss, **options)
+    slope = classifier.weight[1] - classifier.weight[0]
+    best = torch.tensor([_best_gain(slope, x, eps, norm) for x in corners])
+    gained = _margin(classifier, found, labels) - _margin(classifier, corners, labels)
+    assert float((gained / best).max()) <= 1 + 1e-5
+    assert float((gained / best).min()) >= 1 - slack
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(seed=st.integers(0, 2**31), eps=st.floats(1e-3, 1), steps=st.integers(1, 5), size=st.floats(1e-3, 100))
+def test_results_lie_in_ball_and_box(norm: Norm, seed: int, eps: float, steps: int, size: float) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    images = (1.4 * torch.rand(3, 1, 4, 4, generator=draws) - 0.2).clamp(0, 1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    found = pgd(net, images, torch.tensor([0, 1, 2]), eps=eps, norm=norm, steps=steps, step_size=size, generator=draws)
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+    assert float(lp_ball(norm).size(found - images).max()) <= eps + 2e-6
+
+
+def test_fgsm_is_one_sign_step(two_classes: Linear, corners: Tensor) -> None:
+    slope = (two_classes.weight[1] - two_classes.weight[0]).detach().reshape(1, 1, 8, 8)
+    labels = torch.arange(12) % 2
+    uphill = torch.where(labels == 0, 1, -1).reshape(-1, 1, 1, 1) * slope
+    expected = (corners + 0.1 * uphill.sign()).clamp(0, 1)
+    torch.testing.assert_close(fgsm(two_classes, corners, labels, eps=0.1), expected, atol=1e-6, rtol=0)
+    assert two_classes.batches == [12, 12]
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_bim_is_pgd_from_the_image_in_equal_parts(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+    labels = torch.arange(12) % 3
+    size = 0.2 / 7 * lp_ball(norm).stride(corners[0].numel())
+    expected = pgd(net, corners, labels, eps=0.2, norm=norm, steps=7, step_size=size, random_start=False)
+    assert torch.equal(bim(net, corners, labels, eps=0.2, norm=norm, steps=7), expected)
+    assert not torch.equal(expected, corners)
+
+
+def test_losses_lead_to_different_places_with_three_classes(net: nn.Module, corners: Tensor) -> None:
+    labels = torch.arange(12) % 3
+    ce, margin = (bim(net, corners, labels, eps=0.1, loss=loss) for loss in ("ce", "margin"))
+    assert float(_margin(net, margin, labels).mean()) >= float(_margin(net, ce, labels).mean())
+    assert not torch.equal(ce, margin)
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_the_seed_decides_the_result(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+    labels, state = torch.arange(12) % 3, torch.get_rng_state()
+
+    def attack(seed: int | None) -> Tensor:
+        draws = None if seed is None else torch.Generator().manual_seed(seed)
+        return pgd(net, corners, labels, eps=0.05, norm=norm, steps=3, generator=draws)
+
+    assert torch.equal(attack(5), attack(5))
+    assert not torch.equal(attack(5), attack(6))
+    assert torch.equal(attack(None), attack(0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _Raises(nn.Module):
+    """Raises on the third forward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("out of memory")
+        out: Tensor = self.inner(images)
+        return out
+
+
+def _everything(module: nn.Module) -> list[Any]:
+    flags = [m.training for m in module.modules()]
+    tensors = [*module.parameters(), *module.buffers()]
+    grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+    return [flags, [t.detach().clone() for t in tensors], grads, [t.requires_grad for t in tensors]]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+@pytest.fixture
+def mixed() -> rf.FPD:
+    """An FPD in training with a frozen batch norm, a frozen weight, one gradient and statistics of its own."""
+    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].eval()
+    model.backbone.eval()
+    norms[1].train()
+    next(model.parameters()).requires_grad_(False)
+    last = list(model.parameters())[-1]
+    last.grad = torch.ones_like(last)
+    return model
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_an_attack_leaves_the_classifier_as_it_was(mixed: rf.FPD, corners: Tensor, norm: Norm) -> None:
+    classifier = _Raises(nn.Module())
+    classifier.inner, classifier.calls = _View(mixed), 3
+    before = _everything(classifier)
+    pgd(classifier, corners[:2], torch.tensor([0, 1]), eps=0.1, norm=norm, steps=3)
+    assert classifier.calls > 5
+    assert _same(_everything(classifier), before)
+
+
+def test_a_classifier_that_raises_halfway_is_left_as_it_was(mixed: rf.FPD, corners: Tensor) -> None:
+    classifier = _Raises(_View(mixed))
+    before = _everything(classifier)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pgd(classifier, corners[:2], torch.tensor([0, 1]), eps=0.1, steps=3)
+    assert _same(_everything(classifier), before)
+
+
+class _View(nn.Module):
+    def __init__(self, model: rf.FPD) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not any(m.training for m in self.modules())
+        logits: Tensor = self.model(images).logits
+        return logits
+
+
+class _Scripted(nn.Module):
+    """Row k of a table of logits for an image of brightness k/10; the gradient always points to brighter."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        self.table = torch.tensor(table)
+
+    def forward(self, images: Tensor) -> Tensor:
+        brightness = images.flatten(1).mean(1, keepdim=True)
+        row = (10 * brightness.detach()).round().long().squeeze(1)
+        up = torch.tensor([-1.0] + [1.0] * (self.table.shape[1] - 1))
+        return self.table[row] + up * (brightness - brightness.detach())
+
+
+_STANDS, _NEARLY, _FALLS, _FALLS_MORE = [5.0, 0.0, 0.0], [0.01, 0.0, 0.0], [0.0, 0.1, -9.0], [0.0, 0.2, -9.0]
+
+
+@pytest.mark.parametrize(
+    ("table", "kept"),
+    [
+        ([_STANDS, _STANDS, _FALLS, _STANDS, _STANDS], 2),  # the last iterate is worse
+        ([_STANDS, _FALLS, _FALLS_MORE, _FALLS, _STANDS], 2),
+        ([_STANDS, _FALLS, _STANDS, _NEARLY, _NEARLY], 1),  # a larger cross-entropy, but still classified correctly
+        ([_STANDS, _STANDS, _NEARLY, _STANDS, _STANDS], 2),
+        ([_NEARLY, _STANDS, _STANDS, _STANDS, _STANDS], 0),
+        ([_STANDS, _STANDS, _STANDS, _STANDS, _FALLS], 4),
+    ],
+)
+def test_the_best_of_all_iterates_is_kept(table: list[list[float]], kept: int) -> None:
+    images = torch.zeros(1, 1, 2, 2)
+    found = bim(_Scripted(table), images, torch.tensor([0]), eps=0.4, steps=4)
+    torch.testing.assert_close(found, torch.full_like(found, kept / 10), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ALL)
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_a_pixel_at_the_edge_of_the_box_does_not_block_the_gradient(two_classes: Linear, norm: Norm, at: float) -> None:
+    slope = (two_classes.weight[1] - two_classes.weight[0]).detach().reshape(1, 1, 8, 8)
+    images = torch.full((1, 1, 8, 8), at)
+    free = slope > 0 if at == 0 else slope < 0
+    moved = (bim(two_classes, images, torch.tensor([0]), eps=0.3, norm=norm) - images) != 0
+    assert not bool(moved[~free].any())
+    assert bool(moved[free].all()) if norm != "l1" else bool(moved[free].any())
+
+
+@pytest.mark.parametrize("norm", ALL)
+@pytest.mark.parametrize("scale", [1e-12, 1e-20, 1e-30])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_tiny_gradients_still_lead_out(
+    corners: Tensor, norm: Norm, scale: float, loss: Literal["ce", "margin"]
+) -> None:
+    draws = torch.Generator().manual_seed(1)
+    net = nn.Linear(64, 2)
+    net.weight = nn.Parameter(scale * torch.randn(2, 64, generator=draws))
+    net.bias = nn.Parameter(torch.zeros(2))
+    classifier = nn.Sequential(nn.Flatten(), net)
+    labels = classifier(corners).argmax(1)
+    found = pgd(
+        classifier, corners, labels, eps=1.0 if norm == "linf" else 30.0, norm=norm, loss=loss, random_start=False
+    )
+    assert bool((classifier(found).argmax(1) != labels).all())
+
+
+class _Spoilt(nn.Module):
+    """Gradients of NaN in the first pixel; finite logits."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = images[:, :1, 0, 0]
+        out: Tensor = self.inner(images) + (0 * first).sqrt() * 0
+        return out
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_nan_gradients_do_not_reach_the_images(two_classes: Linear, corners: Tensor, norm: Norm) -> None:
+    labels = two_classes(corners).argmax(1)
+    spoilt = _Spoilt(two_classes)
+    x = corners.clone().requires_grad_()
+    assert bool(torch.autograd.grad(spoilt(x).sum(), x)[0][:, 0, 0, 0].isnan().all())
+    found = bim(spoilt, corners, labels, eps=1.0 if norm == "linf" else 30.0, norm=norm)
+    assert bool(found.isfinite().all())
+    assert bool((two_classes(found).argmax(1) != labels).all())
+
+
+def test_an_image_that_fell_is_not_attacked_again(two_classes: Linear) -> None:
+    slope = (two_classes.weight[1] - two_classes.weight[0]).detach().reshape(1, 1, 8, 8)
+    near, far = torch.full_like(slope, 0.5), 0.5 - 0.5 * slope.sign()
+    images, labels = torch.cat([far, near]), torch.tensor([0, 0])
+    two_classes.bias.data = torch.tensor([0.0, 0.1 - float((slope * near).sum())])
+    two_classes.bias.data[0] = 0.2
+    two_classes.batches.clear()
+    found = pgd(two_classes, images, labels, eps=0.1, steps=4, restarts=3)
+    assert two_classes.batches == [2] * 5 + [1] * 10
+    assert two_classes(found).argmax(1).tolist() == [0, 1]
+    two_classes.batches.clear()
+    pgd(two_classes, images[1:], labels[1:], eps=0.1, steps=4, restarts=3)
+    assert two_classes.batches == [1] * 5
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_restarts_never_lose_what_an_earlier_one_found(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+    labels = net(corners).argmax(1)
+    margins = []
+    for restarts in (1, 2, 6):
+        draws = torch.Generator().manual_seed(3)
+        found = pgd(
+            net, corners, labels, eps=0.02, norm=norm, steps=1, step_size=0.004, restarts=restarts, loss="margin",
+            generator=draws,
+        )  # fmt: skip
+        margins.append(_margin(net, found, labels))
+    assert float((margins[1] - margins[0]).min()) >= -1e-6
+    assert float((margins[2] - margins[1]).min()) >= -1e-6
+    assert float((margins[2] - margins[0]).max()) > 0
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_one_image_is_a_batch(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+    labels = torch.arange(12) % 3
+    alone = torch.cat([bim(net, corners[i : i + 1], labels[i : i + 1], eps=0.1, norm=norm) for i in range(12)])
+    torch.testing.assert_close(alone, bim(net, corners, labels, eps=0.1, norm=norm), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_keep_their_precision(net: nn.Module, corners: Tensor, norm: Norm, dtype: torch.dtype) -> None:
+    labels = torch.arange(12) % 3
+    found = pgd(copy.deepcopy(net).to(dtype), corners.to(dtype), labels, eps=0.1, norm=norm, steps=3, restarts=2)
+    assert found.dtype == dtype
+    assert bool(found.isfinite().all())
+
+
+def test_images_are_left_alone_and_the_result_has_no_history(net: nn.Module, corners: Tensor) -> None:
+    images, labels = corners.clone().requires_grad_(), torch.arange(12) % 3
+    with torch.no_grad():
+        found = pgd(net, images, labels, eps=0.1, steps=2)
+    assert torch.equal(images, corners)
+    assert images.grad is None
+    assert not found.requires_grad
+    assert not pgd(net, images, labels, eps=0.1, steps=2).requires_grad
+    assert found.data_ptr() != images.data_ptr()
+
+
+class _Steps(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.detach().flatten(1)[:, :3].round()
+
+
+def test_a_classifier_without_gradients_is_refused(corners: Tensor) -> None:
+    with pytest.raises(InputError, match="do not depend differentiably on the images; use a black-box attack"):
+        pgd(_Steps(), corners, _zeros(corners), eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "l7"}, "unknown norm 'l7'; did you mean 'l2' or 'l1'"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; choose from ce, dlr, margin"),
+        ({"steps": 0}, "steps and restarts must be at least 1, found steps=0, restarts=1"),
+        ({"restarts": 0}, "steps and restarts must be at least 1, found steps=40, restarts=0"),
+        ({"step_size": 0.0}, "step_size must be a positive number, found 0.0"),
+        ({"step_size": -0.1}, "step_size must be a positive number, found -0.1"),
+        ({"step_size": float("nan")}, "step_size must be a positive number, found nan"),
+    ],
+)
+def test_options_that_make_no_attack_are_refused(
+    two_classes: Linear, corners: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pgd(two_classes, corners, _zeros(corners), eps=0.1, **options)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.4)])
+def test_agrees_with_foolbox(net: nn.Module, corners: Tensor, norm: Norm, eps: float) -> None:
+    foolbox = pytest.importorskip("foolbox")
+    images = 0.3 + 0.4 * corners  # inside the box: theirs projects onto ball and box in turn, ours onto both
+    labels = net(images).argmax(1)
+    kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
+    peer = kind(abs_stepsize=eps / 8, steps=20, random_start=False)
+    _, theirs, fell = peer(foolbox.PyTorchModel(net.eval(), bounds=(0, 1)), images, labels, epsilons=eps)
+    ours = pgd(net, images, labels, eps=eps, norm=norm, steps=20, step_size=eps / 8, random_start=False)
+    assert 0 < int(fell.sum()) < len(images)
+    assert torch.equal(net(ours).argmax(1) != labels, fell)
+    alike = (ours - theirs).flatten(1).abs().amax(1) < 1e-4
+    assert int(alike.sum()) >= 9
+    assert float((_margin(net, ours, labels) - _margin(net, theirs, labels)).min()) >= -1e-4
+
+
+def test_an_attack_inside_inference_mode_says_what_is_in_its_way(net: nn.Module, corners: Tensor) -> None:
+    labels = torch.zeros(len(corners), dtype=torch.long)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        pgd(net, corners, labels, eps=0.1)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow, Proportion, WorstCase
+from robustfpd.report.metrics import after_each_attack, attack_lines, class_name, confusion_counts, final_predictions
+
+if TYPE_CHECKING:
+    from tests.report.conftest import MakeRecord
+
+
+def _row(image: int, label: int, clean: int, attack: str, eps: float, said: int, **others: Any) -> LedgerRow:
+    """A line of a ledger."""
+    outcome = "misclassified" if said != label else "robust"
+    return LedgerRow(
+        image=image, label=label, clean_prediction=clean, attack=attack, eps=eps, adversarial_prediction=said,
+        distance=others.pop("distance", eps), **{"outcome": outcome, **others},
+    )  # fmt: skip
+
+
+LEDGER = (
+    _row(0, 1, 1, "clean", 0.0, 1), _row(1, 2, 0, "clean", 0.0, 0), _row(2, 0, 0, "clean", 0.0, 0),
+    _row(3, 2, 2, "clean", 0.0, 2),
+    _row(0, 1, 1, "FGSM", 0.1, 1, queries=2), _row(2, 0, 0, "FGSM", 0.1, 1, queries=2, distance=0.08),
+    _row(3, 2, 2, "FGSM", 0.1, 2, queries=2),
+    _row(0, 1, 1, "PGD", 0.1, 2, queries=10, distance=0.1), _row(3, 2, 2, "PGD", 0.1, 2, queries=30),
+)  # fmt: skip
+
+
+def _result(attack: str, tried: int, turned: int) -> AttackResult:
+    return AttackResult(attack=attack, eps=0.1, attacked=tried, misclassified=turned, seconds=1.0, forward_passes=40)
+
+
+@pytest.fixture
+def record(make_record: MakeRecord) -> EvaluationRecord:
+    return make_record(
+        "net", clean=3, ledger=LEDGER, every_attack=False,
+        attacks=(), worst_case=(WorstCase(eps=0.1, robust=Proportion.of(1, 4)),),
+    ).model_copy(update={
+        "clean": Proportion.of(3, 4), "attacks": (_result("FGSM", 3, 1), _result("PGD", 2, 1)),
+    })  # fmt: skip
+
+
+def test_accuracy_after_each_attack_counts_down(record: EvaluationRecord) -> None:
+    first, second = attack_lines(record)
+    assert (first.accuracy, second.accuracy) == (0.5, 0.25)
+    assert (first.median_norm, second.median_norm) == (0.08, 0.1)
+    assert (first.median_queries, second.median_queries) == (2, 10)
+    assert after_each_attack(record) == {"FGSM": [(0.1, 0.5)], "PGD": [(0.1, 0.25)]}
+    assert second.accuracy == record.worst_case[-1].robust.value
+
+
+def test_an_attack_that_tried_every_image_keeps_its_own_accuracy(make_record: MakeRecord) -> None:
+    lines = attack_lines(make_record("net", (150,)))
+    assert [line.accuracy for line in lines] == [150 / 200, 151 / 200]
+    assert [line.median_norm for line in lines] == [None, None]
+
+
+def test_the_last_line_of_a_real_record_is_its_worst_case(measured_record: EvaluationRecord) -> None:
+    for worst in measured_record.worst_case:
+        last = [line for line in attack_lines(measured_record) if line.eps == worst.eps][-1]
+        assert last.accuracy == pytest.approx(worst.robust.value)
+
+
+def test_each_image_has_the_class_of_the_first_attack_that_turned_it(record: EvaluationRecord) -> None:
+    assert final_predictions(record) == [(1, 2), (2, 0), (0, 1), (2, 2)]
+    assert np.array_equal(confusion_counts(record), [[0, 1, 0], [0, 0, 1], [1, 0, 1]])
+
+
+def test_ledgers_of_format_1_tell_by_the_class(record: EvaluationRecord) -> None:
+    old = record.model_copy(update={"ledger": tuple(_old(r) for r in LEDGER)})
+    assert final_predictions(old) == final_predictions(record)
+    assert attack_lines(old) == attack_lines(record)
+
+
+def _old(found: LedgerRow) -> LedgerRow:
+    return found.model_copy(update={"outcome": "unknown"})
+
+
+def test_the_diagonal_of_a_real_confusion_is_what_withstood(measured_record: EvaluationRecord) -> None:
+    counts = confusion_counts(measured_record)
+    assert counts.shape == (10, 10)
+    assert counts.sum() == measured_record.num_images
+    assert np.trace(counts) == measured_record.worst_case[-1].robust.count
+    assert class_name(measured_record, 3) == "digit 3"
+    assert class_name(measured_record, 12) == "12"
