@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["FPD", "Baseline", "FPDClassifier", "FPDOutput", "build", "enhance", "load", "load_published"]
 
 _WHERE = {
-    "build": "building", "enhance": "building", "load": "building", "FPD": "fpd", "FPDClassifier": "fpd",
-    "FPDOutput": "fpd", "Baseline": "fpd", "load_published": "published",
+    "build": "factory", "enhance": "factory", "load": "factory", "FPD": "fpd", "FPDClassifier": "fpd",
+    "FPDOutput": "fpd", "Baseline": "fpd", "load_published": "author_checkpoints",
 }  # fmt: skip
 
 
