@@ -69,7 +69,7 @@ def test_results_are_images_that_fool_or_the_images_themselves(
     assert found.dtype == images.dtype
     assert not found.requires_grad
     assert torch.equal(found[1], images[1])
-    size = lp_ball(norm).size(found - images)
+    size = lp_ball(norm).norm(found - images)
     misclassified = _predicted(net, found) != labels
     if attack.minimal:
         assert bool((misclassified | (size == 0)).all())
@@ -95,7 +95,7 @@ def test_where_nothing_fools_the_image_comes_back(attack: Attack[...], norm: Nor
     if attack.minimal:
         assert torch.equal(found, corners[:2])
     else:
-        assert float(lp_ball(norm).size(found - corners[:2]).max()) <= EPS[norm] + 1e-5
+        assert float(lp_ball(norm).norm(found - corners[:2]).max()) <= EPS[norm] + 1e-5
 
 
 class _Fussy(nn.Module):
@@ -319,7 +319,7 @@ def test_minimal_attacks_come_close_to_the_closed_form(
     options = {"queries": 5000} if attack is hopskipjump else {}
     found = attack(classifier, images, labels, eps=0.3, norm=norm, **options)
     least = _nearest(classifier, images, labels, norm)
-    ratio = lp_ball(norm).size(found - images) / least
+    ratio = lp_ball(norm).norm(found - images) / least
     assert bool((_predicted(classifier, found) != labels).all())
     assert float(ratio.min()) >= 1 - 1e-3
     assert float(ratio.max()) <= WITHIN.get((attack.name, norm), 1.25)

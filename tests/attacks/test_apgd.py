@@ -151,7 +151,7 @@ def test_results_lie_in_ball_and_box(
     )  # fmt: skip
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
-    assert float(lp_ball(norm).size((found - images).double()).max()) <= eps + 2e-6
+    assert float(lp_ball(norm).norm((found - images).double()).max()) <= eps + 2e-6
 
 
 @pytest.mark.parametrize(("classes", "targets", "tried"), [(2, 9, 1), (3, 9, 2), (4, 2, 2), (10, 9, 9), (12, 9, 9)])
@@ -261,7 +261,7 @@ def test_one_step_is_a_step(net: nn.Module, corners: Tensor) -> None:
     for norm in NORMS:
         for attack in OURS.values():
             found = attack(net, corners, labels, eps=0.01, norm=norm, steps=1)
-            assert float(lp_ball(norm).size(found - corners).max()) > 0
+            assert float(lp_ball(norm).norm(found - corners).max()) > 0
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def _mnist(root: Path) -> tuple[nn.Module, Tensor, Tensor]:
 
 def _in_turn(self: LpBall, delta: Tensor, images: Tensor, eps: float) -> Tensor:
     """Cut off at the ball, then at the box, as pyautoattack does; ours goes to the nearest point of both."""
-    length = self.size(delta).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+    length = self.norm(delta).clamp_min(1e-12).reshape(-1, 1, 1, 1)
     return (images + delta * (eps / length).clamp_max(1)).clamp(0, 1) - images
 
 

@@ -36,14 +36,14 @@ def test_points_lie_in_ball_and_box_and_every_other_one_at_their_edge(corners: T
     assert len(watched.asked) == 6
     assert torch.equal(found, watched.asked[-1])
     for draw, points in enumerate(watched.asked):
-        size = lp_ball(norm).size(points - corners)
+        size = lp_ball(norm).norm(points - corners)
         assert float(size.max()) <= eps + 2e-6
         assert 0 <= float(points.min()) <= float(points.max()) <= 1
         if draw % 2 and norm == "linf":
             change = (points - corners).abs()
             at_edge = (change - eps).abs() < 1e-6
             assert bool((at_edge | (points == 0) | (points == 1)).all())
-    inner, outer = (torch.stack([lp_ball(norm).size(p - corners) for p in watched.asked[i::2]]) for i in (0, 1))
+    inner, outer = (torch.stack([lp_ball(norm).norm(p - corners) for p in watched.asked[i::2]]) for i in (0, 1))
     assert float(outer.mean()) >= float(inner.mean())
 
 
@@ -52,7 +52,7 @@ def test_far_points_lie_on_the_sphere_where_the_box_leaves_room(norm: Norm) -> N
     watched, images = _Watched(), torch.full((5, 1, 8, 8), 0.5)
     noise(watched, images, torch.zeros(5, dtype=torch.long), eps=0.3, norm=norm, samples=4)
     for points in watched.asked[1::2]:
-        torch.testing.assert_close(lp_ball(norm).size(points - images), torch.full((5,), 0.3), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lp_ball(norm).norm(points - images), torch.full((5,), 0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_that_fell_is_not_asked_again_and_keeps_its_point(corners: Tensor) -> None:

@@ -71,7 +71,7 @@ def test_projection_is_feasible_idempotent_and_the_nearest_point(norm: str, case
     space = lp_ball(norm)
     projected = space.project(case.delta, case.images, case.eps)
     moved = case.images + projected
-    assert float(space.size(projected).max()) <= case.eps + 1e-6
+    assert float(space.norm(projected).max()) <= case.eps + 1e-6
     assert float(moved.min()) >= -1e-6
     assert float(moved.max()) <= 1 + 1e-6
     again = space.project(projected, case.images, case.eps)
@@ -93,7 +93,7 @@ def test_no_feasible_point_lies_on_the_far_side_of_the_projection(norm: str, sca
     projected = lp_ball(norm).project(delta, images, eps)
     for _ in range(200):
         other = torch.rand(images.shape, generator=draws, dtype=torch.float64) - images
-        size = lp_ball(norm).size(other)
+        size = lp_ball(norm).norm(other)
         other = other * (eps / size).clamp_max(1).reshape(-1, 1, 1, 1)
         away = ((delta - projected) * (other - projected)).flatten(1).sum(1)
         assert float(away.max()) <= 1e-9 * scale
@@ -123,7 +123,7 @@ def test_projection_is_the_identity_inside(norm: str, dtype: torch.dtype) -> Non
     draws = torch.Generator().manual_seed(1)
     images = 0.2 + 0.6 * torch.rand(5, 3, 4, 4, generator=draws, dtype=dtype)
     delta = 0.1 * (2 * torch.rand(images.shape, generator=draws, dtype=dtype) - 1)
-    eps = 1.01 * float(lp_ball(norm).size(delta).max())
+    eps = 1.01 * float(lp_ball(norm).norm(delta).max())
     torch.testing.assert_close(lp_ball(norm).project(delta, images, eps), delta, atol=1e-7, rtol=0)
     zero = torch.zeros_like(delta)
     assert torch.equal(lp_ball(norm).project(zero, images, 1e-3), zero)
@@ -143,9 +143,9 @@ def test_projection_never_turns_a_change_around(norm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: float, dtype: torch.dtype) -> None:
     gradient = scale * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    direction = lp_ball(norm).ascent(gradient)
+    direction = lp_ball(norm).normalize(gradient)
     assert direction.dtype == dtype
-    torch.testing.assert_close(lp_ball(norm).size(direction), torch.ones(6, dtype=dtype), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lp_ball(norm).norm(direction), torch.ones(6, dtype=dtype), atol=1e-5, rtol=0)
     assert bool((direction * gradient.sign() >= 0).all())
 
 
@@ -154,7 +154,7 @@ def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: flo
 def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> None:
     gradient = torch.zeros(2, 1, 3, 3, dtype=dtype)
     gradient[1] = 1
-    direction = lp_ball(norm).ascent(gradient)
+    direction = lp_ball(norm).normalize(gradient)
     assert torch.equal(direction[0], gradient[0])
     assert bool(direction[1].isfinite().all())
 
@@ -162,7 +162,7 @@ def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> No
 def test_l2_and_linf_ascend_as_steeply_as_their_ball_allows() -> None:
     gradient = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(4))
     for norm, dual in (("linf", 1), ("l2", 2)):
-        slope = (lp_ball(norm).ascent(gradient) * gradient).flatten(1).sum(1)
+        slope = (lp_ball(norm).normalize(gradient) * gradient).flatten(1).sum(1)
         torch.testing.assert_close(slope, gradient.flatten(1).norm(p=dual, dim=1))
 
 
@@ -174,7 +174,7 @@ def test_samples_lie_in_ball_and_box(norm: str, seed: int, eps: float, corners: 
     images = images.round() if corners else images
     delta = lp_ball(norm).sample(images, eps, torch.Generator().manual_seed(seed + 1))
     assert delta.dtype == images.dtype
-    assert float(lp_ball(norm).size(delta).max()) <= eps + 1e-6
+    assert float(lp_ball(norm).norm(delta).max()) <= eps + 1e-6
     assert float((images + delta).min()) >= -1e-6
     assert float((images + delta).max()) <= 1 + 1e-6
     assert float(delta.abs().max()) > 0
@@ -193,16 +193,16 @@ def test_samples_repeat_with_the_seed_and_differ_without(norm: str) -> None:
 def test_samples_fill_the_ball_uniformly(norm: str) -> None:
     images, eps = torch.full((2000, 1, 2, 2), 0.5), 0.2
     delta = lp_ball(norm).sample(images, eps, torch.Generator().manual_seed(0))
-    volume = (lp_ball(norm).size(delta).double() / eps).pow(4)
+    volume = (lp_ball(norm).norm(delta).double() / eps).pow(4)
     assert kstest(volume.numpy(), "uniform").pvalue > 1e-3
     assert abs(float((delta > 0).double().mean()) - 0.5) < 0.03
 
 
 def test_sizes_are_the_norms() -> None:
     delta = torch.tensor([[[[3.0, -4.0]]], [[[0.0, 0.5]]]])
-    assert lp_ball("linf").size(delta).tolist() == [4, 0.5]
-    assert lp_ball("l2").size(delta).tolist() == [5, 0.5]
-    assert lp_ball("l1").size(delta).tolist() == [7, 0.5]
+    assert lp_ball("linf").norm(delta).tolist() == [4, 0.5]
+    assert lp_ball("l2").norm(delta).tolist() == [5, 0.5]
+    assert lp_ball("l1").norm(delta).tolist() == [7, 0.5]
 
 
 def test_an_unknown_norm_is_a_value_error_that_names_the_choices() -> None:

@@ -96,7 +96,7 @@ def test_results_lie_in_ball_and_box(norm: Norm, seed: int, eps: float, steps: i
     found = pgd(net, images, torch.tensor([0, 1, 2]), eps=eps, norm=norm, steps=steps, step_size=size, generator=draws)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
-    assert float(lp_ball(norm).size(found - images).max()) <= eps + 2e-6
+    assert float(lp_ball(norm).norm(found - images).max()) <= eps + 2e-6
 
 
 def test_fgsm_is_one_sign_step(two_classes: Linear, corners: Tensor) -> None:
@@ -111,7 +111,7 @@ def test_fgsm_is_one_sign_step(two_classes: Linear, corners: Tensor) -> None:
 @pytest.mark.parametrize("norm", ALL)
 def test_bim_is_pgd_from_the_image_in_equal_parts(net: nn.Module, corners: Tensor, norm: Norm) -> None:
     labels = torch.arange(12) % 3
-    size = 0.2 / 7 * lp_ball(norm).stride(corners[0].numel())
+    size = 0.2 / 7 * lp_ball(norm).step_scale(corners[0].numel())
     expected = pgd(net, corners, labels, eps=0.2, norm=norm, steps=7, step_size=size, random_start=False)
     assert torch.equal(bim(net, corners, labels, eps=0.2, norm=norm, steps=7), expected)
     assert not torch.equal(expected, corners)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd import attacks
-from robustfpd.attacks import adaptive, registry
+from robustfpd.attacks import adaptive
 from robustfpd.attacks.base import attack as make_attack
 from robustfpd.attacks.query_counter import record_queries
 from robustfpd.errors import InputError
@@ -157,7 +157,7 @@ def test_told_queries_and_the_rest_of_the_passes_both_count(monkeypatch: pytest.
         return images.clone()
 
     net, images, labels = digits
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(asks))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(asks))
     _install(monkeypatch, AttackSpec("Square", "square"))
     record = evaluate(net, (images, labels), suite="ours", eps=0.1)
     assert {r.queries for r in record.ledger if r.attack == "Square"} == {2}  # its one, and the judgement
@@ -198,7 +198,7 @@ def test_a_dear_attack_goes_on_for_as_long_as_something_falls(
     images, _ = many
     order = [i for part in _order("Square", 0.5, list(range(130))) for i in part]
     attack = _Tries(images[[order[i] for i in falls]] if falls else images[:0])
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(attack))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(attack))
     _install(monkeypatch, AttackSpec("Square", "square", screened=True))
     record = evaluate(linear, many, suite="ours", eps=0.5, batch_size=20)
     (result,) = record.attacks
@@ -221,7 +221,7 @@ def test_an_attack_that_fails_on_a_tranche_spares_nothing(
             raise RuntimeError("once")
         return images.clone()
 
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(raises_once))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(raises_once))
     _install(monkeypatch, AttackSpec("Square", "square", screened=True))
     (result,) = evaluate(linear, many, suite="ours", eps=0.1).attacks
     assert (result.attacked, result.failed, result.skipped) == (128, 64, 2)
@@ -229,7 +229,7 @@ def test_an_attack_that_fails_on_a_tranche_spares_nothing(
 
 def test_nothing_is_spared_under_every_attack(monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data) -> None:
     attack = _Tries(many[0][:0])
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(attack))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(attack))
     _install(monkeypatch, AttackSpec("Square", "square", screened=True))
     record = evaluate(linear, many, suite="ours", eps=0.1, every_attack=True)
     assert (record.attacks[0].attacked, record.attacks[0].skipped) == (130, 0)
@@ -240,7 +240,7 @@ def test_nothing_is_spared_where_a_check_is_suspicious(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
 ) -> None:
     attack = _Tries(many[0][:0])
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(attack))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(attack))
     _install(monkeypatch, AttackSpec("Square", "square", screened=True))
     probabilities = nn.Sequential(linear, nn.Softmax(dim=1)).eval()
     record = evaluate(probabilities, many, suite="ours", eps=0.1)
@@ -252,7 +252,7 @@ def test_what_a_smallest_perturbation_found_outside_the_ball_does_not_say_who_is
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
 ) -> None:
     attack = _Tries(many[0][:0])
-    monkeypatch.setitem(registry._ATTACKS, "square", _spy(attack))
+    monkeypatch.setitem(attacks._ATTACKS, "square", _spy(attack))
     _install(monkeypatch, AttackSpec("DeepFool", "deepfool"), AttackSpec("Square", "square", screened=True))
     record = evaluate(linear, many, suite="ours", eps=0.003)
     smallest = [r for r in record.ledger if r.attack == "DeepFool"]

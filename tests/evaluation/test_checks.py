@@ -15,7 +15,7 @@ from tests.evaluation.defences import After, Before, Both
 from torch import Tensor, nn
 
 import robustfpd as rf
-from robustfpd.attacks import registry
+from robustfpd import attacks
 from robustfpd.attacks.adaptive import View, adaptive_views
 from robustfpd.attacks.base import attack
 from robustfpd.config import Norm
@@ -73,7 +73,7 @@ def suite_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
                 found: Tensor = function(classifier, images)
                 return found
 
-            monkeypatch.setitem(registry._ATTACKS, f"own-{number}", own)
+            monkeypatch.setitem(attacks._ATTACKS, f"own-{number}", own)
             planned.append(AttackSpec(f"own {number}", f"own-{number}"))
         monkeypatch.setitem(rf.evaluation.suites._SUITES, "own", Suite(lambda target: planned, probes=0))
         return "own"

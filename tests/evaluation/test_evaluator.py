@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import robustfpd as rf
-from robustfpd.attacks import registry
+from robustfpd import attacks
 from robustfpd.attacks.base import attack as make_attack
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, LedgerRow, Stage, evaluate
@@ -168,7 +168,7 @@ def test_on_a_linear_model_the_batch_size_does_not_change_what_is_found(linear: 
         return images.clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry._ATTACKS, "fgsm", _attack(spy))
+        patch.setitem(attacks._ATTACKS, "fgsm", _attack(spy))
         evaluate(linear, data, suite="first-look", eps=0.02, batch_size=7)
     assert sizes == {7, 1}
 
@@ -261,7 +261,7 @@ def test_an_attack_that_fails_turns_nothing_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data, attack: Any, note: str
 ) -> None:
     alone = evaluate(linear, data, suite="first-look", eps=0.1)
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(attack))
+    monkeypatch.setitem(attacks._ATTACKS, "fgsm", _attack(attack))
     record = evaluate(linear, data, suite="first-look", eps=0.1)
     fgsm, pgd = record.attacks
     assert (fgsm.attacked, fgsm.failed, fgsm.misclassified) == (50, 50, 0)
@@ -285,7 +285,7 @@ def test_an_attack_that_fails_on_one_batch_fails_for_its_images_alone(
 
     batches: list[int] = []
     whole = evaluate(linear, data, suite="first-look", eps=0.02, batch_size=10, every_attack=True)
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(third))
+    monkeypatch.setitem(attacks._ATTACKS, "fgsm", _attack(third))
     part = evaluate(linear, data, suite="first-look", eps=0.02, batch_size=10, every_attack=True)
     assert batches == 5 * [10]
     a, b = ([r for r in e.ledger if r.attack == "FGSM"] for e in (whole, part))
@@ -300,7 +300,7 @@ def test_where_no_attack_runs_the_verdict_is_broken(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data
 ) -> None:
     for name in ("fgsm", "pgd"):
-        monkeypatch.setitem(registry._ATTACKS, name, _attack(_raises))
+        monkeypatch.setitem(attacks._ATTACKS, name, _attack(_raises))
     record = evaluate(linear, data, suite="first-look", eps=0.1)
     assert record.robust_accuracy == record.clean_accuracy
     assert record.verdict.status == "broken"
@@ -314,7 +314,7 @@ def test_an_attack_that_changes_the_classifier_is_told_of_and_undone(
         return images.clone()
 
     before = linear.weight.detach().clone()
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(spoils))
+    monkeypatch.setitem(attacks._ATTACKS, "fgsm", _attack(spoils))
     record = evaluate(linear, data, suite="first-look", eps=0.1)
     assert torch.equal(linear.weight, before)
     assert {r.note for r in record.ledger if r.attack == "FGSM"} == {"it changed the classifier's weight"}
@@ -331,8 +331,8 @@ def test_an_attack_that_changes_nothing_turns_nothing(
     def nothing(classifier: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return images.clone()
 
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", _attack(nothing))
-    monkeypatch.setitem(registry._ATTACKS, "pgd", _attack(nothing))
+    monkeypatch.setitem(attacks._ATTACKS, "fgsm", _attack(nothing))
+    monkeypatch.setitem(attacks._ATTACKS, "pgd", _attack(nothing))
     record = evaluate(fpd, (images, labels), suite="quick", eps=0.5, every_attack=True)
     assert record.robust_accuracy == record.clean_accuracy == 1
     assert {r.distance for r in record.ledger} == {0.0}

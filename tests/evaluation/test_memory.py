@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks import registry
+from robustfpd import attacks
 from robustfpd.attacks.base import attack as make_attack
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
@@ -80,7 +80,7 @@ def test_what_does_not_fit_alone_is_noted_as_a_failure(monkeypatch: pytest.Monke
     ) -> Tensor:  # fmt: skip
         raise ERRORS[0]
 
-    monkeypatch.setitem(registry._ATTACKS, "fgsm", hungry)
+    monkeypatch.setitem(attacks._ATTACKS, "fgsm", hungry)
     record = evaluate(net, (images[:20], labels[:20]), suite="ours", eps=0.03, gallery=0)
     failed = [r for r in record.ledger if r.attack == "FGSM"]
     assert {r.outcome for r in failed} == {"failed"}

@@ -1,4 +1,8 @@
-"""Attacks: `attack(classifier, images, labels, *, eps, norm, …)` → adversarial images in [0, 1]."""
+"""Adversarial attacks: `attack(classifier, images, labels, *, eps, norm, ...)` returns images N×C×H×W in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Any
 
 from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
 from robustfpd.attacks.adapters.foolbox import ddn, deepfool, fmn
@@ -9,9 +13,47 @@ from robustfpd.attacks.base import Attack
 from robustfpd.attacks.carlini_wagner import cw
 from robustfpd.attacks.noise import noise
 from robustfpd.attacks.pgd import bim, fgsm, pgd
-from robustfpd.attacks.registry import get, names
+from robustfpd.errors import unknown_name
 
 __all__ = [
     "Attack", "apgd_ce", "apgd_dlr", "apgd_t", "autoattack", "autoattack_rand", "bim", "cw", "ddn", "deepfool", "fab",
     "fab_t", "fgsm", "fmn", "get", "hopskipjump", "jsma", "names", "noise", "pgd", "square", "zoo",
 ]  # fmt: skip
+
+_ATTACKS: dict[str, Attack[Any]] = {
+    "apgd-ce": apgd_ce,
+    "apgd-dlr": apgd_dlr,
+    "apgd-t": apgd_t,
+    "autoattack": autoattack,
+    "autoattack-rand": autoattack_rand,
+    "bim": bim,
+    "cw": cw,
+    "ddn": ddn,
+    "deepfool": deepfool,
+    "fab": fab,
+    "fab-t": fab_t,
+    "fgsm": fgsm,
+    "fmn": fmn,
+    "hopskipjump": hopskipjump,
+    "jsma": jsma,
+    "noise": noise,
+    "pgd": pgd,
+    "square": square,
+    "zoo": zoo,
+}
+
+
+def names() -> list[str]:
+    """Return the names of all attacks, sorted."""
+    return sorted(_ATTACKS)
+
+
+def get(name: str) -> Attack[Any]:
+    """Return the attack called `name`.
+
+    Raises:
+        InputError: `name` is unknown; the message lists the closest names.
+    """
+    if name not in _ATTACKS:
+        raise unknown_name("attack", name, _ATTACKS)
+    return _ATTACKS[name]

@@ -62,7 +62,7 @@ def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
     except Exception:  # one that takes batches of one size only, say; the checks tell what attacks cannot do
         dead = []
     if dead:
-        found["straight_through-through"] = View(BPDA(classifier, dead))
+        found["straight-through"] = View(BPDA(classifier, dead))
     return found
 
 

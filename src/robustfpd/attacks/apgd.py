@@ -236,7 +236,7 @@ class APGD(IterativeAttack[APGDState]):
     def _step(self, s: APGDState, now: Due) -> Tensor:
         """A projected step with inertia."""
         ahead = self.space.project(
-            s.x + _column(s.size) * self.space.ascent(s.gradient) - s.images, s.images, self.eps
+            s.x + _column(s.size) * self.space.normalize(s.gradient) - s.images, s.images, self.eps
         )  # fmt: skip
         keep = _column(torch.where(now.begins, 0.0, INERTIA))
         moved = (1 - keep) * (s.images + ahead - s.x) + keep * (s.x - s.previous)

@@ -62,7 +62,7 @@ def _in_turn(
     for turn, member in enumerate(members):
         x, y = images[standing], labels[standing]
         found = member(x, y)
-        inside = lp_ball(norm).size(found - x) <= eps * (1 + ROUNDING) + ROUNDING
+        inside = lp_ball(norm).norm(found - x) <= eps * (1 + ROUNDING) + ROUNDING
         with torch.no_grad():
             fell = inside & (classifier(found).argmax(dim=1) != y)
         kept = fell | inside if turn == 0 else fell

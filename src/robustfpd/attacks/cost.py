@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from robustfpd.attacks import get
 from robustfpd.attacks.apgd_schedule import SHRINKING
 from robustfpd.attacks.autoattack import EOT_SAMPLES
-from robustfpd.attacks.registry import get
 from robustfpd.config import Norm
 
 SETTLING = 8

@@ -33,7 +33,7 @@ def noise(
         x = images[standing]
         delta = space.sample(x, eps, generator)
         if draw % 2:  # to the sphere: most of what a ball of few pixels holds is near its centre
-            far = space.ascent(delta) if norm == "linf" else delta / _column(space.size(delta).clamp_min(1e-12))
+            far = space.normalize(delta) if norm == "linf" else delta / _column(space.norm(delta).clamp_min(1e-12))
             delta = space.project(far * eps, x, eps)
         tried = (x + delta).clamp(0, 1)
         logits = check_logits(classifier(tried), labels[standing])

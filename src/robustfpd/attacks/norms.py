@@ -33,7 +33,7 @@ class LpBall(ABC):
     name: Norm
 
     @abstractmethod
-    def size(self, delta: Tensor) -> Tensor:
+    def norm(self, delta: Tensor) -> Tensor:
         """Norm of each perturbation, N."""
 
     @abstractmethod
@@ -41,23 +41,23 @@ class LpBall(ABC):
         """Nearest perturbation (Euclidean) with norm ≤ eps and image + perturbation in [0, 1]."""
 
     @abstractmethod
-    def ascent(self, gradient: Tensor) -> Tensor:
+    def normalize(self, gradient: Tensor) -> Tensor:
         """Direction in which to raise a loss with this gradient; a step of size 1 in this norm."""
 
     @abstractmethod
     def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
         """Random perturbation, uniform in the ball, then projected onto the box."""
 
-    def climb(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
+    def step(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
         """Move `x`, points of the balls around `images`, a step of `size` up the gradient and project them, in place.
 
         NaN in a gradient moves nothing.
         """
-        delta = self.ascent(gradient.nan_to_num(0, 0, 0)).mul_(size).add_(x).sub_(images)
+        delta = self.normalize(gradient.nan_to_num(0, 0, 0)).mul_(size).add_(x).sub_(images)
         torch.add(images, self.project(delta, images, eps), out=x)
         x.clamp_(0, 1)
 
-    def stride(self, pixels: int) -> float:
+    def step_scale(self, pixels: int) -> float:
         """How many times longer than in other norms a step must be to lead as far."""
         return 1.0
 
@@ -67,7 +67,7 @@ class Linf(LpBall):
 
     name = "linf"
 
-    def size(self, delta: Tensor) -> Tensor:
+    def norm(self, delta: Tensor) -> Tensor:
         """Largest magnitude."""
         return delta.abs().flatten(1).amax(dim=1)
 
@@ -75,12 +75,12 @@ class Linf(LpBall):
         """Ball and box are both boxes: clamping to each is exact."""
         return (images + delta.clamp(-eps, eps)).clamp(0, 1) - images  # type: ignore[arg-type]  # numbers or tensors
 
-    def ascent(self, gradient: Tensor) -> Tensor:
+    def normalize(self, gradient: Tensor) -> Tensor:
         """Sign of the gradient."""
         sign: Tensor = gradient.sign()
         return sign
 
-    def climb(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
+    def step(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
         """As elsewhere, with one temporary: cheap networks take hardly longer than passes over their images."""
         x.add_(gradient.nan_to_num(0, 0, 0).sign_().mul_(size))
         x.sub_(images).clamp_(-eps, eps).add_(images).clamp_(0, 1)
@@ -95,7 +95,7 @@ class L2(LpBall):
 
     name = "l2"
 
-    def size(self, delta: Tensor) -> Tensor:
+    def norm(self, delta: Tensor) -> Tensor:
         """Root of the sum of squares."""
         length: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         return length
@@ -104,14 +104,14 @@ class L2(LpBall):
         """Shrink all coordinates by one factor s, each stopped at the box: |δ_i| = min(s·|d_i|, room_i)."""
         return _in_parts(_shrunk, delta, images, eps)
 
-    def ascent(self, gradient: Tensor) -> Tensor:
+    def normalize(self, gradient: Tensor) -> Tensor:
         """Gradient over its length."""
         gradient = _scaled(gradient)
-        return gradient / _per_image(self.size(gradient).clamp_min(1e-6))
+        return gradient / _per_image(self.norm(gradient).clamp_min(1e-6))
 
     def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
         """Gaussian direction, radius ∝ u^(1/d)."""
-        direction = self.ascent(_normal(images, generator))
+        direction = self.normalize(_normal(images, generator))
         u = _uniform(images[:, :1, :1, :1], generator)
         return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
 
@@ -121,7 +121,7 @@ class L1(LpBall):
 
     name = "l1"
 
-    def size(self, delta: Tensor) -> Tensor:
+    def norm(self, delta: Tensor) -> Tensor:
         """Sum of magnitudes."""
         return delta.abs().flatten(1).sum(dim=1)
 
@@ -129,7 +129,7 @@ class L1(LpBall):
         """Lower all magnitudes by one λ, each kept within zero and the box: |δ_i| = clip(|d_i| - λ, 0, room_i)."""
         return _in_parts(_lowered, delta, images, eps)
 
-    def ascent(self, gradient: Tensor) -> Tensor:
+    def normalize(self, gradient: Tensor) -> Tensor:
         """Gradient over its L1 norm: dense, so that the projection decides which pixels change.
 
         The steepest step changes one pixel alone and needs hundreds of iterations. The dense step's fixed
@@ -137,9 +137,9 @@ class L1(LpBall):
         those with the steepest slopes, up to the box, survive.
         """
         gradient = _scaled(gradient)
-        return gradient / _per_image(self.size(gradient).clamp_min(1e-6))
+        return gradient / _per_image(self.norm(gradient).clamp_min(1e-6))
 
-    def stride(self, pixels: int) -> float:
+    def step_scale(self, pixels: int) -> float:
         """4·√d: the dense step moves each pixel by about 1/d only, and the projection takes most of that back."""
         return float(4 * pixels**0.5)
 
@@ -147,7 +147,7 @@ class L1(LpBall):
         """Exponential magnitudes with random signs, normalised: uniform on the sphere; radius ∝ u^(1/d)."""
         magnitudes = -_uniform(images, generator).clamp_min(1e-12).log()
         signs = (2 * _uniform(images, generator) - 1).sign()
-        direction = magnitudes / _per_image(self.size(magnitudes)) * signs
+        direction = magnitudes / _per_image(self.norm(magnitudes)) * signs
         u = _uniform(images[:, :1, :1, :1], generator)
         return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
 

@@ -48,7 +48,7 @@ def bim(
 
     Arguments, result and errors as in `pgd`; `generator` is not used.
     """
-    stride = lp_ball(norm).stride(images[0].numel())
+    stride = lp_ball(norm).step_scale(images[0].numel())
     size = eps / max(steps, 1) * stride if step_size is None else step_size
     return pgd(
         classifier, images, labels, eps=eps, norm=norm, steps=steps, step_size=size, random_start=False, loss=loss,
@@ -99,7 +99,7 @@ def pgd(
     if steps < 1 or restarts < 1:
         raise InputError(f"steps and restarts must be at least 1, found steps={steps}, restarts={restarts}")
     if step_size is None:
-        longest = eps * space.stride(images[0].numel())
+        longest = eps * space.step_scale(images[0].numel())
         sizes = [longest * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
     elif math.isfinite(step_size) and step_size > 0:
         sizes = [step_size] * steps
@@ -173,7 +173,7 @@ class PGD(IterativeAttack[PGDState]):
         (gradient,) = torch.autograd.grad(total, x)
         size = self.table[rows.step].reshape(-1, 1, 1, 1) if at is None else self.sizes[at]
         with torch.no_grad():
-            self.space.climb(rows.x, gradient, size, rows.images, self.eps)
+            self.space.step(rows.x, gradient, size, rows.images, self.eps)
 
     def _note(self, rows: PGDState, logits: Tensor, loss: Tensor) -> None:
         misclassified = (logits.argmax(dim=1) != rows.labels) & logits.isfinite().all(dim=1)

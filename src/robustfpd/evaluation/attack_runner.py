@@ -222,7 +222,7 @@ class AttackRunner:
             raise InputError(f"it returned no images but {tuple(found.shape)}")
         found, images = found.cpu(), images.cpu()  # not all devices have float64
         delta = (found.double() - images.double()).nan_to_num(torch.inf)
-        distance = lp_ball(self.norm).size(delta).float().cpu()
+        distance = lp_ball(self.norm).norm(delta).float().cpu()
         rounding = max(OUTSIDE, torch.finfo(found.dtype).eps)
         low, high = found.flatten(1).amin(dim=1), found.flatten(1).amax(dim=1)
         inside = (distance <= eps * (1 + rounding) + rounding) | (minimal & distance.isfinite())

@@ -51,7 +51,7 @@ def loss_landscape(
     """
     towards = (adversarial - clean).float()
     sideways = (2 * torch.randint(0, 2, clean.shape, generator=draws) - 1).float()
-    size = lp_ball(runner.norm).size
+    size = lp_ball(runner.norm).norm
     sideways *= float(size(towards[None])) / float(size(sideways[None]))
     along, across = torch.linspace(*ALONG, POINTS), torch.linspace(*ACROSS, POINTS)
     b, a = torch.meshgrid(across, along, indexing="ij")

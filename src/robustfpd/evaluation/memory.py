@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustfpd.attacks.registry import get
+from robustfpd.attacks import get
 from robustfpd.evaluation.suites import AttackSpec
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256

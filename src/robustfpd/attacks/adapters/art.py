@@ -194,7 +194,7 @@ class _UpAndDown(BestAdversarial):
 
     def answer(self, logits: Tensor, images: Tensor) -> Tensor:
         """Log-probabilities, unless a closer image is known."""
-        if float(self.space.size(images.detach() - self.image).max()) > self.closest_size:
+        if float(self.space.norm(images.detach() - self.image).max()) > self.closest_size:
             raise _TooFarError
         return logits.log_softmax(dim=1)
 

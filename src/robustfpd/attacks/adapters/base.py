@@ -79,7 +79,7 @@ class BestAdversarial(ClassifierAdapter):
     def _look(self, images: Tensor, logits: Tensor) -> None:
         inside = ((images >= 0) & (images <= 1)).flatten(1).all(dim=1)
         wrong = (logits.argmax(dim=1) != self.label) & logits.isfinite().all(dim=1) & inside
-        size = self.space.size(images - self.image)
+        size = self.space.norm(images - self.image)
         size = torch.where(wrong, size, torch.inf)
         first = int(size.argmin())
         if float(size[first]) < self.closest_size:
@@ -168,7 +168,7 @@ def closer(space: LpBall, images: Tensor, best: Tensor, found: Tensor) -> Tensor
     def size(points: Tensor) -> Tensor:
         delta = points - images
         is_one = (delta != 0).flatten(1).any(dim=1) & delta.flatten(1).isfinite().all(dim=1)
-        return torch.where(is_one, space.size(delta.nan_to_num()), torch.inf)
+        return torch.where(is_one, space.norm(delta.nan_to_num()), torch.inf)
 
     return torch.where((size(found) < size(best)).reshape(-1, 1, 1, 1), found, best)
 

@@ -121,6 +121,6 @@ def _run(
 
 def _into_l2_ball(x: Any, x0: Any, epsilon: Any) -> Any:
     delta = (x - x0).raw
-    size = lp_ball("l2").size(delta).clamp_min(1e-12)
+    size = lp_ball("l2").norm(delta).clamp_min(1e-12)
     shrink = (epsilon.raw / size).clamp_max(1).reshape(-1, 1, 1, 1)
     return x0 + type(x0)(delta * shrink)

@@ -172,4 +172,4 @@ class _Recorder(nn.Module):
 
 def _covering(probe: Probe) -> float:
     """Radius of a ball around any image that holds all images."""
-    return float(lp_ball(probe.subject.norm).size(torch.ones_like(probe.x[:1])))
+    return float(lp_ball(probe.subject.norm).norm(torch.ones_like(probe.x[:1])))
