@@ -31,10 +31,9 @@ def steps(workload: str, count: int, synchronised: bool) -> list[float]:
     from robustfpd.data.batches import batches
     from robustfpd.data.image_set import ImageSet
     from robustfpd.data.transforms import augment
+    from robustfpd.distributed import init_process_group
     from robustfpd.models import enhance
-    from robustfpd.processes import Processes
     from robustfpd.rng import generator
-    from robustfpd.together import join
     from robustfpd.training.fabric import launch
     from robustfpd.training.optim import make_optimizer
     from robustfpd.training.perturbations import noise
@@ -44,23 +43,22 @@ def steps(workload: str, count: int, synchronised: bool) -> list[float]:
 
     torch.set_num_threads(1)
     backbone, side, size = WORKLOADS[workload]
-    join("cpu")
-    among, device = Processes.now(), torch.device("cpu")
+    group, device = init_process_group("cpu"), torch.device("cpu")
     config = TrainingConfig(threshold=1e9, noise=0.01)
     fabric = launch(RunConfig(training=config), "cpu", "fp32", Path("unused"))
     raw = enhance(backbone, num_classes=10, in_channels=1, image_size=side, seed=0)
-    if synchronised and among.size > 1:
+    if synchronised and group.world_size > 1:
         synchronise(raw)
     model = fabric.setup_module(raw.train())
     optimizer = fabric.setup_optimizers(make_optimizer(parameter_groups(raw), OptimizerConfig(lr=1e-4)))
-    update, step, perturb = Stepper(fabric, model, optimizer, 10.0), two_phase_step(config), noise(config, 1.0, among)
+    update, step, perturb = Stepper(fabric, model, optimizer, 10.0), two_phase_step(config), noise(config, 1.0, group)
     draws = generator(0, "benchmark")
     images = torch.randint(0, 256, (size * count, 1, side, side), generator=draws, dtype=torch.uint8)
     data = ImageSet(images, torch.randint(0, 10, (size * count,), generator=draws))
     seconds = []
     start = time.perf_counter()
-    for clean, labels in batches(data, size, device, generator(0, "order"), among=among):
-        clean = augment(clean, AugmentConfig(rotation=10), draws, among=among)
+    for clean, labels in batches(data, size, device, generator(0, "order"), group=group):
+        clean = augment(clean, AugmentConfig(rotation=10), draws, group=group)
         step(model, clean, perturb(raw, clean, labels, 0.0, draws), labels, update)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()

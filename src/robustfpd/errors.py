@@ -18,7 +18,7 @@ class MissingDataError(InputError):
 
 
 class ReportedByOtherRank(InputError):
-    """An error that another of several processes tells the user."""
+    """An error that another rank reports; the command line prints nothing for it."""
 
 
 def first_line(error: Exception) -> str:

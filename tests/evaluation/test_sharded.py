@@ -1,26 +1,20 @@
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from tests.ranks import Ranks
 from torch import nn
 
-from robustfpd.cli.common import told_once
-from robustfpd.errors import InputError
+from robustfpd.distributed import ProcessGroup
 from robustfpd.evaluation import EvaluationRecord, evaluate
 from robustfpd.evaluation.ledger import Ledger, read_rows
-from robustfpd.evaluation.sharing import by_first, in_step, together
-from robustfpd.processes import Processes
-from robustfpd.together import join
 
 
-def begin() -> None:
+def install_suite() -> None:
     """Install a short suite with attacks of every kind."""
     from robustfpd.evaluation import memory, suites
     from robustfpd.evaluation.suites import AttackSpec, Suite, SuiteContext
@@ -42,19 +36,19 @@ SETTINGS: dict[str, Any] = {"suite": "short", "eps": (0.01, 0.03), "seed": 3, "b
 
 
 class Net(nn.Module):
-    """A small network that fails when it was asked `left` times."""
+    """A small network that is interrupted in its forward pass number `interrupt_at`."""
 
     def __init__(self) -> None:
         super().__init__()
         draws = torch.Generator().manual_seed(0)
         self.first = nn.Parameter(0.5 * torch.randn(36, 12, generator=draws))
         self.second = nn.Parameter(0.8 * torch.randn(12, 3, generator=draws))
-        self.calls, self.left = 0, -1
+        self.calls, self.interrupt_at = 0, -1
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.calls == self.left:
+        if self.calls == self.interrupt_at:
             raise KeyboardInterrupt
         out: torch.Tensor = torch.tanh((images.flatten(1) - 0.5) @ self.first) @ self.second
         return out
@@ -67,105 +61,65 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return x, labels
 
 
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    rank: int
-    ending: str
-    """Kind of the exception that ended it, or `done`."""
-    told: str
-    """What it made, or the exception's message."""
-
-
-def _process(action: Callable[[Path], str], folder: Path, rank: int, count: int, port: int, ends: Any) -> None:
-    given = {
-        "TORCHELASTIC_RUN_ID": "test", "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    os.environ.update({name: str(value) for name, value in given.items()})
-    torch.set_num_threads(1)
-    begin()
-    try:
-        processes = join("cpu")
-        assert (processes.rank, processes.size) == (rank, count)
-        made = action(folder)
-        ends.put(Ended(rank, "done", made))
-    except BaseException as error:
-        ends.put(Ended(rank, type(error).__name__, str(error)))
-
-
-class Several:
-    """Processes that share a job."""
-
-    def __init__(self, action: Callable[[Path], str], folder: Path, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")  # imports once, and forks where no thread runs
-        context.set_forkserver_preload(["robustfpd.evaluation", "foolbox", "pyautoattack", __name__])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.ends: Any = context.Queue()
-        arguments = [(action, folder, rank, count, port, self.ends) for rank in range(count)]
-        self.processes = [context.Process(target=_process, args=a, daemon=True) for a in arguments]
-        for process in self.processes:
-            process.start()
-
-    def ended(self, seconds: float = 60) -> list[Ended]:
-        """How all of them ended, by rank."""
-        found = sorted(self.ends.get(timeout=seconds) for _ in self.processes)
-        for process in self.processes:
-            process.kill()
-            process.join()
-        return found
-
-
-def whole(folder: Path) -> str:
-    """Evaluate; tell the robust accuracy and how often the network was asked."""
+def finishes(folder: Path) -> str:
+    """Evaluate; return the robust accuracy and the number of the network's forward passes."""
     net = Net()
-    record = evaluate(net, images(), out_dir=folder, **SETTINGS)
+    record = _evaluate(net, folder)
     return f"{record.robust_accuracy} {net.calls}"
 
 
-def killed(folder: Path) -> str:
+def interrupted(folder: Path) -> str:
     """Evaluate, and be interrupted."""
     net = Net()
-    net.left = 230
-    evaluate(net, images(), out_dir=folder, **SETTINGS)
-    return "not killed"
+    net.interrupt_at = 230
+    _evaluate(net, folder)
+    return "not interrupted"
 
 
-def other_weights(folder: Path) -> str:
-    """Evaluate with other weights on process 1."""
+def different_weights(folder: Path) -> str:
+    """Evaluate with other weights on rank 1."""
     net = Net()
-    net.second.data += 1e-3 * Processes.now().rank
-    with told_once():
-        evaluate(net, images(), out_dir=folder, **SETTINGS)
-    return "nothing went wrong"
+    net.second.data += 1e-3 * ProcessGroup.current().rank
+    _evaluate(net, folder)
+    return "no error"
 
 
 def broken_ledger(folder: Path) -> str:
-    """Evaluate where process 0 cannot write."""
-    if Processes.now().first:
+    """Evaluate where rank 0 cannot write."""
+    if ProcessGroup.current().is_main:
         Ledger.add = lambda self, rows: 1 / 0  # type: ignore[method-assign, assignment]
-    evaluate(Net(), images(), out_dir=folder, **SETTINGS)
-    return "nothing went wrong"
+    _evaluate(Net(), folder)
+    return "no error"
+
+
+def another_evaluation(folder: Path) -> str:
+    """Evaluate into the folder of another evaluation."""
+    install_suite()
+    evaluate(Net(), images(), out_dir=folder, **{**SETTINGS, "seed": 4})
+    return "no error"
+
+
+def _evaluate(net: Net, folder: Path) -> EvaluationRecord:
+    install_suite()
+    return evaluate(net, images(), out_dir=folder, **SETTINGS)
 
 
 def _timeless(record: EvaluationRecord) -> dict[str, Any]:
-    """All of a record but what the clock and the machine say."""
+    """All of a record but times and machine."""
     seconds = {"__all__": {"seconds"}}
     return record.model_dump(exclude={"environment": True, "attacks": seconds, "ledger": seconds})
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
-    """The record of one process, with the threads of those below, and how often it asked the network."""
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
+    """The record of one process, with as many threads as a rank, and its number of forward passes."""
     from robustfpd.evaluation import memory, suites
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     smallest, net = memory.SMALLEST_BLOCK, Net()
-    begin()
-    record = evaluate(net, images(), out_dir=tmp_path_factory.mktemp("alone"), **SETTINGS)
+    install_suite()
+    record = evaluate(net, images(), out_dir=tmp_path_factory.mktemp("single"), **SETTINGS)
     memory.SMALLEST_BLOCK = smallest
     del suites._SUITES["short"]
     torch.set_num_threads(threads)
@@ -174,51 +128,42 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int
     return _timeless(record), net.calls
 
 
-def test_two_processes_make_the_record_of_one_and_each_asks_less(
-    alone: tuple[dict[str, Any], int], tmp_path: Path
+def test_two_ranks_return_the_record_of_one_and_share_the_passes(
+    single: tuple[dict[str, Any], int], tmp_path: Path
 ) -> None:
-    ended = Several(whole, tmp_path, 2).ended()
-    assert [e.ending for e in ended] == ["done", "done"], ended
+    results = Ranks(finishes, tmp_path, 2).join()
+    assert [r.status for r in results] == ["done", "done"], results
     record = EvaluationRecord.load(tmp_path / "record.json")
-    assert _timeless(record) == alone[0]
-    told = [e.told.split() for e in ended]
-    assert [accuracy for accuracy, _ in told] == 2 * [str(record.robust_accuracy)]
-    assert all(int(asked) < 0.9 * alone[1] for _, asked in told)
+    assert _timeless(record) == single[0]
+    values = [r.value.split() for r in results]
+    assert [accuracy for accuracy, _ in values] == 2 * [str(record.robust_accuracy)]
+    assert all(int(calls) < 0.9 * single[1] for _, calls in values)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["record.gallery", "record.json", "record.ledger.csv"]
+    # The command line goes on under another name, so every rank must see this error.
+    assert [r.status for r in Ranks(another_evaluation, tmp_path, 2).join()] == 2 * ["OtherEvaluation"]
 
 
-def test_what_two_began_one_ends_and_the_reverse(alone: tuple[dict[str, Any], int], tmp_path: Path) -> None:
+def test_two_ranks_resume_what_one_began_and_the_reverse(single: tuple[dict[str, Any], int], tmp_path: Path) -> None:
     both, one = tmp_path / "both", tmp_path / "one"
-    begun = Several(killed, both, 2), Several(killed, one, 1)
-    endings = [e.ending for several in begun for e in several.ended()]
-    assert "done" not in endings, endings
-    kept = [len(read_rows(folder / "record.ledger.csv")) for folder in (both, one)]
-    assert all(75 < rows < len(alone[0]["ledger"]) for rows in kept), kept
-    resumed = Several(whole, both, 1), Several(whole, one, 2)
-    assert [e.ending for several in resumed for e in several.ended()] == 3 * ["done"]
+    begun = Ranks(interrupted, both, 2), Ranks(interrupted, one, 1)
+    statuses = [r.status for ranks in begun for r in ranks.join()]
+    assert "done" not in statuses, statuses
+    rows = [len(read_rows(folder / "record.ledger.csv")) for folder in (both, one)]
+    assert all(75 < count < len(single[0]["ledger"]) for count in rows), rows
+    resumed = Ranks(finishes, both, 1), Ranks(finishes, one, 2)
+    assert [r.status for ranks in resumed for r in ranks.join()] == 3 * ["done"]
     for folder in (both, one):
-        assert _timeless(EvaluationRecord.load(folder / "record.json")) == alone[0]
+        assert _timeless(EvaluationRecord.load(folder / "record.json")) == single[0]
 
 
-def test_what_goes_wrong_on_one_ends_all(tmp_path: Path) -> None:
-    ended = Several(broken_ledger, tmp_path, 2).ended()
-    message = "process 0: ZeroDivisionError: division by zero"
-    assert [(e.ending, e.told) for e in ended] == 2 * [("InputError", message)]
-
-
-def test_what_the_user_can_mend_is_told_once(tmp_path: Path) -> None:
-    first, second = Several(other_weights, tmp_path, 2).ended()
-    assert first.ending == "InputError"
-    assert first.told.startswith("the processes were given different weights")
-    assert second.ending == "ReportedByOtherRank"  # the command line keeps silent about it
-
-
-def test_one_process_shares_with_nobody() -> None:
-    one = Processes()
-    assert together(one, lambda: 3) == [3]
-    assert by_first(one, lambda: None) is None
-    assert in_step(one, lambda: "here") == "here"
-    with pytest.raises(KeyError):
-        together(one, lambda: dict[str, int]()["there"])
-    with pytest.raises(InputError):
-        together(one, lambda: evaluate(Net(), images(), eps=-1))
+@pytest.mark.parametrize(("function", "error", "message"), [
+    (broken_ledger, "ZeroDivisionError", "division by zero"),
+    (different_weights, "InputError", "the ranks were given different weights"),
+])  # fmt: skip
+def test_an_error_of_one_rank_ends_all(
+    function: Callable[[Path], str], error: str, message: str, tmp_path: Path
+) -> None:
+    first, second = Ranks(function, tmp_path, 2).join()
+    assert first.status == error
+    assert first.value.startswith(message)
+    assert second.status == "ReportedByOtherRank"  # the command line prints nothing for it

@@ -14,9 +14,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from robustfpd.config import RunConfig, parse
+from robustfpd.distributed import ProcessGroup, init_process_group, shared_errors
 from robustfpd.errors import InputError
-from robustfpd.processes import Processes
-from robustfpd.together import errors_shared, join
 from robustfpd.training import Observer, Progress, RunFolder, train
 from robustfpd.training.sync_batchnorm import synchronise
 
@@ -68,7 +67,7 @@ CURVES: dict[str, dict[str, Any]] = {
         "epochs": 1,
         "strategy": "fsdp",
         "second_pass": "joint",
-        "recompute": True,
+        "activation_checkpointing": True,
     },
 }
 """Trainings whose losses must be those of one process."""
@@ -122,11 +121,11 @@ def resumed(folder: Path) -> dict[str, Any]:
         except KeyboardInterrupt:
             continue
         raise AssertionError("not interrupted")
-    processes = Processes.now()
-    processes.wait()
-    if processes.first:
+    group = ProcessGroup.current()
+    group.barrier()
+    if group.is_main:
         shutil.copytree(folder / "ddp" / "cut", folder / "resumed")
-    processes.wait()
+    group.barrier()
     return {
         "whole": trained(config(), folder / "whole"),
         "resumed": trained(config(), folder / "resumed", resume=True),
@@ -152,8 +151,8 @@ def failing(folder: Path) -> dict[str, Any]:
         raise OSError("no space left")
 
     def second_process_fails() -> None:
-        with errors_shared():
-            if Processes.now().rank == 1:
+        with shared_errors():
+            if ProcessGroup.current().rank == 1:
                 raise InputError("no such folder here")
 
     found = {
@@ -191,18 +190,18 @@ def norms() -> dict[str, tuple[nn.Module, Tensor]]:
 
 def normalise(norm: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Two passes of the own part forward, one back; parts are gathered, gradients of weights summed."""
-    processes = Processes.now()
+    group = ProcessGroup.current()
     synchronise(norm)
-    own = processes.share(len(images))
+    own = group.shard(len(images))
     x = images[own].clone().requires_grad_()
     norm(x.detach())
     y = norm(x)
     target = torch.linspace(-1, 1, images.numel()).reshape(images.shape)[own]
     F.mse_loss(y, target, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
-    parts = {"y": torch.cat(processes.all(y.detach())), "slope": torch.cat(processes.all(x.grad))}
+    parts = {"y": torch.cat(group.gather(y.detach())), "slope": torch.cat(group.gather(x.grad))}
     own_slopes = {n: p.grad for n, p in norm.named_parameters() if p.grad is not None}
-    slopes = {n: torch.stack(processes.all(slope)).sum(dim=0) for n, slope in own_slopes.items()}
+    slopes = {n: torch.stack(group.gather(slope)).sum(dim=0) for n, slope in own_slopes.items()}
     return {**parts, **slopes, **dict(norm.named_buffers())}
 
 
@@ -211,7 +210,7 @@ SCENARIOS = (curves, resumed, attacked, failing, normalised)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes = join("cpu")
+    group = init_process_group("cpu")
     for scenario in SCENARIOS:
-        torch.save(scenario(Path(sys.argv[1])), Path(sys.argv[1]) / f"{scenario.__name__}-{processes.rank}.pt")
-        processes.wait()
+        torch.save(scenario(Path(sys.argv[1])), Path(sys.argv[1]) / f"{scenario.__name__}-{group.rank}.pt")
+        group.barrier()

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from robustfpd.config import TaskConfig
 from robustfpd.errors import InputError
-from robustfpd.launched import Launched
 from robustfpd.models import build, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import RunFolder
@@ -134,7 +133,7 @@ def test_an_error_of_process_0_ends_both_and_is_told_once(folder: Path, case: st
 
 def test_an_error_of_another_process_ends_both_and_is_told_there(folder: Path) -> None:
     first, second = (seen["second process"] for seen in _seen(folder, "failing"))
-    assert first == ["ReportedByOtherRank", "process 1 ended with an error"]
+    assert first == ["ReportedByOtherRank", "rank 1 failed: InputError: no such folder here"]
     assert second == ["InputError", "no such folder here"]
 
 
@@ -178,18 +177,6 @@ def test_alone_strategy_and_sync_batchnorm_change_nothing(tmp_path: Path) -> Non
         for name, changes in (("a", {"sync_batchnorm": False}), ("b", {"strategy": "fsdp"}))
     )
     assert _equal(plain, asked)
-
-
-def test_what_the_starters_say_is_read() -> None:
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    found = Launched.now(torchrun)
-    assert (found.by, found.rank, found.size, found.local_rank, found.nodes) == ("torchrun", 5, 8, 1, 2)
-    step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert Launched.now(step) == Launched("srun", 5, 8, 1, 4)
-    batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
-    assert Launched.now(batch_script) == Launched.now({}) == Launched()
-    with pytest.raises(InputError, match="not as many on each node"):
-        Launched.now({**step, "SLURM_STEP_NUM_TASKS": "7"})
 
 
 @pytest.fixture

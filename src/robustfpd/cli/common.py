@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.errors import InputError, ReportedByOtherRank, unknown_name
-from robustfpd.launched import Launched
+from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -28,66 +22,6 @@ def program() -> str:
     """How the user's shell calls this program; `make` runs it from a virtual environment that may not be on PATH."""
     called = sys.argv[0] if sys.argv else ""
     return "robustfpd" if shutil.which("robustfpd") or not called.endswith("robustfpd") else os.path.relpath(called)
-
-
-@contextmanager
-def met(device: str, patience: timedelta | None = None) -> Iterator[bool]:
-    """Meet the other processes, where torchrun or srun started several; what is wrong in the block ends all of them.
-
-    Yields whether this process is the one that talks.
-    """
-    launched = Launched.now()
-    if launched.size == 1:
-        yield True
-        return
-    from robustfpd.together import PATIENCE, errors_shared, join
-
-    try:
-        join(device, patience or PATIENCE)
-    except InputError as error:
-        if launched.local_rank == 0:
-            raise
-        raise ReportedByOtherRank(str(error)) from None
-    with errors_shared():
-        yield launched.first
-
-
-@contextmanager
-def told_once() -> Iterator[None]:
-    """Let process 0 alone tell what all processes were told to have gone wrong."""
-    try:
-        yield
-    except InputError as error:
-        if Launched.now().first:
-            raise
-        raise ReportedByOtherRank(str(error)) from None
-
-
-def started_by() -> str:
-    """For messages that tell a command: how to start it, where that was not by its name alone."""
-    by = Launched.now().by
-    return "" if by == "shell" else f", under {by} as before"
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM, by which torchrun and SLURM end processes, do as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except RuntimeError:
-        if Launched.now().size > 1:
-            time.sleep(1)  # the others are gone; they had a signal that may be on its way here
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def settings_together(arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from robustfpd.cli.output import Output
+from robustfpd.distributed import init_process_group, shared_errors
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 NOT_TRUSTED = 3
 """Exit code under --strict."""
-FOR_LONG = timedelta(days=7)
-"""How long processes wait for one another: an attack on a block may take hours, and others have none."""
+TIMEOUT = timedelta(days=7)
+"""How long a rank waits for the others: an attack on a block may take hours on one rank alone."""
 
 
 def evaluate(
@@ -97,11 +98,12 @@ def evaluate(
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.common import check_device, check_settings, configured, met, program, told_once, torch_device
+    from robustfpd.cli.common import check_device, check_settings, configured, program, torch_device
     from robustfpd.cli.targets import subject, surrogates
 
-    with met(device, FOR_LONG) as first:
-        output = Output(json=json and first, quiet=quiet or not first)
+    group = init_process_group(device, TIMEOUT)
+    with shared_errors():
+        output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
         check_device(device)
         _check_names(norm, suite, dataset, num_images, image_size, batch_size)
         found = subject(run, model, trust_code)
@@ -113,16 +115,15 @@ def evaluate(
         others = surrogates(surrogate, found.baseline if plan.space == "pixels" else None, trust_code)
         chosen = torch_device(device)
         if dry_run:
-            if first:
+            if group.is_main:
                 _tell_plan(output, found, config, plan, split, list(others), chosen)
             return
         attacked = _attacked(found, config, plan, split, others, chosen)
-    with told_once():
-        record, path = _evaluated(
-            output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
-            norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
-            batch_size=batch_size or "auto", search_precision=search_precision,
-        )  # fmt: skip
+    record, path = _evaluated(
+        output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
+        norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
+        batch_size=batch_size or "auto", search_precision=search_precision,
+    )  # fmt: skip
     _show(output, record, plan, path)
     told = found.source if found.results == Path(found.source) / "evaluation" else found.results
     output.say(f"next: {program()} report {shlex.quote(str(told))}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from robustfpd.cli.output import Output
+from robustfpd.distributed import LaunchEnvironment, init_process_group, shared_errors, sigterm_as_interrupt
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ def train(
         quiet: tell nothing but errors and warnings.
     """
     from robustfpd import config as configuration
-    from robustfpd.cli.common import check_device, check_settings, configured, met, program, torch_device
+    from robustfpd.cli.common import check_device, check_settings, configured, program, torch_device
 
-    with met(device) as talks:
+    group = init_process_group(device)
+    with shared_errors():
         run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
         run = run.baseline() if baseline else run
         variant = ("-published" if protocol == "published" else "") + ("-baseline" if baseline else "")
@@ -75,7 +77,7 @@ def train(
         check_settings(run)
         check_device(device)
         planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
-        output = Output(json=json and talks, quiet=quiet or not talks)
+        output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
         chosen = torch_device(device)
     if dry_run:
         from robustfpd.cli.train_plan import tell_plan
@@ -158,13 +160,12 @@ def _train(
 ) -> TrainResult:
     """Train one stage; on Ctrl-C or SIGTERM say what is kept and how to go on, and leave with 130."""
     from robustfpd import training
-    from robustfpd.cli.common import ended_by_signals, started_by
     from robustfpd.cli.display import training_display
 
     folder = training.RunFolder(stage.folder)
     go_on = resume and (folder.started or stage.run.stage == "two-phase")
     try:
-        with ended_by_signals(), training_display(output.console, stage.run.data.dataset, title) as observer:
+        with sigterm_as_interrupt(), training_display(output.console, stage.run.data.dataset, title) as observer:
             return training.train(
                 stage.run, stage.folder, start=stage.start, resume=go_on, device=device, precision=precision,
                 observer=observer,
@@ -176,7 +177,9 @@ def _train(
         again = shlex.join([*command, *(["--resume"] if begun else [])])
         count = "1 whole epoch is" if epochs == 1 else f"{epochs} whole epochs are"
         kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was whole yet"
-        output.say(f"\ninterrupted; {kept}. Go on with{started_by()}:\n  {again}")
+        launcher = LaunchEnvironment.read().launcher
+        under = "" if launcher == "none" else f", under {launcher} as before"
+        output.say(f"\ninterrupted; {kept}. Go on with{under}:\n  {again}")
         raise SystemExit(130) from None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustfpd.data.image_set import ImageSet, as_seen
-from robustfpd.processes import ALONE, Processes
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def batches(
@@ -18,7 +18,7 @@ def batches(
     generator: torch.Generator | None = None,
     *,
     cropped: bool | None = None,
-    among: Processes = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
 
@@ -29,7 +29,7 @@ def batches(
         generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
         cropped: whether images come at the network's size, or at the stored one, for `augment` to crop them. None:
             at the network's size unless they are shuffled.
-        among: the processes that share each batch; only this one's own images are read.
+        group: the ranks that share each batch; only this rank's images are read.
     """
     count = len(data)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
@@ -37,7 +37,7 @@ def batches(
         order = order[: count - count % batch_size]
     size = data.size if (generator is None if cropped is None else cropped) else data.stored_size
     for indices in torch.split(order, batch_size):
-        part = data.take(indices[among.own])
+        part = data.take(indices[group.batch_shard])
         yield as_seen(part.images.to(device), data.channels, size), part.labels.to(device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustfpd.config import AugmentConfig
 from robustfpd.data.image_set import centre_crop, margin
-from robustfpd.processes import ALONE, Processes
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 
 ASPECTS = (3 / 4, 4 / 3)
 """Aspect ratios (width / height) of random crops."""
@@ -23,7 +23,7 @@ LUMA = (0.2989, 0.587, 0.114)
 
 def augment(
     images: Tensor, config: AugmentConfig, generator: torch.Generator, *, size: tuple[int, int] | None = None,
-    among: Processes = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:  # fmt: skip
     """Crop, rotate, shift, mirror, brighten images and change their contrast at random.
 
@@ -36,7 +36,7 @@ def augment(
         config: how much of each.
         generator: source of the draws.
         size: height and width of the result; None keeps the images' own.
-        among: the processes that share the batch; draws are made for all of it, and kept for this one's own `images`.
+        group: the ranks that share the batch; numbers are drawn for all of it and kept for this rank's `images`.
 
     Returns:
         N×C×H×W in [0, 1]; where a picture moves in from outside, black. Without geometry, the centre crop itself.
@@ -45,8 +45,8 @@ def augment(
     size = size or (images.shape[-2], images.shape[-1])
 
     def draw() -> Tensor:  # N numbers in [-1, 1)
-        drawn = torch.rand(among.size * n, generator=generator, device=generator.device)
-        return drawn[among.own].to(images.device).mul(2).sub(1)
+        drawn = torch.rand(group.world_size * n, generator=generator, device=generator.device)
+        return drawn[group.batch_shard].to(images.device).mul(2).sub(1)
 
     if config.rotation or config.translation or config.flip or config.crop < 1:
         angle = draw() * math.radians(config.rotation)

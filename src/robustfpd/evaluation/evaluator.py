@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.config import Norm
+from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import checks
 from robustfpd.evaluation.attack_runner import AttackRunner, forward_passes
@@ -32,12 +33,9 @@ from robustfpd.evaluation.inputs import (
 from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.memory import block_size, found_batch_size
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
-from robustfpd.evaluation.sharing import by_first, in_step, together
 from robustfpd.evaluation.stages import EvaluationObserver, Sizes, Stages
 from robustfpd.evaluation.suites import SuiteContext, plan
-from robustfpd.launched import Launched
 from robustfpd.models.mode import evaluating
-from robustfpd.processes import Processes
 from robustfpd.provenance import environment, weights_sha256
 
 SearchPrecision = Literal["fp32", "bf16"]
@@ -68,8 +66,8 @@ def evaluate(
     An image that has fallen to one attack, or at a smaller radius, is not attacked again: the smaller
     perturbation lies in the larger ball. Attacks that know the defence join when the classifier is an FPD.
 
-    Inside a process group (torchrun, SLURM) the processes share the images and all return the record that one would
-    have made, but for the times; process 0 alone writes.
+    Inside a process group (torchrun, SLURM) the ranks shard the images, and all return the record that one process
+    would return, except for the times. Rank 0 alone writes files.
 
     Args:
         classifier: images N×C×H×W in [0, 1] → logits N×K, or one of our models. Attacked in evaluation mode; flags,
@@ -98,36 +96,36 @@ def evaluate(
     Raises:
         InputError: unusable images, labels, radii, suite or classifier, or a folder that holds another evaluation.
     """
-    classifier = adaptive.as_classifier(check_module(classifier))
-    if torch.is_inference_mode_enabled():
-        raise InputError("evaluations cannot run inside torch.inference_mode(): gradients are off for good; leave it")
-    radii = checked_radii(eps, norm)
-    for planned in plan(suite, SuiteContext(norm)):
-        attacks.get(planned.attack).check_library(norm)
-    if batch_size != "auto":
-        check_count("batch_size", batch_size)
-    if search_precision not in get_args(SearchPrecision):
-        raise unknown_name("search_precision", search_precision, get_args(SearchPrecision))
-    check_count("seed", seed, least=0)
-    check_count("gallery", gallery, least=0)
-    images, labels, numbers = gather(data, num_images, seed)
-    device = device_of(classifier, images)
-    processes = Processes.now()
-    if processes.size != Launched.now().size and processes.size == 1:
-        raise InputError(
-            f"{Launched.now().by} started {Launched.now().size} processes, which have not met: each would do the whole "
-            "evaluation; call robustfpd.together.join() first"
-        )
-
-    def looked() -> tuple[str, int, dict[str, nn.Module], int]:
+    group = ProcessGroup.current()
+    with shared_errors():
+        started = LaunchEnvironment.read()
+        if group.world_size == 1 < started.world_size:
+            raise InputError(
+                f"{started.launcher} started {started.world_size} processes without a process group: each would do "
+                "the whole evaluation; call robustfpd.distributed.init_process_group() first"
+            )
+        classifier = adaptive.as_classifier(check_module(classifier))
+        if torch.is_inference_mode_enabled():
+            raise InputError(
+                "evaluations cannot run inside torch.inference_mode(): gradients are off for good; leave it"
+            )
+        radii = checked_radii(eps, norm)
+        for planned in plan(suite, SuiteContext(norm)):
+            attacks.get(planned.attack).check_library(norm)
+        if batch_size != "auto":
+            check_count("batch_size", batch_size)
+        if search_precision not in get_args(SearchPrecision):
+            raise unknown_name("search_precision", search_precision, get_args(SearchPrecision))
+        check_count("seed", seed, least=0)
+        check_count("gallery", gallery, least=0)
+        images, labels, numbers = gather(data, num_images, seed)
+        device = device_of(classifier, images)
         with _exact(device), forward_passes(classifier) as passed:
             behaviour, classes = look(classifier, images, device)
             if class_names and classes and len(class_names) != classes:
                 raise InputError(f"class_names must be {classes}, one for each logit, found {len(class_names)}")
             others, passes = _surrogates(surrogates, images, device, classes)
-        return behaviour, classes, others, passes + sum(passed)
-
-    behaviour, classes, others, passes = in_step(processes, looked)
+        passes += sum(passed)
     settings = {
         "suite": suite, "eps": [repr(e) for e in radii], "norm": norm, "seed": seed, "batch_size": batch_size,
         "search_precision": search_precision, "every_attack": every_attack, "behaviour": behaviour,
@@ -136,23 +134,16 @@ def evaluate(
     }  # fmt: skip
     path = None if out_dir is None else Path(out_dir) / f"{name}.json"
     sha = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    shared = {name: value for name, value in settings.items() if name != "behaviour"}  # which rounds
-    everywhere = together(processes, lambda: shared)
-    different = [n for n in shared if any(there[n] != shared[n] for there in everywhere)]
-    if different:
-        raise InputError(
-            f"the processes were given different {', '.join(different)}; all must evaluate the same classifier on the "
-            "same images with the same settings"
-        )
-    record = by_first(processes, lambda: _finished(path, sha, settings))
-    if record is not None:
-        return record
+    group.check_equal({name: value for name, value in settings.items() if name != "behaviour"})  # which rounds
     ledger = Ledger()
-    if path is not None:
-        by_first(processes, lambda: ledger.open(path.with_suffix(LEDGER), settings))
+    opened = group.run_on_main(lambda: _open(path, sha, settings, ledger))
+    if isinstance(opened, OtherEvaluation):
+        raise opened
+    if opened is not None:
+        return opened
     block = block_size(len(images), None if batch_size == "auto" else batch_size)
     chosen = found_batch_size(images, device, block) if batch_size == "auto" else batch_size
-    sizes = Sizes(block, min(together(processes, lambda: chosen)), found=batch_size == "auto")
+    sizes = Sizes(block, min(group.gather(chosen)), found=batch_size == "auto")
     with _exact(device), forward_passes(classifier) as looks:
         handed_over = checks.handed_over(classifier, images, device)
     runner = AttackRunner(
@@ -160,14 +151,14 @@ def evaluate(
         bfloat16=search_precision == "bf16",
     )  # fmt: skip
     shown = None
-    if path is not None and processes.first:
+    if path is not None and group.is_main:
         shown = Gallery(gallery_folder(path), runner, sha, gallery)
     watcher = observer or EvaluationObserver()
-    stages = Stages(runner, ledger, suite, radii, others, handed_over, every_attack, watcher, shown, sizes, processes)
+    stages = Stages(runner, ledger, suite, radii, others, handed_over, every_attack, watcher, shown, sizes, group)
     with evaluating(classifier), _exact(device):
         record = stages.record(subject, tuple(class_names), sha, passes + sum(looks))
-    by_first(processes, lambda: _keep(record, path, ledger))
-    return processes.told(record)
+    group.run_on_main(lambda: _keep(record, path, ledger))
+    return group.broadcast(record)
 
 
 @contextmanager
@@ -178,6 +169,19 @@ def _exact(device: torch.device) -> Iterator[None]:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _open(
+    path: Path | None, sha: str, settings: Mapping[str, Any], ledger: Ledger
+) -> EvaluationRecord | OtherEvaluation | None:
+    """Return the finished record at `path`; without one, open the ledger. Another evaluation's files are returned."""
+    try:
+        record = _finished(path, sha, settings)
+        if record is None and path is not None:
+            ledger.open(path.with_suffix(LEDGER), settings)
+    except OtherEvaluation as other:
+        return other  # raised by the caller on every rank: it may go on under another name
+    return record
 
 
 def _keep(record: EvaluationRecord, path: Path | None, ledger: Ledger) -> None:

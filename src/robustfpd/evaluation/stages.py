@@ -13,6 +13,7 @@ from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.attacks.adaptive import View
 from robustfpd.attacks.base import reproducible
+from robustfpd.distributed import ProcessGroup, shared_errors
 from robustfpd.errors import InputError
 from robustfpd.evaluation import checks
 from robustfpd.evaluation.attack_runner import OUTSIDE, AttackRunner, forward_passes
@@ -21,11 +22,9 @@ from robustfpd.evaluation.gallery import Gallery
 from robustfpd.evaluation.inputs import digest
 from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.sharing import by_first, together
 from robustfpd.evaluation.suites import AttackSpec, SuiteContext, plan
 from robustfpd.evaluation.suites import suite as suite_named
 from robustfpd.evaluation.verdict import Check, Verdict
-from robustfpd.processes import Processes
 from robustfpd.provenance import environment, weights_sha256
 from robustfpd.rng import generator
 
@@ -67,9 +66,9 @@ class Stages:
         self, runner: AttackRunner, ledger: Ledger, suite: str, radii: Sequence[float],
         surrogates: Mapping[str, nn.Module],
         handed_over: list[Check], every_attack: bool, observer: EvaluationObserver, gallery: Gallery | None,
-        sizes: Sizes, processes: Processes,
+        sizes: Sizes, group: ProcessGroup,
     ) -> None:  # fmt: skip
-        self.gallery, self.sizes, self.processes = gallery, sizes, processes
+        self.gallery, self.sizes, self.group = gallery, sizes, group
         self.runner, self.ledger, self.suite, self.radii = runner, ledger, suite, radii
         self.surrogates, self.every_attack, self.observer = surrogates, every_attack, observer
         self.checks = handed_over
@@ -84,7 +83,7 @@ class Stages:
         worst, results, verdict = self.everything()
         runner = self.runner
         forward, backward = self.passes_of_checks()
-        batch_size = min(self.processes.all(runner.batch_size))
+        batch_size = min(self.group.gather(runner.batch_size))
         return EvaluationRecord(
             subject=subject, suite=self.suite, norm=runner.norm, seed=runner.seed, batch_size=batch_size,
             batch_size_found=self.sizes.found, search_precision="bf16" if runner.bfloat16 else "fp32",
@@ -104,12 +103,13 @@ class Stages:
         with forward_passes(runner.classifier) as self.looks, reproducible(generator(runner.seed, "views")):
             views = adaptive.adaptive_views(runner.classifier, runner.images[:4].to(runner.device))
         taken = sorted({*views} & {*self.surrogates})
-        if taken:
-            raise InputError(f"a surrogate cannot be called {taken[0]!r}: a view of the classifier has that name")
+        with shared_errors():
+            if taken:
+                raise InputError(f"a surrogate cannot be called {taken[0]!r}: a view of the classifier has that name")
         runner.offer(views | {n: View(m, surrogate=True) for n, m in self.surrogates.items()})
         self.subject = checks.CheckContext(runner, correct, self.radii, suite.probes)
         # What follows from the checks must be the same everywhere, even where processors round differently.
-        self.checks = self.processes.told(self.checks + checks.before_attacks(self.subject))
+        self.checks = self.group.broadcast(self.checks + checks.before_attacks(self.subject))
         doubtful = any(c.outcome in ("suspicious", "failed") for c in self.checks)
         target = SuiteContext(runner.norm, tuple(views), tuple(self.surrogates), checks.is_random(self.checks))
         planned = plan(self.suite, target)
@@ -150,22 +150,23 @@ class Stages:
     def _worked(
         self, label: str, eps: float, units: Sequence[Tensor], work: Callable[[Tensor], list[LedgerRow]]
     ) -> Iterator[tuple[Tensor, list[LedgerRow]]]:
-        """Rows of each unit of images, in order: as the ledger has them, or made now, by the processes in turn."""
-        processes, runner = self.processes, self.runner
-        known = by_first(processes, lambda: self._known(label, eps, units))
+        """Rows of each unit of images, in order: from the ledger, or from `work`, which the ranks do in turn."""
+        group, runner = self.group, self.runner
+        known = group.run_on_main(lambda: self._known(label, eps, units))
         for indices, rows in zip(units, known, strict=False):
             runner.found = None
-            if not processes.first:
+            if not group.is_main:
                 self.ledger.add(rows)
             yield indices, rows
         left = units[len(known) :]
-        for at in range(0, len(left), processes.size):
-            hand = left[at : at + processes.size]
-            made = together(processes, lambda: work(hand[processes.rank]) if processes.rank < len(hand) else [])  # noqa: B023
+        for at in range(0, len(left), group.world_size):
+            turn = left[at : at + group.world_size]
+            with shared_errors():
+                own_rows = work(turn[group.rank]) if group.rank < len(turn) else []
             found = runner.found
-            for rank, (indices, rows) in enumerate(zip(hand, made, strict=False)):
+            for rank, (indices, rows) in enumerate(zip(turn, group.gather(own_rows), strict=False)):
                 self._write(rows)
-                runner.found = found if rank == processes.rank else None
+                runner.found = found if rank == group.rank else None
                 yield indices, rows
 
     def _known(self, label: str, eps: float, units: Sequence[Tensor]) -> list[list[LedgerRow]]:
@@ -179,9 +180,8 @@ class Stages:
         return known
 
     def _write(self, rows: Sequence[LedgerRow]) -> None:
-        """Keep rows; process 0 has the file."""
-        by_first(self.processes, lambda: self.ledger.add(rows))
-        if not self.processes.first:
+        """Add rows to the ledger of every rank; rank 0 has the file."""
+        with shared_errors():
             self.ledger.add(rows)
 
     def _attack(self, planned: AttackSpec, eps: float, tried: Tensor, *, spare: bool) -> tuple[AttackResult, Tensor]:

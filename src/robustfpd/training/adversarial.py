@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.models import FPDOutput
-from robustfpd.training.agreement import everywhere
 from robustfpd.training.objectives import PassLosses, first_objective, pass_losses
-from robustfpd.training.steps import Step, StepResult, Update, gated, second_phase
+from robustfpd.training.steps import Step, StepResult, Update, gate_open, gated, second_phase
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def adversarial_step(config: TrainingConfig, settings: AdversarialConfig, unit: 
         parts, restored = _passes(model, clean, perturbed, labels, settings)
         first, scale = parts[0], settings.restored_scale
         restoration = None if first.restored is None else F.mse_loss(scale * first.restored / unit, first.target / unit)
-        if restoration is not None and settings.gate and bool(everywhere(restoration) > config.threshold):
+        if restoration is not None and settings.gate and not gate_open(restoration, config):
             update(config.alpha_restore * restoration, only=gated(config))
             return _result(parts, restoration, None, gate_open=False)
         objectives = [first.objective(config, unit, scale), *(part.objective(config, unit) for part in parts[1:])]

@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustfpd.config import Precision, RunConfig
+from robustfpd.distributed import LaunchEnvironment, ProcessGroup
 from robustfpd.errors import InputError
-from robustfpd.launched import Launched
 from robustfpd.models.precision import chosen
-from robustfpd.training.agreement import average
 from robustfpd.training.sharding import share_out
 
 _FABRICS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -36,13 +35,13 @@ def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -
     accelerator, _, index = device.partition(":")
     if accelerator == "auto" and torch.cuda.is_available():
         accelerator = "cuda"
-    launched = Launched.now()
+    environment = LaunchEnvironment.read()
     options: dict[str, Any] = {"devices": [int(index)] if index.isdecimal() else 1}
-    if launched.size > 1:
+    if environment.world_size > 1:
         accelerator = "cpu" if accelerator == "auto" else accelerator
         strategy = _Sharded if config.procedure.strategy == "fsdp" else _Replicated
         options = {
-            "devices": launched.local_size, "num_nodes": launched.nodes, "strategy": strategy(),
+            "devices": environment.local_world_size, "num_nodes": environment.num_nodes, "strategy": strategy(),
             "plugins": [TorchElasticEnvironment()],
         }  # fmt: skip
     try:
@@ -62,16 +61,16 @@ def _auto() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check(config: RunConfig, launched: Launched) -> None:
+def check(config: RunConfig, environment: LaunchEnvironment) -> None:
     """Refuse settings that several processes cannot keep."""
     settings = config.procedure
     stage = "adversarial" if config.stage == "adversarial" else "training"
     # Each process needs as much of the clean half of a batch as of the adversarial one.
     halves = stage == "adversarial" and config.adversarial.batch == "halves"
-    parts = launched.size * (2 if halves else 1)
+    parts = environment.world_size * (2 if halves else 1)
     if settings.batch_size % parts:
         near = max(parts, settings.batch_size // parts * parts)
-        why = f"{launched.size} processes" + (" with halves of their own" if halves else "")
+        why = f"{environment.world_size} processes" + (" with halves of their own" if halves else "")
         raise InputError(
             f"{stage}.batch_size is what all processes share, and must be a multiple of {parts} for {why}, found "
             f"{settings.batch_size}; give {stage}.batch_size={near}"
@@ -113,7 +112,7 @@ class GradientsTogether(DistributedDataParallel):
         run()
         trained = [p for p in self.module.parameters() if p.requires_grad]
         gradients = [p.grad for p in trained if p.grad is not None]
-        average(gradients)
+        ProcessGroup.current().all_reduce_mean_(gradients)
         self.complete = self.complete or len(gradients) == len(trained)
 
 

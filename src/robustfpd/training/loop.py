@@ -19,23 +19,21 @@ from robustfpd import data
 from robustfpd.config import Precision, RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
+from robustfpd.distributed import ProcessGroup, average_batch_norm_statistics, init_process_group, shared_errors
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.models.precision import chosen
-from robustfpd.processes import Processes
 from robustfpd.rng import derive, generator
-from robustfpd.together import errors_shared, join
 from robustfpd.training.activation_checkpointing import checkpoint_blocks
 from robustfpd.training.adversarial import adversarial_step
-from robustfpd.training.agreement import average_statistics, averaged
 from robustfpd.training.early_stopping import EarlyStopping
 from robustfpd.training.fabric import launch
 from robustfpd.training.metrics import EpochMetrics, EpochSums, Observer, Progress, TrainResult
 from robustfpd.training.optim import Schedule, make_optimizer
 from robustfpd.training.perturbations import adversary, noise
 from robustfpd.training.run_folder import RunFolder
-from robustfpd.training.setup import check_agreed, prepared
+from robustfpd.training.setup import check_ranks, prepared
 from robustfpd.training.sharding import gathered, load_optimizer_state, load_weights, whole_weights, with_whole_weights
 from robustfpd.training.stepping import Stepper
 from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
@@ -80,8 +78,8 @@ def train(
             else f"adversarial.start is scratch, found start={start}; leave one of them out"
         )
     with _quiet():
-        check_agreed(join(device), config, out_dir, start, resume)
-        with errors_shared():
+        check_ranks(init_process_group(device), config, out_dir, start, resume)
+        with shared_errors():
             fabric = launch(config, device, precision, folder.path)
             splits, model = prepared(config, net, start)
             if fabric.is_global_zero:
@@ -97,13 +95,13 @@ class _Training:
         observer: Observer,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.splits, self.fabric, self.observer = config, folder, splits, fabric, observer
-        settings, self.processes = config.procedure, Processes.now()
+        settings, self.group = config.procedure, ProcessGroup.current()
         self.settings = settings
         self.batches = batches_per_epoch(len(splits.train), settings.batch_size)
         self.adversarial = config.stage == "adversarial"
         self.raw_model = model
         self.frozen = [m for m in model.modules() if not m.training]
-        self.own_statistics = self.processes.size > 1 and not settings.sync_batchnorm
+        self.own_statistics = self.group.world_size > 1 and not settings.sync_batchnorm
         if settings.activation_checkpointing:
             checkpoint_blocks(model)
         self.model = fabric.setup_module(model)  # first: FSDP makes other parameters
@@ -118,7 +116,7 @@ class _Training:
             self.perturb = with_whole_weights(adversary(config.adversarial))
             self.step = adversarial_step(config.training, config.adversarial, unit)
         else:
-            self.perturb = noise(config.training, unit, self.processes)
+            self.perturb = noise(config.training, unit, self.group)
             two_phase = isinstance(model, FPD)
             self.step = two_phase_step(config.training, unit) if two_phase else baseline_step(config.training)
         self.schedule = Schedule(optimizer, settings.schedule, self.batches * settings.epochs)
@@ -145,8 +143,8 @@ class _Training:
         """Train and validate; return the row, and the accuracy and the loss that epochs are compared by."""
         seed, device = self.config.seed, self.fabric.device
         order = generator(seed, "order", epoch)
-        # What does not come in batches that processes share is drawn by each for itself: dropout, starts of attacks.
-        own = self.processes.purpose
+        # Draws that are not of a whole batch differ between ranks: dropout, starts of attacks.
+        own = self.group.seed_purpose
         draws = {
             "augment": generator(seed, "augment", epoch, device=device),
             "noise": generator(seed, "noise", epoch, *(own if self.adversarial else ()), device=device),
@@ -158,10 +156,10 @@ class _Training:
             for source in _default_generators(device):  # dropout takes no generator of its own
                 source.manual_seed(derive(seed, "dropout", epoch, *own))
             train = self.splits.train
-            shuffled = batches(train, self.settings.batch_size, device, order, among=self.processes)
+            shuffled = batches(train, self.settings.batch_size, device, order, group=self.group)
             for index, (clean, labels) in enumerate(shuffled):
                 augmenting = self.config.data.augment
-                clean = augment(clean, augmenting, draws["augment"], size=train.size, among=self.processes)
+                clean = augment(clean, augmenting, draws["augment"], size=train.size, group=self.group)
                 done = epoch + (index + 1) / self.batches
                 with self.fabric.autocast():
                     perturbed = self.perturb(self.raw_model, clean, labels, done, draws["noise"])
@@ -170,13 +168,13 @@ class _Training:
                 sums.add(result)
                 self._report(epoch, index, time.perf_counter() - start, result, sums)
         seconds = time.perf_counter() - start
-        means = averaged(sums.means())
+        means = sums.means(self.group)
         if self.own_statistics:
-            average_statistics(self.raw_model)
+            average_batch_norm_statistics(self.raw_model)
         with whole_weights(self.raw_model):
             validation = validate(self.model, self.splits.validation, 2 * self.settings.batch_size, device, self.unit)
             robust = self._robust_accuracy()
-        with errors_shared():
+        with shared_errors():
             self._check_finite(epoch, {**means, "validation_ce": validation.ce})
         metrics = EpochMetrics(
             epoch=epoch, **means, validation_accuracy=validation.accuracy, validation_ce=validation.ce,
@@ -233,8 +231,8 @@ class _Training:
             "history": [asdict(m) for m in self.history],
         }
         weights = gathered(dict(self.raw_model.state_dict()))
-        with errors_shared():
-            if self.processes.first:
+        with shared_errors():
+            if self.group.is_main:
                 self._write(best, weights, state)
 
     def _write(self, best: bool, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -256,12 +254,12 @@ class _Training:
         return None if state is None else (state, read_weights(self.folder.last))
 
     def _restore(self) -> None:
-        with errors_shared():
+        with shared_errors():
             saved = self._saved()
-        begun = self.processes.all(0 if saved is None else len(saved[0]["history"]))
+        begun = self.group.gather(0 if saved is None else len(saved[0]["history"]))
         if len(set(begun)) > 1:
             raise InputError(
-                f"the processes see {sorted(set(begun))} whole epochs in {self.folder.path}; it must be on a file "
+                f"the ranks see {sorted(set(begun))} whole epochs in {self.folder.path}; it must be on a file "
                 "system that all nodes share"
             )
         if saved is None:
@@ -280,7 +278,7 @@ class _Training:
                 f"{self.folder.last} was written by another version of robustfpd and cannot be resumed "
                 f"({first_line(error)}); its weights still load; start in another folder"
             ) from None
-        if self.processes.first:
+        if self.group.is_main:
             self.folder.write_metrics(state["history"])  # the interrupt may have come before
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 from robustfpd.models import FPD, Baseline
 from robustfpd.training.steps import StepResult
 
@@ -103,13 +104,15 @@ class EpochSums:
         self._open += result.gate_open
         self._batches += 1
 
-    def means(self) -> dict[str, Any]:
-        """Means by the names of EpochMetrics."""
+    def means(self, group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any]:
+        """Return means by the names of EpochMetrics, over the ranks of `group`, which have equally many images."""
         means = {n: float(torch.stack(self._losses[n]).mean()) if n in self._losses else None for n in self.LOSSES}
         adversarial = float(self._adversarial) / self._adversarial_counted if self._adversarial_counted else None
-        return {
+        own: dict[str, Any] = {
             **means,
             "gate_open": self._open / self._batches,
             "train_accuracy": float(self.correct) / self.counted,
             "train_adversarial_accuracy": adversarial,
         }
+        ranks = group.gather(own)
+        return {n: None if own[n] is None else sum(r[n] for r in ranks) / len(ranks) for n in own}

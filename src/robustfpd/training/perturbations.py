@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from robustfpd.attacks import adaptive, fgsm, pgd
 from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.data.noise import add_uniform_noise
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 from robustfpd.models import FPD, Baseline
 from robustfpd.models.mode import evaluating
-from robustfpd.processes import ALONE, Processes
 
 
 class Perturb(Protocol):
@@ -24,16 +24,16 @@ class Perturb(Protocol):
         """Perturb images N×C×H×W in [0, 1]; `epoch` counts finished epochs, 1.5 in the middle of the second."""
 
 
-def noise(config: TrainingConfig, unit: Tensor | float = 1.0, among: Processes = ALONE) -> Perturb:
+def noise(config: TrainingConfig, unit: Tensor | float = 1.0, group: ProcessGroup = SINGLE_PROCESS) -> Perturb:
     """Return x + unit · U(-noise, noise), the perturbation of two-phase training; `unit` is in pixels of [0, 1].
 
-    `among` are the processes that share each batch.
+    `group` are the ranks that share each batch.
     """
 
     def perturb(
         model: FPD | Baseline, clean: Tensor, labels: Tensor, epoch: float, draws: torch.Generator
     ) -> Tensor:  # fmt: skip
-        return add_uniform_noise(clean, config.noise, draws, unit, among)
+        return add_uniform_noise(clean, config.noise, draws, unit, group)
 
     return perturb
 

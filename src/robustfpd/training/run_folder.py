@@ -13,10 +13,10 @@ from torch import Tensor
 
 from robustfpd.config import RunConfig, load_run
 from robustfpd.data import Splits
+from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.models import FPD, Baseline
 from robustfpd.models.checkpoint import replacing, whole, write_model_files
-from robustfpd.processes import Processes
 from robustfpd.provenance import environment, write_json
 
 STATE = "training.pt"
@@ -67,7 +67,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         config.save(self.config_file)
         begun = None if start is None else str(start)
-        how = {"precision": precision, "processes": Processes.now().size}
+        how = {"precision": precision, "processes": ProcessGroup.current().world_size}
         origin = {"data": _summary(splits), "start": begun, **how}
         write_json(self.path / "environment.json", {**environment(device), **origin})
 

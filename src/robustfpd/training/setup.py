@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from robustfpd import data
 from robustfpd.config import RunConfig
-from robustfpd.errors import InputError, ReportedByOtherRank
-from robustfpd.launched import Launched
+from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
+from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline, build, load
 from robustfpd.models.checkpoint import read_settings
 from robustfpd.models.factory import saved_in
-from robustfpd.processes import Processes
 from robustfpd.training.fabric import check
 from robustfpd.training.sync_batchnorm import synchronise
 
@@ -25,50 +23,45 @@ def prepared(config: RunConfig, net: nn.Module | None, start: str | Path | None)
     Raises:
         InputError: settings that cannot be used, or a start that does not fit.
     """
-    check(config, Launched.now())
+    check(config, LaunchEnvironment.read())
     splits = data.load(config.data)
     if len(splits.validation) == 0:
         raise InputError(
             f"{config.data.dataset} has {len(splits.train)} training images of {splits.info.num_classes} classes, "
             "too few to hold any out for validation: each class needs two"
         )
-    _check_shares(len(splits.train), config.procedure.batch_size, Processes.now())
+    _check_shares(len(splits.train), config.procedure.batch_size, ProcessGroup.current())
     model = build(splits.info.task, config.model, net=net, seed=config.seed)
     if start is not None:
         _take_over(model, Path(start), net, config.data.dataset)
-    if config.procedure.sync_batchnorm and Processes.now().size > 1:
+    if config.procedure.sync_batchnorm and ProcessGroup.current().world_size > 1:
         synchronise(model)
     return splits, model
 
 
-def check_agreed(processes: Processes, *asked: Any) -> None:
-    """Refuse processes that were not started for one training: several seeds are several commands.
+def check_ranks(group: ProcessGroup, config: RunConfig, out_dir: str | Path, start: object, resume: bool) -> None:
+    """Check that all ranks were started for one training.
 
     Raises:
-        InputError: a process group that is neither torchrun's nor srun's, or other arguments in another process.
+        InputError: a process group that is neither torchrun's nor srun's, or other arguments on another rank.
     """
-    launched = Launched.now()
-    if processes.size != launched.size:
-        raise InputError(
-            f"the process group has {processes.size} processes, of which torchrun or srun started {launched.size}; "
-            "start the script with torchrun or srun, or train in one process"
-        )
-    mine = [each.model_dump_json() if isinstance(each, RunConfig) else str(each) for each in asked]
-    everywhere = processes.all(mine)
-    other = next((rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0]), None)
-    if other is not None:
-        message = f"processes 0 and {other} were told to train different things"
-        if not processes.first:
-            raise ReportedByOtherRank(message)
-        raise InputError(f"{message}; give all the same settings, and each seed a command of its own")
+    started = LaunchEnvironment.read().world_size
+    with shared_errors():
+        if group.world_size != started:
+            raise InputError(
+                f"the process group has {group.world_size} ranks, of which torchrun or srun started {started}; "
+                "start the script with torchrun or srun, or train in one process"
+            )
+    settings = {"settings": config.model_dump_json(), "out_dir": str(out_dir), "start": str(start), "resume": resume}
+    group.check_equal(settings)
 
 
-def _check_shares(images: int, batch_size: int, processes: Processes) -> None:
+def _check_shares(images: int, batch_size: int, group: ProcessGroup) -> None:
     """Refuse a batch that is smaller than asked for and cannot be shared out evenly."""
-    if images < batch_size and images % processes.size:
+    if images < batch_size and images % group.world_size:
         raise InputError(
-            f"{images} training images are less than a batch, and cannot be shared out evenly among {processes.size} "
-            "processes; train in one process"
+            f"{images} training images are less than a batch, and cannot be shared out evenly among {group.world_size} "
+            "ranks; train in one process"
         )
 
 

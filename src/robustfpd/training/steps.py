@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.config import TrainingConfig
+from robustfpd.distributed import ProcessGroup
 from robustfpd.models import FPD, Baseline, FPDOutput
-from robustfpd.training.agreement import everywhere
 from robustfpd.training.objectives import PassLosses, first_objective, pass_losses, second_objective
 
 GROUPS = ("front_and_pyramid", "upscaling", "head")
@@ -75,7 +75,7 @@ def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
         losses = pass_losses(first.logits, first.restored, clean, labels, unit)
         correct = (first.logits.argmax(dim=1) == labels).sum()
         ce, restoration = losses.ce.detach(), losses.restoration.detach()
-        if bool(everywhere(losses.restoration) > config.threshold):
+        if not gate_open(losses.restoration, config):
             update(config.alpha_restore * losses.restoration, only=gated(config))
             return StepResult(ce, restoration, None, None, False, correct, len(labels))
         loss = first_objective(losses, config)
@@ -108,6 +108,11 @@ def second_phase(
     second = pass_losses(out.logits, out.restored, clean, labels, unit)
     update(second_objective(second, config))
     return second
+
+
+def gate_open(restoration: Tensor, config: TrainingConfig) -> bool:
+    """Return whether the mean restoration loss over all ranks is at most the threshold T."""
+    return not bool(ProcessGroup.current().all_reduce_mean(restoration) > config.threshold)
 
 
 def gated(config: TrainingConfig) -> frozenset[str]:

@@ -12,9 +12,9 @@ from robustfpd.attacks import pgd
 from robustfpd.config import AdversarialConfig
 from robustfpd.data import ImageSet
 from robustfpd.data.batches import batches
+from robustfpd.distributed import ProcessGroup
 from robustfpd.models import FPD, Baseline, FPDOutput
 from robustfpd.models.mode import evaluating
-from robustfpd.processes import Processes
 from robustfpd.rng import generator
 from robustfpd.training.perturbations import attacked
 
@@ -40,10 +40,10 @@ class Validation:
 def validate(
     model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, unit: Tensor | float = 1.0
 ) -> Validation:
-    """Measure a model on clean images, shared out among the processes; `unit` is that of the restoration loss."""
+    """Measure a model on clean images, sharded over the ranks; `unit` is that of the restoration loss."""
     right, ce, restoration, restores, count = 0, 0.0, 0.0, False, len(images)
-    processes = Processes.now()
-    mine = images.take(torch.arange(count)[processes.share(count)])
+    group = ProcessGroup.current()
+    mine = images.take(torch.arange(count)[group.shard(count)])
     with evaluating(model):
         for clean, labels in batches(mine, batch_size, device) if len(mine) else ():
             out = model(clean)
@@ -53,8 +53,8 @@ def validate(
             if isinstance(out, FPDOutput):
                 restores = True
                 restoration += float(F.mse_loss(out.restored / unit, clean / unit)) * len(clean)
-    told = processes.all((right, ce, restoration, restores))
-    right, ce, restoration, restores = (sum(values) for values in zip(*told, strict=True))
+    values = group.gather((right, ce, restoration, restores))
+    right, ce, restoration, restores = (sum(column) for column in zip(*values, strict=True))
     return Validation(right / count, ce / count, restoration / count if restores else None)
 
 
@@ -64,13 +64,13 @@ def robust_accuracy(
     """Accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
 
     Adversarial images are classified by the model itself, whatever view was attacked (Rice et al., ICML 2020, on why
-    the epoch must be picked by robust accuracy). Several processes share the images out, and each draws its own starts.
+    the epoch must be picked by robust accuracy). Several ranks shard the images, and each draws its own starts.
     """
-    processes = Processes.now()
+    group = ProcessGroup.current()
     chosen = torch.randperm(len(images), generator=generator(seed, "select"))[: config.select_images]
     chosen = chosen.sort().values
-    mine = images.take(chosen[processes.share(len(chosen))])
-    draws = generator(seed, "select-attack", *processes.purpose)
+    mine = images.take(chosen[group.shard(len(chosen))])
+    draws = generator(seed, "select-attack", *group.seed_purpose)
     classifier, right = model.classifier(), 0
     with evaluating(model):
         for clean, labels in batches(mine, batch_size, device) if len(mine) else ():
@@ -81,4 +81,4 @@ def robust_accuracy(
             with torch.no_grad():
                 kept = (classifier(clean).argmax(dim=1) == labels) & (classifier(found).argmax(dim=1) == labels)
             right += int(kept.sum())
-    return sum(processes.all(right)) / len(chosen)
+    return sum(group.gather(right)) / len(chosen)
