@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from robustfpd.cli import forecast, main
+from robustfpd.cli import common, main
 from robustfpd.evaluation import EvaluationRecord
 
 FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
@@ -15,7 +15,7 @@ FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(forecast, "SECONDS", 0.02)
+    monkeypatch.setattr(common, "TIMED_SECONDS", 0.02)
 
 
 def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -30,14 +30,15 @@ def test_training_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pyte
     main(words)
     out = capsys.readouterr().out
     for said in ("stage two-phase, into runs/digits-mini\n", "stage adversarial, into runs/digits-mini/adversarial",
-                 "128 to train, 143 to validate, 359 to test", "2 of batches of 32", "an estimate",
-                 "at most 798 images forward, 512 backward", "nothing was trained or written"):  # fmt: skip
+                 "128 to train, 143 to validate, 359 to test", "2 of batches of 32", "ms a batch timed now on cpu",
+                 "nothing was trained or written"):  # fmt: skip
         assert said in out
     assert max(map(len, out.splitlines())) <= 80
     told = _json(capsys, *words)
     assert [s["stage"] for s in told["stages"]] == ["two-phase", "adversarial"]
-    assert told["stages"][0]["forward_passes"] == 2 * (2 * 128 + 143)
-    assert told["stages"][1]["estimated_seconds"] > 0
+    for stage in told["stages"]:  # 4 batches an epoch, and validation
+        assert stage["estimated_seconds"] > 0.9 * 2 * 4 * stage["seconds_per_batch"] > 0
+    assert told["stages"][1]["seconds_per_batch"] > told["stages"][0]["seconds_per_batch"]
     assert told["settings"]["training"]["epochs"] == 2
     assert not list(tmp_path.iterdir())
 
@@ -66,8 +67,11 @@ def test_evaluation_is_planned_and_the_bound_holds(tmp_path: Path, capsys: pytes
     assert found["path"] == planned["path"]
     assert found["worst_case"][1]["accuracy"] == record.robust_accuracy
     assert found["verdict"]["status"] == record.verdict.status
-    assert sum(row.queries for row in record.ledger) <= planned["forward_passes"]
-    assert sum(row.gradients for row in record.ledger) <= planned["backward_passes"]
+    assert planned["estimated_seconds"] > 0
+    for attack in planned["attacks"]:  # and a forward pass for the prediction, of the pre-tanh logits as well
+        rows = [row for row in record.ledger if row.attack == attack["label"]]
+        assert max(row.queries for row in rows) <= attack["iterations_per_image"] + 2
+        assert max(row.gradients for row in rows) <= attack["iterations_per_image"]
     assert list(dict.fromkeys(a.attack for a in record.attacks)) == [a["label"] for a in planned["attacks"]]
     main(words)
     assert f"next: robustfpd report {run}" in capsys.readouterr().out

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,3 +97,30 @@ def torch_device(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use --device cpu, or leave it out"
         ) from None
     return device
+
+
+TIMED_SECONDS = 0.5
+"""How long `timed` repeats."""
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call of `action`, after one to warm up: the least of several, as other load only adds.
+
+    Args:
+        action: what is timed; called at least twice.
+        device: the device that it computes on.
+    """
+    import torch
+
+    def once() -> float:
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    seconds, begun = once(), time.perf_counter()
+    while time.perf_counter() - begun < TIMED_SECONDS:
+        seconds = min(seconds, once())
+    return seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -19,11 +20,13 @@ from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
     from torch import nn
 
     from robustfpd.cli.targets import Subject
-    from robustfpd.config import DataConfig, EvaluationConfig, RunConfig
+    from robustfpd.config import DataConfig, EvaluationConfig, RunConfig, TaskConfig
     from robustfpd.evaluation import EvaluationRecord, Proportion
+    from robustfpd.evaluation.suites import AttackSpec
 
 NOT_TRUSTED = 3
 """Exit code under --strict."""
@@ -94,7 +97,7 @@ def evaluate(
         search_precision: what attacks differentiate the network in; with bf16 successes are confirmed in fp32, but the
             number to report is fp32's.
         device: auto, cpu, cuda or mps; of several processes each takes the GPU of its own.
-        dry_run: tell the attacks, what they cost at most and an estimate of the time; attack and write nothing.
+        dry_run: print the attacks and the most time they take, from one timed batch; attack and write nothing.
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
@@ -116,7 +119,7 @@ def evaluate(
         chosen = torch_device(device)
         if dry_run:
             if group.is_main:
-                _tell_plan(output, found, config, plan, split, list(others), chosen)
+                _dry_run(output, found, config, plan, split, list(others), chosen, batch_size)
             return
         attacked = _attacked(found, config, plan, split, others, chosen)
     record, path = _evaluated(
@@ -161,14 +164,104 @@ def _attacked(
     return _Attacked(shown, attacked.to(device), data, networks, tuple(class_names))
 
 
-def _tell_plan(
+def _dry_run(
     output: Output, found: Subject, config: RunConfig, plan: EvaluationConfig, split: str, surrogates: list[str],
-    device: torch.device,
+    device: torch.device, batch_size: int | None,
 ) -> None:  # fmt: skip
-    from robustfpd.cli.evaluate_plan import tell_plan
+    """Print the attacks and an upper bound of their time; attack and write nothing."""
+    from robustfpd import attacks, data
+    from robustfpd.cli.display import duration
     from robustfpd.cli.images import as_made_for
 
-    tell_plan(output, found, as_made_for(found, config).data, plan, split, surrogates, device)
+    settings = as_made_for(found, config).data
+    counts = data.count(settings)
+    available = counts.test if split == "test" else counts.validation
+    task, images = found.task or counts.info.task, min(plan.num_images, available)
+    specs, forward, gradient = _timed_suite(found.classifier().to(device), task, plan, surrogates, device, batch_size)
+    rows, seconds = [], forward * images
+    for spec in specs:
+        # An attack that searches for the smallest perturbation runs once for all eps.
+        radii = 1 if attacks.get(spec.attack).minimal else len(plan.eps)
+        each = gradient if attacks.get(spec.attack).access == "gradients" else forward
+        spent = spec.iterations * radii * images * each
+        rows.append((spec, radii, spent))
+        seconds += spent
+    path = found.results / f"{record_name(settings, plan, split)}.json"
+    output.say(
+        f"{found.name}: {images:,} of {available:,} {split} images of {counts.info.name}, {task}",
+        f"suite {plan.suite}, {plan.norm}, eps {' '.join(f'{e:.4g}' for e in plan.eps)}",
+        _attack_table(rows),
+        f"time    at most about {duration(seconds)}, and the checks: an image is not attacked again once",
+        "        it is misclassified, so most evaluations take far less",
+        f"        timed now on {device}: {1000 * forward:.3g} ms an image, {1000 * gradient:.3g} ms with its gradient",
+        f"record  {path}",
+        "        an evaluation that is there is resumed or read",
+        "dry run: nothing was attacked or written",
+    )
+    output.result({
+        "subject": found.name, "suite": plan.suite, "norm": plan.norm, "eps": list(plan.eps), "split": split,
+        "num_images": images, "dataset": counts.info.name, "device": str(device), "path": str(path),
+        "attacks": [
+            {
+                "label": spec.label, "attack": spec.attack, "view": spec.view, "options": dict(spec.options),
+                "screened": spec.screened, "radii": radii, "iterations_per_image": spec.iterations,
+                "estimated_seconds": round(spent, 1),
+            }
+            for spec, radii, spent in rows
+        ],
+        "estimated_seconds": round(seconds, 1), "bound": "upper",
+    })  # fmt: skip
+
+
+def _timed_suite(
+    classifier: nn.Module, task: TaskConfig, plan: EvaluationConfig, surrogates: list[str], device: torch.device,
+    batch_size: int | None,
+) -> tuple[list[AttackSpec], float, float]:  # fmt: skip
+    """Return the suite's attacks, and the seconds an image takes forward, and forward and backward, in a batch."""
+    import torch
+
+    from robustfpd.attacks.adaptive import LOGITS, adaptive_views
+    from robustfpd.attacks.base import preserve_state
+    from robustfpd.cli.common import timed
+    from robustfpd.evaluation.memory import block_size, found_batch_size
+    from robustfpd.evaluation.suites import SuiteContext
+    from robustfpd.evaluation.suites import plan as suite_attacks
+
+    images = torch.rand(1, task.in_channels, *task.image_size, device=device)
+    count = batch_size or found_batch_size(images, device, block_size(plan.num_images, None))
+    images = torch.rand(count, *images.shape[1:], device=device)
+
+    def gradient() -> None:
+        images.requires_grad_()
+        torch.autograd.grad(classifier(images).sum(), images)
+
+    def forward() -> None:
+        with torch.no_grad():
+            classifier(images)
+
+    with preserve_state(classifier):
+        # In normalised space attacks see the logits only.
+        views = adaptive_views(classifier, images[:4]) if plan.space == "pixels" else (LOGITS,)
+        seconds = timed(forward, device) / count, timed(gradient, device) / count
+    return suite_attacks(plan.suite, SuiteContext(plan.norm, tuple(views), tuple(surrogates))), *seconds
+
+
+def _attack_table(rows: Sequence[tuple[AttackSpec, int, float]]) -> Table:
+    """The attacks in their order, with their options and the time they take at most."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from robustfpd.cli.display import duration
+
+    table = Table("attack", "options", "radii", "iterations", "at most", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for spec, radii, seconds in rows:
+        options = {k: v for k, v in spec.options.items() if k != "early_stop" and str(v) not in spec.label}
+        shown = " ".join(f"{name}={value}" for name, value in options.items())
+        table.add_row(spec.label, shown, str(radii), f"{spec.iterations:,}", duration(seconds))
+    return table
 
 
 def record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +16,12 @@ from robustfpd.distributed import LaunchEnvironment, init_process_group, shared_
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from robustfpd.config import Precision, RunConfig, StageName
+    from robustfpd.data import Counts, ImageSet
+    from robustfpd.models import FPD, Baseline
     from robustfpd.training import TrainResult
 
 
@@ -60,7 +67,7 @@ def train(
         device: auto, cpu, cuda or mps.
         precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
             at it, else fp32.
-        dry_run: tell the plan, its cost in passes and an estimate of the time; train and write nothing.
+        dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
@@ -80,9 +87,7 @@ def train(
         output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
         chosen = torch_device(device)
     if dry_run:
-        from robustfpd.cli.train_plan import tell_plan
-
-        tell_plan(output, planned, chosen, precision)
+        _dry_run(planned, chosen, precision, output)
         return
     options = {
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
@@ -181,6 +186,137 @@ def _train(
         under = "" if launcher == "none" else f", under {launcher} as before"
         output.say(f"\ninterrupted; {kept}. Go on with{under}:\n  {again}")
         raise SystemExit(130) from None
+
+
+def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Precision, output: Output) -> None:
+    """Print each stage and an estimate of its time; train and write nothing."""
+    from robustfpd import data
+    from robustfpd.cli.display import duration
+    from robustfpd.models import build
+    from robustfpd.models.precision import chosen
+
+    run = stages[0].run
+    counts = data.count(run.data)
+    # Pretrained weights would have to be downloaded, and take the same time.
+    model = build(counts.info.task, run.model.model_copy(update={"pretrained": False}), seed=run.seed)
+    defence = f"FPD, {run.model.head} head" if run.model.defence == "fpd" else "no defence (undefended baseline)"
+    output.say(
+        f"recipe {run.recipe}, {run.protocol} protocol, seed {run.seed}\n"
+        f"  data      {counts.info.name}, {counts.info.task}\n"
+        f"            {counts.train:,} to train, {counts.validation:,} to validate, {counts.test:,} to test\n"
+        f"  network   {run.model.backbone}, {defence}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million "
+        "parameters\n"
+    )
+    estimates = []
+    for stage in stages:
+        step, seconds = _stage_seconds(model, stage.run, counts, device, chosen(precision, device))
+        output.say(
+            f"stage {stage.run.stage}, into {stage.folder}", *_stage_lines(stage),
+            f"  time      at most about {duration(seconds)}, {1000 * step:.3g} ms a batch timed now on {device};",
+            "            early stopping and a shut gate take less\n",
+        )  # fmt: skip
+        estimates.append({
+            "stage": stage.run.stage, "folder": str(stage.folder), "start": stage.start and str(stage.start),
+            "epochs": stage.run.procedure.epochs, "seconds_per_batch": step, "estimated_seconds": round(seconds, 1),
+        })  # fmt: skip
+    output.say("dry run: nothing was trained or written")
+    output.result({
+        "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
+        "precision": chosen(precision, device), "settings": run.model_dump(mode="json"),
+        "images": {"train": counts.train, "validation": counts.validation, "test": counts.test},
+        "stages": estimates,
+    })  # fmt: skip
+
+
+def _stage_lines(stage: StagePlan) -> list[str]:
+    """The settings of a stage that decide what it does and how long it takes."""
+    procedure, settings = stage.run.procedure, stage.run.adversarial
+    optimizer = f"{procedure.optimizer.name} {procedure.optimizer.lr:g}, {procedure.schedule.name}"
+    lines = [f"  epochs    {procedure.epochs} of batches of {procedure.batch_size}, {optimizer}"]
+    if stage.run.stage == "two-phase":
+        gate = f", gate at {stage.run.training.threshold:g}" if stage.run.model.defence == "fpd" else ""
+        return [*lines, f"  noise     {stage.run.training.noise:g}{gate}"]
+    steps = f"-{settings.steps}" if settings.attack == "pgd" else ""
+    return [
+        *lines,
+        f"  start     {'new weights' if stage.start is None else f'the best checkpoint in {stage.start}'}",
+        f"  attack    {settings.attack.upper()}{steps}, {settings.norm}, eps {settings.eps:.4g}",
+    ]
+
+
+def _stage_seconds(
+    model: FPD | Baseline, run: RunConfig, counts: Counts, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Time single batches of random images: return the seconds of a training step, and of the stage at most."""
+    import torch
+
+    from robustfpd.cli.common import timed
+    from robustfpd.data import ImageSet
+    from robustfpd.data.batches import batches_per_epoch
+    from robustfpd.training.validation import robust_accuracy, validate
+
+    procedure, settings, task = run.procedure, run.adversarial, counts.info.task
+    size = 2 * procedure.batch_size  # validation batches are twice as large
+    shape = (size, task.in_channels, *task.image_size)
+    images = ImageSet(torch.randint(256, shape, dtype=torch.uint8), torch.randint(task.num_classes, (size,)))
+    train_batch = _training_batch(model.to(device).train(), run, images, device, precision)
+
+    def batch_seconds(epoch: int) -> float:
+        """The mean over batches with and without a second pass."""
+        interval = run.training.second_pass_interval
+        seconds = timed(lambda: train_batch(epoch, 0), device)
+        if interval > 1:
+            seconds += (interval - 1) * timed(lambda: train_batch(epoch, 1), device)
+        return seconds / interval
+
+    def attack() -> None:
+        robust_accuracy(model, images, settings, size, device, run.seed)
+
+    adversarial = run.stage == "adversarial"
+    clean_epochs = min(settings.start_epoch, procedure.epochs) if adversarial else 0
+    step = batch_seconds(procedure.epochs)
+    train = step * (procedure.epochs - clean_epochs) + (batch_seconds(0) * clean_epochs if clean_epochs else 0.0)
+    validation = timed(lambda: validate(model, images, size, device), device) * math.ceil(counts.validation / size)
+    if adversarial and settings.select_by == "robust":
+        validation += timed(attack, device) * math.ceil(min(settings.select_images, counts.validation) / size)
+    return step, train * batches_per_epoch(counts.train, procedure.batch_size) + validation * procedure.epochs
+
+
+def _training_batch(
+    model: FPD | Baseline, run: RunConfig, images: ImageSet, device: torch.device, precision: str
+) -> Callable[[int, int], None]:
+    """Return a function that trains on one batch, given the epoch and the batch's index in it."""
+    import torch
+
+    from robustfpd.data.batches import batches
+    from robustfpd.training.adversarial import adversarial_step
+    from robustfpd.training.optim import make_optimizer
+    from robustfpd.training.perturbations import adversary, noise
+    from robustfpd.training.steps import baseline_step, parameter_groups, two_phase_step
+
+    # An open gate is the upper bound: a shut one leaves out phase 2.
+    config = run.training.model_copy(update={"threshold": math.inf})
+    if run.stage == "adversarial":
+        perturb, step = adversary(run.adversarial), adversarial_step(config, run.adversarial)
+    else:
+        fpd = run.model.defence == "fpd"
+        perturb, step = noise(config), two_phase_step(config) if fpd else baseline_step(config)
+    optimizer = make_optimizer(parameter_groups(model), run.procedure.optimizer)
+    clean, labels = next(batches(images, run.procedure.batch_size, device))
+    draws = torch.Generator(device=device)
+
+    def update(loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+        # `second_pass: through` goes back through a graph whose weights have moved.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(model.parameters())):  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def train_batch(epoch: int, index: int) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            step(model, clean, perturb(model, clean, labels, epoch, draws), labels, update, index)
+
+    return train_batch
 
 
 def _ending(result: TrainResult, run: RunConfig) -> str:

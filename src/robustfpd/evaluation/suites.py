@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH
 from robustfpd.config import Norm
 from robustfpd.errors import unknown_name
 
+UNSTATED_STEPS = 200
+"""Steps that `AttackSpec.iterations` assumes where an attack's options give none."""
 EOT = 20
 """How often a random classifier is asked at each step."""
 
@@ -29,6 +32,21 @@ class AttackSpec:
     """Keyword arguments of the attack."""
     screened: bool = False
     """It is dear: images go to it closest to falling first, and the rest is skipped when none of these falls."""
+
+    @property
+    def iterations(self) -> int:
+        """Upper bound of the passes of one image: steps × restarts × EOT samples × targets, or queries × restarts.
+
+        An estimate for C&W, DeepFool and JSMA, whose searches end by other criteria.
+        """
+        parameters = inspect.signature(attacks.get(self.attack).function).parameters.values()
+        options = {**{p.name: p.default for p in parameters}, **self.options}
+        count = options.get("queries") or options.get("samples")
+        if count is None:
+            count = (options.get("steps") or (1 if self.attack == "fgsm" else UNSTATED_STEPS)) + 1
+        for name in ("restarts", "eot", "targets", "binary_search_steps"):
+            count *= options.get(name, 1)
+        return int(count * 2 * options["coordinates"] if "coordinates" in options else count)
 
 
 @dataclass(frozen=True)
