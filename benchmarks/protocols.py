@@ -98,7 +98,7 @@ def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
     named = variant.protocol == "published" or any(c.startswith("evaluation.suite=") for c in variant.changes)
     suite = config.evaluation.suite if named else "first-look"
     record = rf.evaluate(
-        classifier, images, suite=suite, eps=EPS[variant.stage], num_images=NUM_IMAGES, subject=variant.name
+        classifier, images, suite=suite, eps=EPS[variant.stage], num_images=NUM_IMAGES, model_name=variant.name
     )
     return {
         "variant": variant.name, "stage": variant.stage, "recipe": RECIPE, "protocol": variant.protocol,

@@ -113,17 +113,17 @@ def _checked(
     """The record under the network's name, once it is known to be about these weights and the test images."""
     expected = weights_sha256(model.classifier())
     if record.weights_sha256 != expected:
-        found = record.weights_sha256 or "none, as records from before this field have it"
+        found = record.weights_sha256 or "none"
         raise InputError(
             f"{path} is not about the weights in {source.best}: weights_sha256 {expected} expected, found {found}; "
             f"run robustfpd evaluate {source.path}"
         )
-    if record.subject.endswith("(validation images)"):
+    if record.model_name.endswith("(validation images)"):
         raise InputError(f"{path} is about validation images, on which settings were chosen; evaluate the test images")
     test = _environment(source).get("data", {}).get("test", {})
     if record.num_images == test.get("images") and record.data_sha256 != test.get("sha256"):
         raise InputError(f"{path} is about other images than the run's test set; evaluate it without --dataset")
-    return record.model_copy(update={"subject": name})
+    return record.model_copy(update={"model_name": name})
 
 
 def _small_ledger(records: Sequence[Path], stem: str) -> bool:

@@ -74,7 +74,7 @@ def make_run() -> Callable[..., Path]:
         images, labels = splits.test.floats()
         record = evaluation.evaluate(
             model.classifier(), (images, labels), suite="first-look", eps=(0.05, 8 / 255), num_images=20,
-            subject=str(folder),
+            model_name=str(folder),
         )  # fmt: skip
         record.save(folder / "evaluation" / "first.json")
         return folder

@@ -50,7 +50,7 @@ def check(folder: Path, name: str, model: zoo.ZooModel) -> None:
     for path in model.results:
         record = EvaluationRecord.load(folder / path)
         assert record.weights_sha256 == weights_sha256(loaded.classifier())
-        assert record.subject == name
+        assert record.model_name == name
         assert f"| 0 (clean) | {record.clean} |" in card
         assert f"{record.num_images:,} test images" in card
         for worst in record.worst_case:
@@ -159,7 +159,7 @@ def _rewrite(path: Path, **changes: Any) -> None:
     [
         ({"weights_sha256": "0" * 64}, "is not about the weights in .*, found 0000.*run robustfpd evaluate"),
         ({"weights_sha256": None}, "is not about the weights in .*, found none"),
-        ({"subject": "runs/x (validation images)"}, "is about validation images"),
+        ({"model_name": "runs/x (validation images)"}, "is about validation images"),
         (
             {"environment": {"note": "seen in /machine/of/mine"}},
             "would hold a path of this machine, '/machine/of/mine'",

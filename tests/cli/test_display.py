@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from robustfpd.cli.display import duration, evaluation_display, training_display
-from robustfpd.evaluation import Stage
+from robustfpd.evaluation import EvaluationProgress
 from robustfpd.training import EpochMetrics, Progress
 from robustfpd.training.steps import StepResult
 
@@ -78,6 +78,6 @@ def test_an_evaluation_shows_attack_radius_and_what_still_stands() -> None:
     file = io.StringIO()
     console = Console(file=file, width=WIDTH, force_terminal=True, no_color=True, legacy_windows=False)
     with evaluation_display(console, "FPD") as observer:
-        observer.on_stage(Stage(attack="PGD-40", eps=0.1, done=3, total=8, standing=57))
+        observer.on_attack(EvaluationProgress(attack="PGD-40", eps=0.1, number=3, total=8, survivors=57))
         time.sleep(0.3)  # rich draws from a thread of its own
-    assert "FPD: PGD-40 at eps 0.1 (3/8), 57 images still stand" in file.getvalue()
+    assert "FPD: PGD-40 at eps 0.1 (3/8), 57 survivors" in file.getvalue()

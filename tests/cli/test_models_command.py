@@ -102,7 +102,7 @@ def test_evaluate_takes_a_name_and_leaves_the_networks_folder_alone(
     assert "digits/mini-fpd: 12 images, linf, suite first-look" in " ".join(capsys.readouterr().out.split())
     assert {p: p.stat().st_mtime_ns for p in (places / "models").rglob("*")} == before
     path = places / "runs" / "digits-mini-fpd-evaluation" / "digits-first-look-linf.json"
-    assert json.loads(path.read_text())["subject"] == "digits/mini-fpd"
+    assert json.loads(path.read_text())["model_name"] == "digits/mini-fpd"
     main(["evaluate", given, "--eps", "0.05", "--num-images", "5"])
     assert path.with_name("digits-first-look-linf-2.json").is_file()
 
@@ -114,7 +114,7 @@ def test_evaluate_repeats_what_the_card_says(places: Path, capsys: pytest.Captur
     folder = places / "runs" / "digits-mini-baseline-adversarial-evaluation"
     again = json.loads((folder / "digits-first-look-linf.json").read_text())
     first = json.loads((places / "models" / NAME / "results" / "first.json").read_text())
-    for key in ("clean", "worst_case", "data_sha256", "weights_sha256", "subject", "suite", "norm", "seed"):
+    for key in ("clean", "worst_case", "data_sha256", "weights_sha256", "model_name", "suite", "norm", "seed"):
         assert again[key] == first[key], key
 
 

@@ -37,7 +37,15 @@ def test_the_rest_is_spared_only_after_attacks_that_worked_and_found_nothing(
 ) -> None:
     rows = [
         LedgerRow(
-            image=i, label=0, clean_prediction=0, attack="a", eps=0.1, adversarial_prediction=0, distance=0.0, outcome=o
+            image=i,
+            label=0,
+            clean_prediction=0,
+            attack="a",
+            eps=0.1,
+            adversarial_prediction=0,
+            distance=0.0,
+            outcome=o,
+            margin=0.0,
         )
         for i, o in enumerate(outcomes)
     ]

@@ -13,7 +13,7 @@ import robustfpd as rf
 from robustfpd import attacks
 from robustfpd.attacks.base import attack as make_attack
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, LedgerRow, Stage, evaluate
+from robustfpd.evaluation import EvaluationObserver, EvaluationProgress, EvaluationRecord, LedgerRow, evaluate
 from robustfpd.evaluation.ledger import CLEAN
 
 if TYPE_CHECKING:
@@ -205,13 +205,13 @@ def test_a_loader_gives_what_its_images_give(linear: Linear, data: Data) -> None
 
 
 def test_an_observer_is_told_where_it_stands(linear: Linear, data: Data) -> None:
-    stages: list[Stage] = []
+    stages: list[EvaluationProgress] = []
     record = evaluate(
-        linear, data, suite="first-look", eps=(0.02, 0.05), observer=EvaluationObserver(on_stage=stages.append)
+        linear, data, suite="first-look", eps=(0.02, 0.05), observer=EvaluationObserver(on_attack=stages.append)
     )
     assert [(s.attack, s.eps) for s in stages] == [(a.attack, a.eps) for a in record.attacks]
-    assert [(s.done, s.total) for s in stages] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [s.standing for s in stages] == [a.attacked for a in record.attacks]
+    assert [(s.number, s.total) for s in stages] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [s.survivors for s in stages] == [a.attacked for a in record.attacks]
 
 
 def _attack(function: Any) -> Any:

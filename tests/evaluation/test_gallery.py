@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationObserver, EvaluationRecord, Stage
-from robustfpd.evaluation.gallery import Gallery, GalleryImage, Shown, gallery_folder, picture_of, read_gallery
+from robustfpd.evaluation import EvaluationObserver, EvaluationProgress, EvaluationRecord
+from robustfpd.evaluation.gallery import Gallery, GalleryImage, GalleryIndex, gallery_folder, picture_of, read_gallery
 
 Digits = tuple[nn.Module, Tensor, Tensor]
 Evaluate = Callable[..., tuple[EvaluationRecord, Path]]
@@ -50,22 +50,22 @@ def test_the_images_that_fell_first_are_shown_as_the_ledger_has_them(evaluate: E
     record, folder = evaluate()
     fallen, shown = _fallen(record), read_gallery(folder)
     assert len(fallen) > LIMIT
-    assert len(shown.fell) == LIMIT
-    for gallery_image in shown.fell:
-        assert gallery_image.fell
+    assert len(shown.misclassified) == LIMIT
+    for gallery_image in shown.misclassified:
+        assert gallery_image.misclassified
         told = (gallery_image.attack, gallery_image.eps, gallery_image.adversarial_prediction)
         assert told == fallen[gallery_image.image][1:]
-    latest = max(fallen[e.image][0] for e in shown.fell)
-    others = fallen.keys() - {e.image for e in shown.fell}
+    latest = max(fallen[e.image][0] for e in shown.misclassified)
+    others = fallen.keys() - {e.image for e in shown.misclassified}
     assert latest <= min(fallen[image][0] for image in others)
-    places = [fallen[e.image][0] for e in shown.fell]
+    places = [fallen[e.image][0] for e in shown.misclassified]
     assert places == sorted(places)
 
 
 def test_images_that_fell_together_are_drawn_by_lot(evaluate: Evaluate) -> None:
     """Data often come sorted by class: the first ones would be all of one."""
     record, folder = evaluate(eps=0.3)
-    fallen, shown = _fallen(record), [e.image for e in read_gallery(folder).fell]
+    fallen, shown = _fallen(record), [e.image for e in read_gallery(folder).misclassified]
     together = sorted(image for image, (place, *_) in fallen.items() if place == fallen[shown[0]][0])
     assert len(together) > 3 * LIMIT
     assert shown != together[:LIMIT]
@@ -73,7 +73,7 @@ def test_images_that_fell_together_are_drawn_by_lot(evaluate: Evaluate) -> None:
 
 def test_images_that_never_fell_show_the_closest_point(evaluate: Evaluate) -> None:
     record, folder = evaluate()
-    stood = read_gallery(folder).stood
+    stood = read_gallery(folder).robust
     assert 0 < len(stood) <= LIMIT
     for gallery_image in stood:
         rows = [r for r in record.ledger if r.image == gallery_image.image and r.attack != "clean"]
@@ -87,7 +87,7 @@ def test_pictures_show_image_point_and_perturbation(digits: Digits, evaluate: Ev
     _, images, _ = digits
     _, folder = evaluate()
     shown = read_gallery(folder)
-    for gallery_image in (*shown.fell, *shown.stood):
+    for gallery_image in (*shown.misclassified, *shown.robust):
         clean, adversarial = (_picture(folder, gallery_image, name) for name in ("clean", "adversarial"))
         torch.testing.assert_close(clean, images[gallery_image.image, 0], atol=1 / 500, rtol=0)
         delta = adversarial - clean
@@ -95,7 +95,7 @@ def test_pictures_show_image_point_and_perturbation(digits: Digits, evaluate: Ev
         magnified = _picture(folder, gallery_image, "perturbation") - 0.5
         torch.testing.assert_close(magnified / gallery_image.amplification, delta, atol=1 / 250, rtol=0)
         assert float(magnified.abs().max()) == pytest.approx(0.5, abs=1 / 250)
-        assert not gallery_image.restores
+        assert not gallery_image.has_restored
 
 
 def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, 
     folder = gallery_folder(tmp_path / "record.json")
     shown = read_gallery(folder)
     fpd.eval()
-    assert all(e.restores for e in (*shown.fell, *shown.stood))
-    for gallery_image in [*shown.fell, *shown.stood][:2]:
+    assert all(e.has_restored for e in (*shown.misclassified, *shown.robust))
+    for gallery_image in [*shown.misclassified, *shown.robust][:2]:
         seen = fpd.restore(_picture(folder, gallery_image, "adversarial")[None, None])[0].clamp(0, 1)
         told = _picture(folder, gallery_image, "restored")[None]
         assert float((seen - told).detach().abs().max()) < 0.05  # the adversarial image was rounded to 8 bits
@@ -116,10 +116,10 @@ def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, 
 def test_the_surface_is_right_at_the_image_and_wrong_at_the_adversarial_point(evaluate: Evaluate) -> None:
     _, folder = evaluate()
     shown = read_gallery(folder)
-    surface = shown.surface
+    surface = shown.landscape
     assert surface is not None
     assert (surface.image, surface.attack, surface.eps) == (
-        shown.fell[0].image, shown.fell[0].attack, shown.fell[0].eps
+        shown.misclassified[0].image, shown.misclassified[0].attack, shown.misclassified[0].eps
     )  # fmt: skip
     middle = min(range(len(surface.across)), key=lambda i: abs(surface.across[i]))
     here, there = (min(range(21), key=lambda i: abs(surface.along[i] - place)) for place in (0, 1))
@@ -148,18 +148,18 @@ def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> 
     class Killed(Exception):
         pass
 
-    def kill(stage: Stage) -> None:
-        if stage.done == 3:
+    def kill(stage: EvaluationProgress) -> None:
+        if stage.number == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        evaluate(observer=EvaluationObserver(on_stage=kill))
+        evaluate(observer=EvaluationObserver(on_attack=kill))
     record, folder = evaluate()
     shown, fallen = read_gallery(folder), _fallen(record)
-    assert len(shown.fell) == LIMIT
-    assert all((e.attack, e.eps) == fallen[e.image][1:3] for e in shown.fell)
-    assert all((folder / e.file(p)).is_file() for e in (*shown.fell, *shown.stood) for p in e.pictures)
-    named = {e.image for e in (*shown.fell, *shown.stood)}
+    assert len(shown.misclassified) == LIMIT
+    assert all((e.attack, e.eps) == fallen[e.image][1:3] for e in shown.misclassified)
+    assert all((folder / e.file(p)).is_file() for e in (*shown.misclassified, *shown.robust) for p in e.pictures)
+    named = {e.image for e in (*shown.misclassified, *shown.robust)}
     assert {int(path.name[:6]) for path in folder.glob("*.png")} == named
 
 
@@ -167,7 +167,7 @@ def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> 
 def test_one_killed_after_its_attacks_keeps_all_its_pictures(
     evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    expected = read_gallery(evaluate(name="whole")[1].with_name("whole.gallery"))
+    expected = read_gallery(evaluate(record_name="whole")[1].with_name("whole.gallery"))
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -177,9 +177,9 @@ def test_one_killed_after_its_attacks_keeps_all_its_pictures(
         with pytest.raises(KeyboardInterrupt):
             evaluate()
     shown = read_gallery(evaluate()[1])
-    assert [e.image for e in shown.fell] == [e.image for e in expected.fell]
-    assert [e.image for e in shown.stood] == [e.image for e in expected.stood]
-    assert shown.surface is not None
+    assert [e.image for e in shown.misclassified] == [e.image for e in expected.misclassified]
+    assert [e.image for e in shown.robust] == [e.image for e in expected.robust]
+    assert shown.landscape is not None
 
 
 def test_what_a_smallest_perturbation_turns_at_a_larger_radius_is_shown(evaluate: Evaluate) -> None:
@@ -192,8 +192,8 @@ def test_what_a_smallest_perturbation_turns_at_a_larger_radius_is_shown(evaluate
         del _SUITES["smallest"]
     fallen, shown = _fallen(record), read_gallery(folder)
     assert len({eps for _, _, eps, _ in fallen.values()}) > 1
-    assert {e.image: e.eps for e in shown.fell} == {image: eps for image, (_, _, eps, _) in fallen.items()}
-    assert all(e.distance <= e.eps * (1 + 1e-5) + 1e-5 for e in shown.fell)
+    assert {e.image: e.eps for e in shown.misclassified} == {image: eps for image, (_, _, eps, _) in fallen.items()}
+    assert all(e.distance <= e.eps * (1 + 1e-5) + 1e-5 for e in shown.misclassified)
 
 
 def test_a_picture_that_cannot_be_made_costs_no_evaluation(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_a_picture_that_cannot_be_made_costs_no_evaluation(evaluate: Evaluate, m
     monkeypatch.setattr("robustfpd.evaluation.gallery.loss_landscape", out_of_memory)
     record, folder = evaluate()
     shown = read_gallery(folder)
-    assert shown.fell
-    assert shown.surface is None
+    assert shown.misclassified
+    assert shown.landscape is None
     assert shown.problems == ("the loss surface was not drawn: RuntimeError: out of memory",)
     assert record.worst_case
 
@@ -232,8 +232,8 @@ def test_what_cannot_be_restored_is_shown_without(
     monkeypatch.setattr(Gallery, "save", failing)
     rf.evaluate(fpd, (images[:9], labels[:9]), suite="first-look", eps=0.2, out_dir=tmp_path)
     shown = read_gallery(gallery_folder(tmp_path / "record.json"))
-    assert shown.fell or shown.stood
-    assert not any(e.restores for e in (*shown.fell, *shown.stood))
+    assert shown.misclassified or shown.robust
+    assert not any(e.has_restored for e in (*shown.misclassified, *shown.robust))
     assert shown.problems == ("nothing was restored: RuntimeError: out of memory",)
 
 
@@ -259,8 +259,10 @@ def test_another_evaluation_does_not_keep_the_pictures_of_the_one_before(evaluat
     (tmp_path / "record.json").unlink()
     record, folder = evaluate(seed=1, eps=0.02)
     shown = read_gallery(folder)
-    assert {e.eps for e in (*shown.fell, *shown.stood)} == {0.02}
-    assert {int(path.name[:6]) for path in folder.glob("*.png")} == {e.image for e in (*shown.fell, *shown.stood)}
+    assert {e.eps for e in (*shown.misclassified, *shown.robust)} == {0.02}
+    assert {int(path.name[:6]) for path in folder.glob("*.png")} == {
+        e.image for e in (*shown.misclassified, *shown.robust)
+    }
     assert shown.settings_sha256 == record.settings_sha256
 
 
@@ -274,7 +276,7 @@ def test_damaged_exhibits_are_told(tmp_path: Path, text: str) -> None:
 def test_what_is_listed_is_read_back(evaluate: Evaluate) -> None:
     _, folder = evaluate()
     shown = read_gallery(folder)
-    assert Shown.model_validate_json(shown.model_dump_json()) == shown
+    assert GalleryIndex.model_validate_json(shown.model_dump_json()) == shown
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "L")])
@@ -291,4 +293,4 @@ def test_class_names_join_the_record(evaluate: Evaluate) -> None:
     record, _ = evaluate(class_names=names)
     assert record.class_names == names
     with pytest.raises(InputError, match="class_names must be 10, one for each logit, found 3"):
-        evaluate(class_names=("a", "b", "c"), name="other")
+        evaluate(class_names=("a", "b", "c"), record_name="other")

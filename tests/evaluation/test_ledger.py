@@ -250,7 +250,7 @@ def test_one_that_is_done_is_read_after_a_first_look_at_the_classifier(images: D
     net.calls, net.left = 0, 2
     assert evaluate(net, images, out_dir=tmp_path, **SETTINGS) == record
     assert net.calls == 1
-    other = evaluate(Net(2), images, out_dir=tmp_path, name="other", **SETTINGS)
+    other = evaluate(Net(2), images, out_dir=tmp_path, record_name="other", **SETTINGS)
     assert other.weights_sha256 != record.weights_sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "other.json", "other.ledger.csv", "record.json", "record.ledger.csv",
@@ -379,13 +379,6 @@ def test_rows_survive_the_file_to_the_last_bit(
     row = _row(image, eps=eps, distance=distance, margin=margin, note=note, attack=label, outcome="failed")
     write_rows(path, [row, row])
     assert read_rows(path) == read_rows(path, cut_off=True) == [row, row]
-
-
-def test_a_ledger_from_before_passes_were_kept_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "r.ledger.csv"
-    path.write_text("image,label,clean_prediction,attack,eps,adversarial_prediction,distance\n3,1,1,FGSM,0.1,0,0.05\n")
-    (row,) = read_rows(path)
-    assert (row.image, row.distance, row.outcome, row.queries) == (3, 0.05, "unknown", 0)
 
 
 def test_replay_gives_batches_in_their_order_and_drops_what_does_not_follow(tmp_path: Path) -> None:

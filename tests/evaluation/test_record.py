@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def record(linear: Linear, data: Data) -> EvaluationRecord:
     return evaluate(
-        linear, data, suite="first-look", eps=(0.01, 0.1 / 3), seed=4, every_attack=True, subject='a, "b"\n'
+        linear, data, suite="first-look", eps=(0.01, 0.1 / 3), seed=4, every_attack=True, model_name='a, "b"\n'
     )
 
 
@@ -57,7 +57,7 @@ def test_what_is_saved_is_what_is_loaded(record: EvaluationRecord, tmp_path: Pat
 def test_the_files_say_what_they_hold(record: EvaluationRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path / "linf.json")
     values = json.loads(path.read_text())
-    assert values["format"] == 2
+    assert values["format"] == 3
     assert values["clean"] == {"count": 50, "total": 60, "low": record.clean.low, "high": record.clean.high}
     assert [w["eps"] for w in values["worst_case"]] == [0.01, 0.1 / 3]
     assert "ledger" not in values
@@ -87,11 +87,10 @@ def test_a_missing_record_says_where_was_looked(tmp_path: Path) -> None:
     [
         ("", "r.json cannot be read"),
         ('{"format": 1,', "r.json cannot be read"),
-        ("[1, 2]", "r.json is not an evaluation record of format 1 or 2, found 'list'"),
-        ("{}", "r.json is not an evaluation record of format 1 or 2, found None"),
-        ('{"format": 3}', "r.json is not an evaluation record of format 1 or 2, found 3"),
-        ('{"format": 1}', "subject: .*required.* in .*r.json"),
-        ('{"format": 2}', "subject: .*required.* in .*r.json"),
+        ("[1, 2]", "r.json is not an evaluation record of format 3, found format 'list'"),
+        ("{}", "r.json is not an evaluation record of format 3, found format None"),
+        ('{"format": 2}', "r.json is not an evaluation record of format 3, found format 2"),
+        ('{"format": 3}', "model_name: .*required.* in .*r.json"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

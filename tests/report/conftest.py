@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.config import RunConfig
-from robustfpd.evaluation import AttackResult, EvaluationRecord, Proportion, WorstCase
+from robustfpd.evaluation import AttackResult, EvaluationRecord, Proportion, Verdict, WorstCase
 from robustfpd.report.sources import Evaluated, Source
 from robustfpd.training import EpochMetrics
 
@@ -39,11 +39,13 @@ def make_record() -> MakeRecord:
             for i, name in enumerate(attacks)
         ]  # fmt: skip
         values: dict[str, Any] = {
-            "subject": subject, "suite": "quick", "norm": "linf", "seed": 7, "clean": Proportion.of(clean, 200),
+            "model_name": subject, "suite": "quick", "norm": "linf", "seed": 7, "clean": Proportion.of(clean, 200),
             "worst_case": tuple(
                 WorstCase(eps=eps, robust=Proportion.of(count, 200)) for eps, count in zip(radii, robust, strict=True)
             ),
             "attacks": tuple(alone), "batch_size": 64, "every_attack": True, "data_sha256": "0123456789abcdef" * 4,
+            "batch_size_auto": True, "search_precision": "fp32", "verdict": Verdict.of(()),
+            "settings_sha256": "fedcba98" * 8,
             "environment": {"python": "3.11.9", "packages": {"torch": "2.11.0", "timm": None}, "git_revision": None},
         }  # fmt: skip
         return EvaluationRecord(**{**values, **others})
@@ -81,7 +83,7 @@ def measured(digits: tuple[nn.Module, Tensor, Tensor], tmp_path_factory: pytest.
     net, images, labels = digits
     folder = tmp_path_factory.mktemp("measured")
     rf.evaluate(
-        net, (images, labels), suite="quick", eps=(0.05, 0.1), out_dir=folder, subject="a small network",
+        net, (images, labels), suite="quick", eps=(0.05, 0.1), out_dir=folder, model_name="a small network",
         class_names=[f"digit {i}" for i in range(10)],
     )  # fmt: skip
     return folder
@@ -106,7 +108,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = net(images).argmax(1)
     spread = net(images).diff(dim=1).abs().median() / 2000
     folder = tmp_path_factory.mktemp("photographs")
-    rf.evaluate(net, (images, labels), suite="first-look", eps=float(spread), out_dir=folder, subject="photographs")
+    rf.evaluate(net, (images, labels), suite="first-look", eps=float(spread), out_dir=folder, model_name="photographs")
     return folder
 
 

@@ -82,7 +82,7 @@ def test_a_confusion_matrix_has_its_counts_written_in_where_they_fit() -> None:
 
 
 def test_the_surface_marks_image_and_adversarial_point(measured: Path) -> None:
-    surface = read_gallery(measured / "record.gallery").surface
+    surface = read_gallery(measured / "record.gallery").landscape
     assert surface is not None
     assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_landscape(surface)))
     flat = surface.model_copy(update={"margin": tuple((0.0,) * 21 for _ in range(21))})

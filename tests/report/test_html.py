@@ -127,7 +127,7 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
         expected += [eps, *(str(Proportion.of(count, 200)) for count in counts)]
     start = cells.index(expected[0])
     assert cells[start : start + len(expected)] == expected
-    beside = ["FPD", "unchecked", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
+    beside = ["FPD", "trusted", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
     assert cells[5:10] == beside
     assert "75.0 % [68.6, 80.5]" in compared
     assert "Where they differ most, at eps 0.1, FPD keeps" in compared
@@ -146,7 +146,7 @@ def test_names_are_escaped(make_source: MakeSource) -> None:
 def test_sixty_photographs_weigh_less_than_three_megabytes(photographs: Path) -> None:
     (evaluated,) = read(photographs).evaluations
     assert evaluated.shown is not None
-    assert (len(evaluated.shown.fell), len(evaluated.shown.stood)) == (30, 30)
+    assert (len(evaluated.shown.misclassified), len(evaluated.shown.robust)) == (30, 30)
     text = render(report_on([read(photographs)]))
     assert len(text.encode()) < LARGEST
     assert text.count("data:image/webp;base64,") == 60 * 3

@@ -67,7 +67,7 @@ def test_networks_that_come_with_robustfpd_have_their_results(tmp_path: Path, mo
     assert source.config is not None
     assert source.home == Path("runs") / "digits-mini-fpd-evaluation"
     page = _made(source)
-    assert "unchecked" in page or "trusted" in page
+    assert "trusted" in page
 
 
 def test_a_saved_model_has_its_evaluations_beside_it(measured: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def _bytes_in_metrics(run: Path) -> None:
         (_no_record, "lost its record: so far ", "Validation accuracy and gate"),
         (_no_ledger, "record.ledger.csv is missing: no confusion", "a small network"),
         (_unfinished, "was not finished: so far ", "Validation accuracy and gate"),
-        (_newer, "is not an evaluation record of format 1 or 2, found 99", "Validation accuracy and gate"),
+        (_newer, "is not an evaluation record of format 3, found format 99", "Validation accuracy and gate"),
         (_damaged, "record.json cannot be read", "Validation accuracy and gate"),
         (_no_picture, "1 of the pictures in", "picture missing"),
         (_no_pictures, "no pictures: ", "Confusion matrix"),
@@ -203,16 +203,6 @@ def test_a_picture_that_is_none_of_ours_is_left_blank(run: Path, kind: str) -> N
         path, "JPEG" if kind == "CMYK" else "PNG"
     )
     assert _made(read(run)).count('class="gone"') == (kind == "huge")
-
-
-def test_an_older_record_is_shown_as_unchecked(run: Path) -> None:
-    path = run / "evaluation" / "record.json"
-    values = json.loads(path.read_text())
-    old = ("verdict", "check_forward_passes", "check_backward_passes", "surrogates", "class_names", "settings_sha256")
-    path.write_text(json.dumps({k: v for k, v in values.items() if k not in old} | {"format": 1}))
-    page = _made(read(run))
-    assert "Nobody checked this number: it was measured before checks existed." in page
-    assert "This record is from before checks existed" in page
 
 
 def test_json_files_of_others_are_not_taken_for_records(run: Path) -> None:

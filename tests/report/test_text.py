@@ -37,7 +37,7 @@ def test_the_markdown_has_verdict_numbers_attacks_and_checks(measured: Path, mak
     source = read(measured)
     record = source.evaluations[0].record
     text = markdown(report_on([source]))
-    assert text.startswith(f"{MARK}\n\n# {record.subject}\n\n**trusted**: {record.subject} classifies ")
+    assert text.startswith(f"{MARK}\n\n# {record.model_name}\n\n**trusted**: {record.model_name} classifies ")
     html = MarkdownIt().enable("table").render(text)
     assert html.count("<tr>") == 3 + len(record.worst_case) - 1 + 2 + len(record.attacks) + len(record.verdict.checks)
     for check in record.verdict.checks:
@@ -60,7 +60,7 @@ def test_names_cannot_break_the_markdown(make_source: MakeSource) -> None:
     nasty = "a|b\n# <script>alert(1)</script> `x"
     typed = {"python": "3", "packages": {}, "command": "robustfpd evaluate 'x```\n# y'"}
     source = make_source("n", (150, 60))
-    record = source.evaluations[0].record.model_copy(update={"subject": nasty, "environment": typed})
+    record = source.evaluations[0].record.model_copy(update={"model_name": nasty, "environment": typed})
     changed = dataclasses.replace(source, evaluations=(dataclasses.replace(source.evaluations[0], record=record),))
     html = MarkdownIt("js-default", {"html": True}).enable("table").render(markdown(report_on([changed])))
     assert "<script>" not in html

@@ -66,8 +66,8 @@ def demo(
         with evaluation_display(output.console, name) as watcher:
             record = evaluation.evaluate(
                 result.model.classifier(), test, suite="first-look", eps=config.evaluation.eps, norm="linf", seed=seed,
-                every_attack=True, subject=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
-                name="first-look-linf", observer=watcher,
+                every_attack=True, model_name=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
+                record_name="first-look-linf", observer=watcher,
             )  # fmt: skip
         records.append(record)
     title = "What a Feature Pyramid Decoder buys on digits"
@@ -83,7 +83,7 @@ def demo(
 def _summary(record: EvaluationRecord) -> dict[str, Any]:
     """What was found of one network, for machines; accuracies are fractions."""
     worst = [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case]
-    return {"subject": record.subject, "clean": record.clean_accuracy, "worst_case": worst}
+    return {"model_name": record.model_name, "clean": record.clean_accuracy, "worst_case": worst}
 
 
 def _check(out: Path) -> None:

@@ -68,17 +68,17 @@ def training_display(console: Console, title: str, heading: str | None = None) -
 @contextmanager
 def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObserver]:
     """Show an evaluation: which attack runs at which radius, and how many images still stand."""
-    from robustfpd.evaluation import EvaluationObserver, Stage
+    from robustfpd.evaluation import EvaluationObserver, EvaluationProgress
 
     with console.status(f"{title}: clean accuracy") as status:
 
-        def on_stage(stage: Stage) -> None:
+        def on_attack(progress: EvaluationProgress) -> None:
             status.update(
-                f"{title}: {stage.attack} at eps {stage.eps:.4g} ({stage.done}/{stage.total}), "
-                f"{stage.standing} images still stand"
+                f"{title}: {progress.attack} at eps {progress.eps:.4g} ({progress.number}/{progress.total}), "
+                f"{progress.survivors} survivors"
             )
 
-        yield EvaluationObserver(on_stage=on_stage)
+        yield EvaluationObserver(on_attack=on_attack)
 
 
 def _phase(progress: TrainingProgress) -> str:

@@ -304,8 +304,8 @@ def _evaluated(
                     attacked.classifier,
                     attacked.data,
                     out_dir=folder,
-                    name=path.stem,
-                    subject=attacked.shown,
+                    record_name=path.stem,
+                    model_name=attacked.shown,
                     observer=observer,
                     surrogates=attacked.surrogates,
                     class_names=attacked.class_names,
@@ -337,7 +337,7 @@ def _show(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path
 def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
     """What was found, for machines; accuracies are fractions."""
     return {
-        "subject": record.subject, "suite": record.suite, "norm": record.norm, "seed": record.seed,
+        "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
         "num_images": record.num_images, "clean": _accuracy(record.clean),
         "worst_case": [{"eps": worst.eps, **_accuracy(worst.robust)} for worst in record.worst_case],
         "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},

@@ -4,12 +4,24 @@ from robustfpd.evaluation.doctor import Finding, diagnose
 from robustfpd.evaluation.evaluator import evaluate
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.stages import EvaluationObserver, Stage
+from robustfpd.evaluation.stages import EvaluationObserver, EvaluationProgress
 from robustfpd.evaluation.suites import suite_names
 from robustfpd.evaluation.verdict import Check, Verdict
 
 __all__ = [
-    "AttackResult", "Check", "EvaluationObserver", "EvaluationRecord", "Finding", "LedgerRow", "OtherEvaluation",
-    "Proportion", "Stage", "Verdict", "WorstCase",
-    "diagnose", "evaluate", "is_unfinished", "suite_names",
+    "AttackResult",
+    "Check",
+    "EvaluationObserver",
+    "EvaluationProgress",
+    "EvaluationRecord",
+    "Finding",
+    "LedgerRow",
+    "OtherEvaluation",
+    "Proportion",
+    "Verdict",
+    "WorstCase",
+    "diagnose",
+    "evaluate",
+    "is_unfinished",
+    "suite_names",
 ]  # fmt: skip

@@ -55,8 +55,8 @@ def evaluate(
     batch_size: int | Literal["auto"] = "auto",
     search_precision: SearchPrecision = "fp32",
     every_attack: bool = False,
-    subject: str = "classifier",
-    name: str = "record",
+    model_name: str = "classifier",
+    record_name: str = "record",
     class_names: Sequence[str] = (),
     gallery: int = 30,
     observer: EvaluationObserver | None = None,
@@ -87,8 +87,8 @@ def evaluate(
             hardware has it. Successes are always confirmed in float32, and one that is not is attacked again there.
         every_attack: try every attack on every image that is classified correctly, for a curve per attack; costs
             more.
-        subject: what the record calls the classifier.
-        name: what the files in `out_dir` are called instead of `record`.
+        model_name: the classifier's name in the record.
+        record_name: file name of the record in `out_dir`, without `.json`.
         class_names: what reports call the K classes; empty for numbers.
         gallery: how many images that fell, and how many that did not, get pictures in `out_dir` for a report.
         observer: callback for a live display.
@@ -132,7 +132,7 @@ def evaluate(
         "images": exact_digest(images, labels), "weights": weights_sha256(classifier),
         "surrogates": {n: weights_sha256(m) for n, m in others.items()}, "packages": environment()["packages"],
     }  # fmt: skip
-    path = None if out_dir is None else Path(out_dir) / f"{name}.json"
+    path = None if out_dir is None else Path(out_dir) / f"{record_name}.json"
     sha = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     group.check_equal({name: value for name, value in settings.items() if name != "behaviour"})  # which rounds
     ledger = Ledger()
@@ -156,7 +156,7 @@ def evaluate(
     watcher = observer or EvaluationObserver()
     stages = Stages(runner, ledger, suite, radii, others, handed_over, every_attack, watcher, shown, sizes, group)
     with evaluating(classifier), _exact(device):
-        record = stages.record(subject, tuple(class_names), sha, passes + sum(looks))
+        record = stages.record(model_name, tuple(class_names), sha, passes + sum(looks))
     group.run_on_main(lambda: _keep(record, path, ledger))
     return group.broadcast(record)
 
@@ -216,13 +216,13 @@ def _finished(path: Path | None, sha: str, settings: Mapping[str, Any]) -> Evalu
     if record.settings_sha256 != sha:
         there = {
             "suite": record.suite, "norm": record.norm, "eps": [repr(w.eps) for w in record.worst_case],
-            "seed": record.seed, "batch_size": "auto" if record.batch_size_found else record.batch_size,
+            "seed": record.seed, "batch_size": "auto" if record.batch_size_auto else record.batch_size,
             "search_precision": record.search_precision, "every_attack": record.every_attack,
             "weights": record.weights_sha256, "packages": record.environment.get("packages"),
         }  # fmt: skip
         differing = (f"{k}={v!r}, this one has {settings[k]!r}" for k, v in there.items() if v != settings[k])
         raise OtherEvaluation(
-            f"{path} holds another evaluation ({record.subject}, {record.num_images} images) with "
-            f"{next(differing, 'other images or surrogates')}; give another out_dir or name"
+            f"{path} holds another evaluation ({record.model_name}, {record.num_images} images) with "
+            f"{next(differing, 'other images or surrogates')}; give another out_dir or record_name"
         )
     return record

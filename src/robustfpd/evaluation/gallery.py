@@ -48,12 +48,12 @@ class GalleryImage(Config):
     """Of an image that never fell: the one that came closest."""
     eps: float
     distance: float
-    fell: bool
+    misclassified: bool
     margin: float
     """How near it came to falling, as the ledger has it."""
     amplification: float
     """What the perturbation was multiplied by for its picture, in which 0 is middle grey."""
-    restores: bool = False
+    has_restored: bool = False
     """There is a picture of what the decoder makes of the adversarial image."""
 
     def file(self, picture: Picture) -> str:
@@ -63,20 +63,20 @@ class GalleryImage(Config):
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """What there should be of it."""
-        return PICTURES if self.restores else PICTURES[:-1]
+        return PICTURES if self.has_restored else PICTURES[:-1]
 
 
-class Shown(Config):
+class GalleryIndex(Config):
     """All gallery of an evaluation."""
 
     format: int = FORMAT
     settings_sha256: str
     norm: Norm
-    fell: tuple[GalleryImage, ...] = ()
+    misclassified: tuple[GalleryImage, ...] = ()
     """In the order in which they fell."""
-    stood: tuple[GalleryImage, ...] = ()
+    robust: tuple[GalleryImage, ...] = ()
     """Beside each the point that came closest at the largest radius."""
-    surface: LossLandscape | None = None
+    landscape: LossLandscape | None = None
     problems: tuple[str, ...] = ()
     """What could not be drawn, and why."""
 
@@ -86,7 +86,7 @@ def gallery_folder(record: Path) -> Path:
     return record.with_name(record.name.removesuffix(".json") + FOLDER)
 
 
-def read_gallery(folder: Path) -> Shown:
+def read_gallery(folder: Path) -> GalleryIndex:
     """Read `gallery.json`; a missing or damaged one is an InputError, missing pictures are not looked for."""
     path = folder / FILE
     try:
@@ -95,7 +95,7 @@ def read_gallery(folder: Path) -> Shown:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InputError(f"{path} does not hold gallery of format {FORMAT}")
-    return parse(Shown, values, str(path))
+    return parse(GalleryIndex, values, str(path))
 
 
 @dataclass
@@ -113,7 +113,7 @@ class _Candidate:
 class Gallery:
     """Chooses images while an evaluation runs and keeps pictures of them.
 
-    Nothing that goes wrong here ends the evaluation: it is told in `Shown.problems`.
+    Nothing that goes wrong here ends the evaluation: it is told in `GalleryIndex.problems`.
     """
 
     def __init__(self, folder: Path, runner: AttackRunner, settings_sha256: str, limit: int) -> None:
@@ -226,10 +226,10 @@ class Gallery:
                 number = path.name.partition("-")[0]
                 if number.isdecimal() and int(number) not in shown:
                     path.unlink()
-            listed = Shown(
-                settings_sha256=self._settings, norm=self.runner.norm, surface=self._surface,
-                fell=tuple(c.gallery_image for c in fell if c.gallery_image),
-                stood=tuple(c.gallery_image for c in stood if c.gallery_image),
+            listed = GalleryIndex(
+                settings_sha256=self._settings, norm=self.runner.norm, landscape=self._surface,
+                misclassified=tuple(c.gallery_image for c in fell if c.gallery_image),
+                robust=tuple(c.gallery_image for c in stood if c.gallery_image),
                 problems=tuple(self._problems),
             )  # fmt: skip
             write_json(self.folder / FILE, listed.model_dump(mode="json"))
@@ -241,8 +241,8 @@ class Gallery:
         gallery_image = GalleryImage(
             image=row.image, label=row.label, clean_prediction=row.clean_prediction,
             adversarial_prediction=row.adversarial_prediction, attack=row.attack, eps=row.eps, distance=row.distance,
-            fell=row.outcome == "misclassified", margin=row.margin, amplification=amplification,
-            restores=restored is not None,
+            misclassified=row.outcome == "misclassified", margin=row.margin, amplification=amplification,
+            has_restored=restored is not None,
         )  # fmt: skip
         pictures: dict[Picture, Tensor] = {
             "clean": clean, "adversarial": adversarial, "perturbation": 0.5 + amplification * delta,
@@ -278,21 +278,23 @@ class Gallery:
         if found is None or found.settings_sha256 != self._settings:
             shutil.rmtree(self.folder)
             return
-        self._surface = found.surface
-        for place, gallery_image in enumerate((*found.fell, *found.stood)):
+        self._surface = found.landscape
+        for place, gallery_image in enumerate((*found.misclassified, *found.robust)):
             pixels = _pixels(self.folder, gallery_image), _pixels(self.folder, gallery_image, "adversarial")
             if gallery_image.image not in self._place or pixels[0] is None or pixels[1] is None:
                 continue
             # What fell before fell before everything that comes now.
-            order = (-1, float(place)) if gallery_image.fell else (0, self._lots[self._place[gallery_image.image]])
-            outcome: Outcome = "misclassified" if gallery_image.fell else "robust"
+            order = (
+                (-1, float(place)) if gallery_image.misclassified else (0, self._lots[self._place[gallery_image.image]])
+            )
+            outcome: Outcome = "misclassified" if gallery_image.misclassified else "robust"
             row = LedgerRow(
                 image=gallery_image.image, label=gallery_image.label, clean_prediction=gallery_image.clean_prediction,
                 attack=gallery_image.attack, eps=gallery_image.eps,
                 adversarial_prediction=gallery_image.adversarial_prediction,
                 distance=gallery_image.distance, outcome=outcome, margin=gallery_image.margin,
             )  # fmt: skip
-            kept = self._fallen if gallery_image.fell else self._standing
+            kept = self._fallen if gallery_image.misclassified else self._standing
             kept[gallery_image.image] = _Candidate(row, order, (pixels[0], pixels[1]), gallery_image)
 
 

@@ -16,7 +16,7 @@ from robustfpd.config import Config
 from robustfpd.errors import InputError, first_line
 from robustfpd.provenance import write_json
 
-Outcome = Literal["misclassified", "robust", "failed", "unknown"]
+Outcome = Literal["misclassified", "robust", "failed"]
 CLEAN = "clean"
 """What the rows of the images as they are call their attack."""
 
@@ -34,9 +34,9 @@ class LedgerRow(Config):
     adversarial_prediction: int
     distance: float
     """Norm of the perturbation; the smallest that was found where the attack looks for that."""
-    outcome: Outcome = "unknown"
-    """`failed` where the attack raised an error or left its ball; `unknown` in ledgers from before this field."""
-    margin: float = 0.0
+    outcome: Outcome
+    """`failed` where the attack raised an error or left its ball."""
+    margin: float
     """Best wrong logit minus the true one, over the largest minus the third, at the point that was found."""
     queries: int = 0
     """Forward passes spent on it."""

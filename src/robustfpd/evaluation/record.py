@@ -13,9 +13,7 @@ from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows, writin
 from robustfpd.evaluation.verdict import Verdict
 from robustfpd.provenance import write_json
 
-FORMAT = 2
-FORMATS = (1, 2)
-"""What can be read: 1 had no verdict, and a ledger without passes."""
+FORMAT = 3
 LEDGER = ".ledger.csv"
 
 
@@ -79,16 +77,16 @@ class EvaluationRecord(Config):
     """The result of an evaluation; fractions are of all images, misclassified ones included."""
 
     format: int = FORMAT
-    subject: str
-    """What was attacked."""
+    model_name: str
+    """What the classifier is called."""
     suite: str
     norm: Norm
     seed: int
     batch_size: int
     """Images that went through the classifier at once, at the least: it is halved where memory does not suffice."""
-    batch_size_found: bool = False
-    """Nobody said how many: they were found."""
-    search_precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size_auto: bool
+    """The batch size was chosen automatically."""
+    search_precision: Literal["fp32", "bf16"]
     """What attacks differentiated the classifier in; what they found was judged in float32."""
     every_attack: bool
     clean: Proportion
@@ -98,9 +96,9 @@ class EvaluationRecord(Config):
     data_sha256: str
     """Of the images as 8-bit pixels, and the labels."""
     weights_sha256: str | None = None
-    """Of the classifier's weights; None where they cannot be read as bytes, and in records from before this field."""
+    """Of the classifier's weights; None where they cannot be read as bytes."""
     environment: dict[str, Any]
-    verdict: Verdict = Verdict()
+    verdict: Verdict
     """Whether the number can be trusted."""
     check_forward_passes: int = 0
     """Images that the checks sent forward; those of the attacks are told with these."""
@@ -109,8 +107,8 @@ class EvaluationRecord(Config):
     """Networks that transferred attacks were made on."""
     class_names: tuple[str, ...] = ()
     """Of the K classes; empty where nobody told them."""
-    settings_sha256: str | None = None
-    """Of everything that decides the result; None in records from before this field."""
+    settings_sha256: str
+    """Of all settings that decide the result."""
 
     @property
     def forward_passes(self) -> int:
@@ -158,9 +156,9 @@ class EvaluationRecord(Config):
             raise
         except (ValueError, OSError, csv.Error) as error:
             raise InputError(f"{path} cannot be read: {error}; delete it and repeat the evaluation") from None
-        if not isinstance(values, dict) or values.get("format") not in FORMATS:
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise InputError(
-                f"{path} is not an evaluation record of format {' or '.join(map(str, FORMATS))}, found {found!r}"
+                f"{path} is not an evaluation record of format {FORMAT}, found format {found!r}; repeat the evaluation"
             )
         return parse(cls, {**values, "ledger": rows}, str(path))

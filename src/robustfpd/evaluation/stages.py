@@ -30,21 +30,23 @@ from robustfpd.rng import generator
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Where an evaluation stands, for whoever displays it."""
+class EvaluationProgress:
+    """The attack that an evaluation runs next."""
 
     attack: str
     eps: float
-    done: int
+    number: int
+    """Of the attack, from 1."""
     total: int
-    standing: int
+    survivors: int
+    """Images for which no adversarial example was found yet."""
 
 
 @dataclass
 class EvaluationObserver:
-    """Callback for a display; does nothing unless set."""
+    """Callbacks of a display; they do nothing unless set."""
 
-    on_stage: Callable[[Stage], None] = field(default=lambda stage: None)
+    on_attack: Callable[[EvaluationProgress], None] = field(default=lambda progress: None)
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,17 @@ class Stages:
         self.smallest: dict[str, dict[int, LedgerRow]] = {}
         """What attacks that look for the smallest perturbation found, by attack and image."""
 
-    def record(self, subject: str, class_names: tuple[str, ...], settings_sha256: str, looked: int) -> EvaluationRecord:
+    def record(
+        self, model_name: str, class_names: tuple[str, ...], settings_sha256: str, looked: int
+    ) -> EvaluationRecord:
         """Do everything; `looked` is how many images went forward before."""
         worst, results, verdict = self.everything()
         runner = self.runner
         forward, backward = self.passes_of_checks()
         batch_size = min(self.group.gather(runner.batch_size))
         return EvaluationRecord(
-            subject=subject, suite=self.suite, norm=runner.norm, seed=runner.seed, batch_size=batch_size,
-            batch_size_found=self.sizes.found, search_precision="bf16" if runner.bfloat16 else "fp32",
+            model_name=model_name, suite=self.suite, norm=runner.norm, seed=runner.seed, batch_size=batch_size,
+            batch_size_auto=self.sizes.found, search_precision="bf16" if runner.bfloat16 else "fp32",
             every_attack=self.every_attack, clean=worst[0].robust, worst_case=worst[1:], attacks=results,
             ledger=tuple(self.ledger.rows), data_sha256=digest(runner.images, runner.labels), verdict=verdict,
             weights_sha256=weights_sha256(runner.classifier), environment=environment(runner.device),
@@ -119,8 +123,10 @@ class Stages:
         for eps in self.radii:
             for attack in planned:
                 self.stages = len(results)
-                stage = Stage(attack.label, eps, self.stages + 1, len(self.radii) * len(planned), int(standing.sum()))
-                self.observer.on_stage(stage)
+                stage = EvaluationProgress(
+                    attack.label, eps, self.stages + 1, len(self.radii) * len(planned), int(standing.sum())
+                )
+                self.observer.on_attack(stage)
                 tried = torch.nonzero(correct if self.every_attack else standing).flatten()
                 result, fallen = self._attack(attack, eps, tried, spare=not doubtful)
                 standing[fallen] = False

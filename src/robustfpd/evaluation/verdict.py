@@ -8,7 +8,7 @@ from typing import Literal
 from robustfpd.config import Config
 
 Outcome = Literal["passed", "suspicious", "failed", "skipped"]
-Status = Literal["trusted", "suspect", "broken", "unchecked"]
+Status = Literal["trusted", "suspect", "broken"]
 
 
 class Check(Config):
@@ -26,9 +26,8 @@ class Check(Config):
 class Verdict(Config):
     """What all checks say together."""
 
-    status: Status = "unchecked"
-    """`trusted`; `suspect` where a check is suspicious; `broken` where one failed; `unchecked` in records from before
-    checks existed."""
+    status: Status
+    """`trusted`; `suspect` where a check is suspicious; `broken` where one failed."""
     reasons: tuple[str, ...] = ()
     """Why it is not trusted, gravest first."""
     checks: tuple[Check, ...] = ()

@@ -78,8 +78,8 @@ def final_predictions(record: EvaluationRecord) -> list[tuple[int, int]]:
 
 
 def fell(row: LedgerRow) -> bool:
-    """Whether an attack turned an image; ledgers of format 1 tell only what the classifier said."""
-    return row.outcome == "misclassified" or (row.outcome == "unknown" and row.adversarial_prediction != row.label)
+    """Whether the attack found an adversarial example."""
+    return row.outcome == "misclassified"
 
 
 def confusion_counts(record: EvaluationRecord) -> npt.NDArray[np.int64]:

@@ -19,7 +19,6 @@ SAID = {
     "trusted": "No check found a reason to doubt this number.",
     "suspect": "Do not rely on this number yet: a check found something against it.",
     "broken": "This number means nothing: a check failed.",
-    "unchecked": "Nobody checked this number: it was measured before checks existed.",
 }
 CONFUSED = 10
 
@@ -34,7 +33,7 @@ class Column:
     @property
     def name(self) -> str:
         """What tables and curves call it."""
-        return self.evaluated.record.subject
+        return self.evaluated.record.model_name
 
     @property
     def record(self) -> EvaluationRecord:
@@ -137,7 +136,7 @@ def verdict_sentence(record: EvaluationRecord) -> str:
     """The result in one sentence."""
     worst = record.worst_case[-1]
     return (
-        f"{record.subject} classifies {worst.robust} of {record.num_images:,} images correctly whatever suite "
+        f"{record.model_name} classifies {worst.robust} of {record.num_images:,} images correctly whatever suite "
         f"{record.suite} did within {NORMS[record.norm]} {radius(worst.eps)}."
     )
 
@@ -150,7 +149,7 @@ def comparison_sentence(records: Sequence[EvaluationRecord]) -> str | None:
     first = records[0]
     ours = {w.eps: w.robust for w in first.worst_case}
     pairs = {
-        other.subject: [(w.eps, ours[w.eps], w.robust) for w in other.worst_case if w.eps in ours]
+        other.model_name: [(w.eps, ours[w.eps], w.robust) for w in other.worst_case if w.eps in ours]
         for other in records[1:]
         if other.data_sha256 == first.data_sha256
     }
@@ -167,7 +166,7 @@ def comparison_sentence(records: Sequence[EvaluationRecord]) -> str | None:
         relation = f"{more} robust by {100 * abs(mine.value - theirs.value):.0f} points"
     best = "the best rival, " if len(pairs) > 1 else ""
     return (
-        f"Where they differ most, at eps {radius(eps)}, {first.subject} keeps {mine} and {best}{rival}, {theirs}: "
+        f"Where they differ most, at eps {radius(eps)}, {first.model_name} keeps {mine} and {best}{rival}, {theirs}: "
         f"{relation}."
     )
 
@@ -204,7 +203,7 @@ def drawn(report: Report) -> dict[str, Any]:
         "attacks": [(c.name, figures.attack_curves(c.record, str(i))) for i, c in enumerate(report.columns)],
         "confusion": None if counts is None else figures.confusion(counts, names),
         "gallery": pictures,
-        "surface": None if shown is None or shown.surface is None else figures.loss_landscape(shown.surface),
+        "surface": None if shown is None or shown.landscape is None else figures.loss_landscape(shown.landscape),
     }
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from robustfpd.config import RunConfig, load_run, parse
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation import EvaluationRecord, is_unfinished
-from robustfpd.evaluation.gallery import Shown, gallery_folder, read_gallery
+from robustfpd.evaluation.gallery import GalleryIndex, gallery_folder, read_gallery
 from robustfpd.evaluation.ledger import CLEAN, read_rows
-from robustfpd.evaluation.record import FORMATS, LEDGER
+from robustfpd.evaluation.record import FORMAT, LEDGER
 from robustfpd.evaluation.suites import STRENGTH
 from robustfpd.models import zoo
 from robustfpd.report.metrics import fell
@@ -31,7 +31,7 @@ class Evaluated:
 
     path: Path
     record: EvaluationRecord
-    shown: Shown | None
+    shown: GalleryIndex | None
     """Its pictures; None where there are none."""
     problems: tuple[str, ...] = ()
 
@@ -146,7 +146,7 @@ def _evaluated(path: Path) -> Evaluated:
             shown = read_gallery(folder)
         except InputError as error:
             problems.append(f"no pictures: {error}")
-        if shown is not None and record.settings_sha256 not in (None, shown.settings_sha256):
+        if shown is not None and record.settings_sha256 != shown.settings_sha256:
             shown = None
             problems.append(f"the pictures in {folder} are another evaluation's")
         problems += [] if shown is None else shown.problems
@@ -158,7 +158,7 @@ def _evaluated(path: Path) -> Evaluated:
 def _without_ledger(path: Path, error: InputError) -> EvaluationRecord:
     """The record alone, if that is whole; what was wrong with both if not."""
     values = _json(path)
-    if values.get("format") not in FORMATS:
+    if values.get("format") != FORMAT:
         raise error
     try:
         return parse(EvaluationRecord, values, str(path))
@@ -166,8 +166,8 @@ def _without_ledger(path: Path, error: InputError) -> EvaluationRecord:
         raise error from None
 
 
-def _missing(folder: Path, shown: Shown) -> Iterator[str]:
-    for gallery_image in (*shown.fell, *shown.stood):
+def _missing(folder: Path, shown: GalleryIndex) -> Iterator[str]:
+    for gallery_image in (*shown.misclassified, *shown.robust):
         for picture in gallery_image.pictures:
             if not (folder / gallery_image.file(picture)).is_file():
                 yield gallery_image.file(picture)

@@ -9,12 +9,12 @@ from rich.text import Text
 
 from robustfpd.evaluation import AttackResult, EvaluationRecord
 
-STYLES = {"trusted": "green", "suspect": "yellow", "broken": "red", "unchecked": "default"}
+STYLES = {"trusted": "green", "suspect": "yellow", "broken": "red"}
 
 
 def evaluation_table(record: EvaluationRecord) -> Table:
     """Clean and worst-case accuracy by radius, with intervals, and what each attack contributed."""
-    title = f"{record.subject}: {record.num_images} images, {record.norm}, suite {record.suite}"
+    title = f"{record.model_name}: {record.num_images} images, {record.norm}, suite {record.suite}"
     table = Table("eps", "accuracy [95 % interval]", "attacks: images turned / tried", title=title)
     table.add_row("0", str(record.clean), "clean")
     for worst in record.worst_case:
@@ -27,7 +27,7 @@ def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
     """Clean and worst-case accuracy of several networks, a column each."""
     first = records[0]
     table = Table(
-        "eps", *(r.subject for r in records), title=f"Accuracy in % [95 % interval], {first.num_images} images"
+        "eps", *(r.model_name for r in records), title=f"Accuracy in % [95 % interval], {first.num_images} images"
     )
     table.add_row("0 (clean)", *(_cell(r.clean.value, r.clean.low, r.clean.high) for r in records))
     for i, worst in enumerate(first.worst_case):

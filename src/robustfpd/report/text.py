@@ -90,7 +90,7 @@ def _attacks(column: Column) -> str:
 def _checks(column: Column) -> str:
     checks = column.record.verdict.checks
     if not checks:
-        return "## Checks\n\nNone: the record is from before checks existed."
+        return "## Checks\n\nNone."
     return "## Checks\n\n" + _grid(["check", "outcome", "evidence"], [[c.name, c.outcome, c.evidence] for c in checks])
 
 

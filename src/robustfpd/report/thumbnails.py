@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.evaluation.gallery import GalleryImage, Picture, Shown
+from robustfpd.evaluation.gallery import GalleryImage, GalleryIndex, Picture
 from robustfpd.report.metrics import class_name, radius
 
 BUDGET = 2_000_000
@@ -51,14 +51,14 @@ class ThumbnailGallery:
     stood: tuple[Thumbnail, ...]
 
 
-def thumbnails(folder: Path, shown: Shown, record: EvaluationRecord, budget: int = BUDGET) -> ThumbnailGallery:
+def thumbnails(folder: Path, shown: GalleryIndex, record: EvaluationRecord, budget: int = BUDGET) -> ThumbnailGallery:
     """Embed all pictures, as large as the budget allows; those that cannot be read are left blank."""
-    gallery = (*shown.fell, *shown.stood)
+    gallery = (*shown.misclassified, *shown.robust)
     read = {(e.image, p): _open(folder / e.file(p)) for e in gallery for p in e.pictures}
     pictures = {key: picture for key, picture in read.items() if picture is not None}
     uris = _embedded(pictures, budget)
     cards = [_thumbnail(gallery_image, record, pictures, uris) for gallery_image in gallery]
-    return ThumbnailGallery(tuple(cards[: len(shown.fell)]), tuple(cards[len(shown.fell) :]))
+    return ThumbnailGallery(tuple(cards[: len(shown.misclassified)]), tuple(cards[len(shown.misclassified) :]))
 
 
 def _thumbnail(
@@ -78,7 +78,7 @@ def _thumbnail(
         )
         for p in gallery_image.pictures
     )  # fmt: skip
-    outcome = f"{true} → {became}" if gallery_image.fell else f"{true}, still"
+    outcome = f"{true} → {became}" if gallery_image.misclassified else f"{true}, still"
     caption = f"{outcome} · {gallery_image.attack}, eps {radius(gallery_image.eps)}, norm {gallery_image.distance:.3g}"
     known = [pictures[key] for key in pictures if key[0] == gallery_image.image]
     return Thumbnail(tiles, caption, bool(known) and max(known[0].size) <= SMALL)
