@@ -163,7 +163,7 @@ def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> 
     assert {int(path.name[:6]) for path in folder.glob("*.png")} == named
 
 
-@pytest.mark.parametrize("where", ["checks.after_attacks", "runner.EvaluationRecord.save"])
+@pytest.mark.parametrize("where", ["checks.after_attacks", "evaluator.EvaluationRecord.save"])
 def test_one_killed_after_its_attacks_keeps_all_its_pictures(
     evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

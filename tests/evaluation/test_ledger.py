@@ -357,7 +357,7 @@ def test_smallest_perturbations_are_looked_for_once(images: Data, every_attack: 
 def _row(image: int, **changes: Any) -> LedgerRow:
     values = {
         "image": image, "label": 1, "clean_prediction": 1, "attack": "FGSM", "eps": 0.1, "adversarial_prediction": 0,
-        "distance": 0.1,
+        "distance": 0.1, "outcome": "misclassified", "margin": 0.0,
     }  # fmt: skip
     return LedgerRow.model_validate({**values, **changes})
 
