@@ -26,7 +26,6 @@ from robustfpd.cli.common import settings_together
 from robustfpd.config import RunConfig, TaskConfig, recipe, recipe_names
 from robustfpd.config.schema import Denoise, Head, Middle
 from robustfpd.evaluation import suite_names
-from robustfpd.evaluation.checks import NAMES as CHECKS
 
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
@@ -156,10 +155,6 @@ def test_attacks_views_and_suites_are_told() -> None:
         assert f"`{name}`" in page, name
     for name in suite_names():
         assert f"`{name}`" in choosing, name
-
-
-def test_each_check_has_an_entry() -> None:
-    assert re.findall(r"^### `([\w-]+)`$", _page("checks.md"), flags=re.MULTILINE) == list(CHECKS)
 
 
 def test_the_method_tells_the_choices_of_its_parts() -> None:

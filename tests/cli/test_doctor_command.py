@@ -40,7 +40,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def ask(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+def run_doctor(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     try:
         main(["doctor", *map(str, arguments)])
         code = 0
@@ -50,27 +50,27 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, 
     return code, printed.out, printed.err
 
 
-def test_a_healthy_network_ends_with_0(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_code_0_where_none_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    code, printed, _ = ask(capsys, "digits/mini-fpd")
+    code, printed, _ = run_doctor(capsys, "digits/mini-fpd")
     assert code == 0
-    assert "nothing that would ruin an evaluation" in printed
+    assert "no check failed" in printed
     assert max(map(len, printed.splitlines())) <= 80
-    assert ask(capsys, "digits/mini-fpd", "--quiet")[:2] == (0, "")
+    assert run_doctor(capsys, "digits/mini-fpd", "--quiet")[:2] == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("name", "finding"), [("Softmax", "squashed-outputs"), ("shifted", "label-order"), ("seven", "classes")]
+    ("name", "check"), [("Softmax", "squashed-outputs"), ("shifted", "label-order"), ("seven", "classes")]
 )
-def test_a_module_with_a_disease_ends_with_3(name: str, finding: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, _ = ask(capsys, "--model", f"doctored:{name}", "--dataset", "digits", "--json")
-    told = json.loads(printed)
+def test_exit_code_3_where_one_fails(name: str, check: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run_doctor(capsys, "--model", f"doctored:{name}", "--dataset", "digits", "--json")
+    report = json.loads(printed)
     assert code == 3
-    problems = [f for f in told["findings"] if f["outcome"] == "problem"]
-    assert finding in [f["name"] for f in problems]
-    assert all(f["fix"] and f["evidence"] for f in problems)
-    assert told["problems"] == len(problems)
-    code, printed, _ = ask(capsys, "--model", f"doctored:{name}", "--dataset", "digits")
+    failed = [c for c in report["checks"] if c["outcome"] == "failed"]
+    assert check in [c["name"] for c in failed]
+    assert all(c["fix"] and c["evidence"] for c in failed)
+    assert report["failed"] == len(failed)
+    code, printed, _ = run_doctor(capsys, "--model", f"doctored:{name}", "--dataset", "digits")
     assert code == 3
     assert "→" in printed
     assert "before you evaluate" in printed.replace("\n", " ")
@@ -89,6 +89,6 @@ def test_a_module_with_a_disease_ends_with_3(name: str, finding: str, capsys: py
     ],
 )
 def test_refusals(arguments: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, error = ask(capsys, *arguments)
+    code, printed, error = run_doctor(capsys, *arguments)
     assert (code, printed) == (2, "")
     assert message in error

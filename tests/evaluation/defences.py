@@ -1,6 +1,7 @@
 """Honest networks on scikit-learn's digits, and bad defences around one of them.
 
-Each bad defence looks robust to a naive attack, or cannot be judged; none makes the network really harder to fool.
+Each bad defence looks robust under a naive attack, or cannot be evaluated; none makes the network more robust. Networks
+are trained once per process, when first used.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Net(nn.Module):
 
 
 class NormalisedNet(Net):
-    """The same with batch normalisation of its input features."""
+    """Net with batch normalisation after the first convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ def sample(count: int) -> tuple[Tensor, Tensor]:
 
 
 def train(net: nn.Module, epochs: int, *, noise: float = 0.0, eps: float = 0.0, seed: int = 0) -> nn.Module:
-    """Cross-entropy on the training images, or on what PGD makes of them."""
+    """Train by cross-entropy on the training images, with noise or under PGD."""
     images, labels, _, _ = digits()
     draws = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3)
@@ -162,7 +163,7 @@ class Lambda(nn.Module):
 
 
 class HardSign(nn.Module):
-    """Sign, trained with straight-through gradients and handed over without any."""
+    """Sign, trained with straight-through gradients and evaluated without any."""
 
     def forward(self, x: Tensor) -> Tensor:
         hard = torch.where(x >= 0, 1.0, -1.0)
@@ -170,7 +171,7 @@ class HardSign(nn.Module):
 
 
 class WinnersTakeAll(nn.Module):
-    """Keeps the largest part of the activations of each image; what is kept jumps (Xiao et al., ICLR 2020)."""
+    """Keeps the largest tenth of each image's activations, which is discontinuous (Xiao et al., ICLR 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
@@ -187,14 +188,14 @@ class StubbornDropout(nn.Dropout):
 
 
 class StubbornNorm(nn.BatchNorm2d):
-    """Normalises by the batch's statistics, always, and says it is in evaluation mode."""
+    """Normalises by the batch's statistics in evaluation mode too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
 
 class WrongBackward(torch.autograd.Function):
-    """The identity with a gradient that has nothing to do with it."""
+    """The identity with a random gradient."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -203,6 +204,19 @@ class WrongBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
         return torch.randn_like(gradients[0])
+
+
+class PartlyReversed(nn.Module):
+    """True logits, with reversed gradients for two classes."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        masked = logits.argmax(dim=1, keepdim=True) < 2
+        return torch.where(masked, 2 * logits.detach() - logits, logits)
 
 
 class Neighbours(nn.Module):
@@ -221,7 +235,7 @@ class Neighbours(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Asks one of several networks, at random."""
+    """One of several networks, drawn for each batch."""
 
     def __init__(self, nets: list[nn.Module]) -> None:
         super().__init__()
@@ -233,20 +247,20 @@ class Ensemble(nn.Module):
 
 
 class Watchful(nn.Module):
-    """Remembers what it was asked and answers nonsense to questions close to earlier ones."""
+    """Remembers its inputs and returns wrong logits for images close to earlier ones."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.asked = net, torch.zeros(0, 64)
+        self.net, self.seen = net, torch.zeros(0, 64)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
         x = images.detach().flatten(1)
-        if len(self.asked):
-            apart = (x[:, None] - self.asked[None]).abs().amax(dim=2)
+        if len(self.seen):
+            apart = (x[:, None] - self.seen[None]).abs().amax(dim=2)
             again = ((apart > 0) & (apart < 0.3)).any(dim=1, keepdim=True)
             logits = torch.where(again, logits.roll(1, dims=1).detach(), logits)
-        self.asked = torch.cat([self.asked, x])[-256:]
+        self.seen = torch.cat([self.seen, x])[-256:]
         return logits
 
 
@@ -294,8 +308,8 @@ def root(x: Tensor) -> Tensor:
     return torch.where(x > 0, x.sqrt(), torch.zeros_like(x)).square()
 
 
-def unread_noise(x: Tensor) -> Tensor:
-    """Noise that depends on nothing but the image."""
+def noise_of_the_image(x: Tensor) -> Tensor:
+    """Add noise that depends on the image only."""
     noise = []
     for image in x.detach():
         seed = int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:4], "big")
@@ -304,12 +318,12 @@ def unread_noise(x: Tensor) -> Tensor:
 
 
 def through_numpy(x: Tensor) -> Tensor:
-    """Fails where gradients are asked for."""
+    """Clamp with numpy, which fails while gradients are recorded."""
     return torch.from_numpy(np.clip(x.numpy(), 0.02, 0.98))
 
 
 def two_faced(net: Net) -> Function:
-    """Answers with another network's logits while gradients are recorded."""
+    """Return another network's logits while gradients are recorded."""
     other = _seeded(Net, 5).eval()
 
     def forward(x: Tensor) -> Tensor:
@@ -337,7 +351,7 @@ def _unsure(images: Tensor, logits: Tensor) -> Tensor:
 
 
 def _abstaining(images: Tensor, logits: Tensor) -> Tensor:
-    """The same logit for every class, but a little more for the network's own: the answer stays, the slope goes."""
+    """Return logits that are constant off the manifold, except that the predicted class stays the largest."""
     own = 1e-3 * F.one_hot(logits.argmax(1), CLASSES).float()
     return torch.where(_off_manifold(images), own, logits)
 
@@ -355,12 +369,12 @@ def _one_hot(logits: Tensor) -> Tensor:
 
 
 def _misleading(net: Net) -> nn.Module:
-    """The logits of one network with the gradients of another that never learned."""
+    """Return the logits of one network with the gradients of an untrained one."""
     other = _seeded(Net, 5)
     return Both(net, lambda x, logits: logits.detach() + 1e-2 * other.eval()(x))
 
 
-def _handed_over_training(net: Net) -> nn.Module:
+def _in_training_mode(net: Net) -> nn.Module:
     copied = _copied(net)
     copied.dropout.train()
     return copied
@@ -404,7 +418,7 @@ class Bad:
 
     make: Callable[[Net], nn.Module]
     flag: str = ""
-    """The check that must see it; "" where only the verdict counts."""
+    """The check that must find it; "" where only the verdict counts."""
 
 
 BAD: dict[str, Bad] = {
@@ -435,12 +449,12 @@ BAD: dict[str, Bad] = {
     "NaN gradients": Bad(lambda net: Before(net, root), "vanishing-gradients"),
     "random resizing": Bad(lambda net: Before(net, resized), "randomised-outputs"),
     "input noise": Bad(lambda net: Before(net, lambda x: x + 0.1 * torch.randn_like(x)), "randomised-outputs"),
-    "noise of the image's own": Bad(lambda net: Before(net, unread_noise), "gradient-agreement"),
+    "noise of the image's own": Bad(lambda net: Before(net, noise_of_the_image), "gradient-agreement"),
     "functional dropout": Bad(
         lambda net: _with_dropout(net, Lambda(lambda h: F.dropout(h, 0.3, training=True))), "randomised-outputs"
     ),
     "dropout that stays": Bad(lambda net: _with_dropout(net, StubbornDropout(0.3)), "stays-in-evaluation-mode"),
-    "dropout handed over in training mode": Bad(_handed_over_training, "training-mode"),
+    "dropout in training mode": Bad(_in_training_mode, "training-mode"),
     "random ensemble": Bad(lambda net: Ensemble([net, plain(1), plain(2)]), "randomised-outputs"),
     "batch statistics": Bad(lambda net: _normalised_net(), "batch-composition"),
     "batch mean taken away": Bad(

@@ -14,7 +14,8 @@ import robustfpd as rf
 from robustfpd import data as datasets
 from robustfpd.config import DataConfig
 from robustfpd.errors import InputError
-from robustfpd.evaluation.doctor import Finding, behaviour, diagnose
+from robustfpd.evaluation import Check, doctor
+from robustfpd.evaluation.doctor import diagnose
 from robustfpd.models import zoo
 
 Digits = tuple[nn.Module, Tensor, Tensor]
@@ -82,14 +83,14 @@ def noisy(z: Tensor) -> Tensor:
     return z + torch.randn_like(z) * 0.2
 
 
-def problems(findings: list[Finding], *outcomes: str) -> set[str]:
-    return {finding.name for finding in findings if finding.outcome in (outcomes or ("problem", "warning"))}
+def problems(findings: list[Check], *outcomes: str) -> set[str]:
+    return {finding.name for finding in findings if finding.outcome in (outcomes or ("failed", "suspicious"))}
 
 
 def test_a_healthy_network_has_nothing(digits: Digits) -> None:
     net, images, labels = digits
     findings = diagnose(net, (images, labels), num_classes=10)
-    assert problems(findings, "problem", "warning", "skipped") == set()
+    assert problems(findings, "failed", "suspicious", "skipped") == set()
     assert len({finding.name for finding in findings}) == len(findings) == 21
     assert all(finding.evidence and not finding.fix for finding in findings)
 
@@ -97,7 +98,7 @@ def test_a_healthy_network_has_nothing(digits: Digits) -> None:
 @pytest.mark.parametrize("name", [n for n in zoo.names() if n.startswith("digits/")])
 def test_shipped_networks_have_nothing(name: str) -> None:
     images = datasets.load(DataConfig()).test.floats()
-    assert problems(diagnose(rf.load(name), images, num_classes=10), "problem", "warning", "skipped") == set()
+    assert problems(diagnose(rf.load(name), images, num_classes=10), "failed", "suspicious", "skipped") == set()
 
 
 ANSWERS: dict[str, tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None, str, str]] = {
@@ -162,7 +163,7 @@ def test_one_channel_for_three(digits: Digits) -> None:
     _, images, labels = digits
     net = nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten()).train()
     (first, second) = diagnose(net, (images, labels))
-    assert (first.outcome, second.name, second.outcome) == ("ok", "answers", "problem")
+    assert (first.outcome, second.name, second.outcome) == ("passed", "answers", "failed")
     assert "images.repeat(1, 3, 1, 1)" in second.fix
     assert net.training
 
@@ -274,7 +275,7 @@ def test_classes_that_were_sorted_by_name() -> None:
 
     findings = diagnose(Reads(), (images, order.argsort()[labels]), num_classes=12)
     one = next(f for f in findings if f.name == "label-order")
-    assert one.outcome == "problem"
+    assert one.outcome == "failed"
     assert "key=str" in one.fix
     mended = torch.tensor(sorted(range(12), key=str))[order.argsort()[labels]]
     assert torch.equal(mended, labels)
@@ -284,15 +285,15 @@ def test_classes_that_were_sorted_by_name() -> None:
 def test_half_weights_are_told_from_other_errors(digits: Digits) -> None:
     _, images, labels = digits
     half = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).half().eval()
-    (one,) = [f for f in diagnose(half, (images, labels)) if f.outcome == "problem"]
+    (one,) = [f for f in diagnose(half, (images, labels)) if f.outcome == "failed"]
     assert one.name == "answers"
     assert "model.float()" in one.fix
 
 
 def test_slow_classifiers_are_told_and_looked_at_less(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     net, images, labels = digits
-    monkeypatch.setattr(behaviour, "SLOW", 1e-4)
-    monkeypatch.setattr(behaviour, "SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "SLOW", 1e-4)
+    monkeypatch.setattr(doctor, "SECONDS", 0.01)
 
     def wait(x: Tensor) -> Tensor:
         time.sleep(0.001 * len(x))

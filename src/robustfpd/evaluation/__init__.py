@@ -1,6 +1,6 @@
 """Robust evaluation: suites of attacks, worst case per image, records."""
 
-from robustfpd.evaluation.doctor import Finding, diagnose
+from robustfpd.evaluation.doctor import diagnose
 from robustfpd.evaluation.evaluator import evaluate
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
@@ -14,7 +14,6 @@ __all__ = [
     "EvaluationObserver",
     "EvaluationProgress",
     "EvaluationRecord",
-    "Finding",
     "LedgerRow",
     "OtherEvaluation",
     "Proportion",

@@ -145,7 +145,7 @@ def evaluate(
     chosen = found_batch_size(images, device, block) if batch_size == "auto" else batch_size
     sizes = Sizes(block, min(group.gather(chosen)), found=batch_size == "auto")
     with _exact(device), forward_passes(classifier) as looks:
-        handed_over = checks.handed_over(classifier, images, device)
+        input_checks = checks.input_checks(classifier, images)
     runner = AttackRunner(
         classifier, images, labels, numbers, device, norm, seed, sizes.batch, classes,
         bfloat16=search_precision == "bf16",
@@ -154,7 +154,7 @@ def evaluate(
     if path is not None and group.is_main:
         shown = Gallery(gallery_folder(path), runner, sha, gallery)
     watcher = observer or EvaluationObserver()
-    stages = Stages(runner, ledger, suite, radii, others, handed_over, every_attack, watcher, shown, sizes, group)
+    stages = Stages(runner, ledger, suite, radii, others, input_checks, every_attack, watcher, shown, sizes, group)
     with evaluating(classifier), _exact(device):
         record = stages.record(model_name, tuple(class_names), sha, passes + sum(looks))
     group.run_on_main(lambda: _keep(record, path, ledger))

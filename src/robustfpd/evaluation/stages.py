@@ -67,13 +67,13 @@ class Stages:
     def __init__(
         self, runner: AttackRunner, ledger: Ledger, suite: str, radii: Sequence[float],
         surrogates: Mapping[str, nn.Module],
-        handed_over: list[Check], every_attack: bool, observer: EvaluationObserver, gallery: Gallery | None,
+        input_checks: list[Check], every_attack: bool, observer: EvaluationObserver, gallery: Gallery | None,
         sizes: Sizes, group: ProcessGroup,
     ) -> None:  # fmt: skip
         self.gallery, self.sizes, self.group = gallery, sizes, group
         self.runner, self.ledger, self.suite, self.radii = runner, ledger, suite, radii
         self.surrogates, self.every_attack, self.observer = surrogates, every_attack, observer
-        self.checks = handed_over
+        self.checks = input_checks
         self.closest = torch.full((len(runner.images),), -torch.inf)
         """How near each image has come to falling."""
         self.stages = 0  # attacks that are done
@@ -134,7 +134,7 @@ class Stages:
                 if self.gallery is not None:
                     self.gallery.save(final=eps == self.radii[-1])
             worst.append(WorstCase(eps=eps, robust=Proportion.of(int(standing.sum()), count)))
-        findings = checks.Findings(planned, tuple(self.ledger.rows), results, standing, self.closest)
+        findings = checks.AttackFindings(planned, tuple(self.ledger.rows), results, standing, self.closest)
         self.checks += checks.after_attacks(self.subject, findings)
         if self.gallery is not None:
             self.gallery.finish(runner.uncounted(target.best), standing)

@@ -1,4 +1,4 @@
-"""Whether a robust accuracy can be trusted, and why not."""
+"""Check and Verdict: whether a robust accuracy can be trusted, and why not."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ from typing import Literal
 
 from robustfpd.config import Config
 
-Outcome = Literal["passed", "suspicious", "failed", "skipped"]
+CheckOutcome = Literal["passed", "suspicious", "failed", "skipped"]
 Status = Literal["trusted", "suspect", "broken"]
 
 
 class Check(Config):
-    """One check with its evidence; `docs/checks.md` explains each by name."""
+    """Result of one check of an evaluation or of the doctor; `docs/checks.md` explains each by name."""
 
     name: str
-    outcome: Outcome
-    """`suspicious`: a stronger attack would probably find more; `failed`: the number means nothing."""
+    outcome: CheckOutcome
+    """`suspicious`: a stronger attack would probably find more, or the number may mislead; `failed`: the number means
+    nothing; `skipped`: there is nothing to measure, or another check must pass first."""
     evidence: str
-    """What was seen, in plain words and numbers."""
+    """What was measured, in words and numbers."""
+    fix: str = ""
+    """What to do, with the code to write; empty unless suspicious or failed."""
     values: Mapping[str, float] = {}
-    """The numbers."""
+    """The measured numbers by name."""
 
 
 class Verdict(Config):
-    """What all checks say together."""
+    """Conclusion from all checks of an evaluation."""
 
     status: Status
-    """`trusted`; `suspect` where a check is suspicious; `broken` where one failed."""
+    """`broken` if a check failed, `suspect` if one is suspicious, `trusted` otherwise."""
     reasons: tuple[str, ...] = ()
-    """Why it is not trusted, gravest first."""
+    """Evidence of the checks that failed, then of those that are suspicious."""
     checks: tuple[Check, ...] = ()
 
     @classmethod
     def of(cls, checks: Sequence[Check]) -> Verdict:
-        """Draw the conclusion."""
-        grave = [c for c in checks if c.outcome == "failed"]
-        doubtful = [c for c in checks if c.outcome == "suspicious"]
-        status: Status = "broken" if grave else "suspect" if doubtful else "trusted"
-        reasons = tuple(f"{c.name}: {c.evidence}" for c in (*grave, *doubtful))
+        """Return the verdict that follows from `checks`."""
+        failed = [c for c in checks if c.outcome == "failed"]
+        suspicious = [c for c in checks if c.outcome == "suspicious"]
+        status: Status = "broken" if failed else "suspect" if suspicious else "trusted"
+        reasons = tuple(f"{c.name}: {c.evidence}" for c in (*failed, *suspicious))
         return cls(status=status, reasons=reasons, checks=tuple(checks))

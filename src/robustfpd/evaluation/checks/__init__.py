@@ -1,79 +1,108 @@
-"""Can the number be trusted? Each check has its entry in docs/checks.md."""
+"""Checks that decide whether a robust accuracy can be trusted. Each has an entry in docs/checks.md.
+
+To add a check: write a function that returns a `Check`, enter it below under its name, enter its fix in
+`context.FIXES`, and describe it in docs/checks.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import attacks as attack_checks
-from robustfpd.evaluation.checks import gradients, outputs, results
-from robustfpd.evaluation.checks.context import CheckContext, Findings, guarded, skipped
-from robustfpd.evaluation.checks.inputs import (
-    clean_accuracy,
-    eps_units,
-    images_in_range,
-    stays_in_evaluation,
-    training_mode,
-)
+from robustfpd.evaluation.checks import gradients, inputs, outputs, results
+from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, run_check, skipped
 from robustfpd.evaluation.verdict import Check
 
-__all__ = ["NAMES", "CheckContext", "Findings", "after_attacks", "before_attacks", "handed_over", "is_random"]
+__all__ = ["NAMES", "AttackFindings", "CheckContext", "after_attacks", "before_attacks", "input_checks", "is_random"]
 
-_LOOKING = {
-    outputs.RANDOM: outputs.randomised, "finite-outputs": outputs.finite, "squashed-outputs": outputs.squashed,
-    "batch-composition": outputs.batches, "wrapper-accuracy": outputs.wrappers,
-    "vanishing-gradients": gradients.vanishing, "gradient-agreement": gradients.agreement,
-    "gradient-stability": gradients.stability,
-}  # fmt: skip
-_PROBING = (
-    "single-step",
-    "random-noise",
-    "monotone-in-eps",
-    "large-eps",
-    "earlier-iterate",
-    "more-steps",
-    "rugged-loss",
-)
-_RESULTS = ("black-box", "failed-attacks", "unchanged-state", "idle-attacks", "search-precision")
+INPUT_CHECKS: dict[str, Callable[[nn.Module, Tensor], Check]] = {
+    "training-mode": inputs.training_mode,
+    "images-in-range": inputs.images_in_range,
+}
+"""Of the classifier and the images as given, before evaluation mode."""
+SETTING_CHECKS: dict[str, Callable[[CheckContext], Check]] = {
+    "stays-in-evaluation-mode": inputs.stays_in_evaluation_mode,
+    "clean-accuracy": inputs.clean_accuracy,
+    "eps-units": inputs.eps_units,
+}
+CLASSIFIER_CHECKS: dict[str, Callable[[CheckContext], Check]] = {
+    "randomised-outputs": outputs.randomised_outputs,
+    "finite-outputs": outputs.finite_outputs,
+    "squashed-outputs": outputs.squashed_outputs,
+    "batch-composition": outputs.batch_composition,
+    "wrapper-accuracy": outputs.wrapper_accuracy,
+    "vanishing-gradients": gradients.vanishing_gradients,
+    "gradient-agreement": gradients.gradient_agreement,
+    "gradient-stability": gradients.gradient_stability,
+}
+"""Of logits and gradients at correctly classified images."""
+PROBE_CHECKS: dict[str, Callable[[CheckContext, Tensor], Check]] = {
+    "single-step": attack_checks.single_step,
+    "random-noise": attack_checks.random_noise,
+    "monotone-in-eps": attack_checks.monotone_in_eps,
+    "large-eps": attack_checks.large_eps,
+    "earlier-iterate": attack_checks.earlier_iterate,
+}
+"""Compare attacks on a few images with PGD, whose misclassified images they get."""
+SURVIVOR_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
+    "more-steps": attack_checks.more_steps,
+    "rugged-loss": gradients.rugged_loss,
+}
+"""Of the images that survived the suite."""
+RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
+    "black-box": results.black_box,
+    "failed-attacks": results.failed_attacks,
+    "unchanged-state": results.unchanged_state,
+    "idle-attacks": results.idle_attacks,
+}
+"""Of the results of the suite's attacks."""
 NAMES = (
-    "training-mode", "images-in-range", "stays-in-evaluation-mode", "clean-accuracy", "eps-units", *_LOOKING,
-    *_PROBING, *_RESULTS,
+    *INPUT_CHECKS, *SETTING_CHECKS, *CLASSIFIER_CHECKS, *PROBE_CHECKS, *SURVIVOR_CHECKS, *RESULT_CHECKS,
+    "search-precision",
 )  # fmt: skip
-"""All checks, in the order of the verdict."""
+"""All checks of an evaluation, in the order of the verdict."""
 
 
-def handed_over(classifier: nn.Module, images: Tensor, device: torch.device) -> list[Check]:
-    """Check what was handed over, before anything is put in evaluation mode."""
-    return [training_mode(classifier, images, device), images_in_range(images)]
+def input_checks(classifier: nn.Module, images: Tensor) -> list[Check]:
+    """Check classifier and images as given, before anything is put in evaluation mode."""
+    return [check(classifier, images) for check in INPUT_CHECKS.values()]
 
 
-def before_attacks(subject: CheckContext) -> list[Check]:
-    """Check answers and gradients of the classifier."""
-    found = [stays_in_evaluation(subject), clean_accuracy(subject), eps_units(subject)]
-    if len(subject.images) == 0:
-        return [*found, *(skipped(name, "no image is classified correctly") for name in _LOOKING)]
-    with preserve_state(subject.runner.classifier), reproducible(subject.draws("before attacks")):
-        return [*found, *(guarded(name, partial(check, subject)) for name, check in _LOOKING.items())]
+def before_attacks(context: CheckContext) -> list[Check]:
+    """Check settings, logits and gradients; runs no attack."""
+    made = [check(context) for check in SETTING_CHECKS.values()]
+    if len(context.images) == 0:
+        return [*made, *(skipped(name, "no image is classified correctly") for name in CLASSIFIER_CHECKS)]
+    with preserve_state(context.runner.classifier), reproducible(context.generator("before attacks")):
+        return [*made, *(run_check(name, partial(check, context)) for name, check in CLASSIFIER_CHECKS.items())]
 
 
-def after_attacks(subject: CheckContext, findings: Findings) -> list[Check]:
-    """Check how attacks behave on a few images, and what the suite's brought home."""
-    with preserve_state(subject.runner.classifier), reproducible(subject.draws("after attacks")):
-        probed = [
-            *attack_checks.probing(subject),
-            guarded("more-steps", partial(attack_checks.more_steps, subject, findings)),
-            guarded("rugged-loss", partial(gradients.ruggedness, subject, findings)),
-        ]  # fmt: skip
-    return [
-        *probed, results.blind(subject, findings), results.failures(findings), results.state_changes(findings),
-        results.idle(findings), results.precision(subject, findings, probed),
-    ]  # fmt: skip
+def after_attacks(context: CheckContext, findings: AttackFindings) -> list[Check]:
+    """Run attacks on a few images and check how they behave; check the results of the suite's attacks."""
+    with preserve_state(context.runner.classifier), reproducible(context.generator("after attacks")):
+        made = _probe_checks(context)
+        survivors = [run_check(name, partial(check, context, findings)) for name, check in SURVIVOR_CHECKS.items()]
+    made += [*survivors, *(check(context, findings) for check in RESULT_CHECKS.values())]
+    return [*made, results.search_precision(context, findings, more_steps=survivors[0])]
+
+
+def _probe_checks(context: CheckContext) -> list[Check]:
+    """Run the checks that share one PGD attack; skip them if it cannot run."""
+    if len(context.probes[0]) == 0:
+        return [skipped(name, "the suite has no images for attacks of the checks") for name in PROBE_CHECKS]
+    try:
+        by_pgd = attack_checks.misclassified_by_pgd(context)
+    except Exception as error:  # vanishing-gradients reports why
+        reason = f"PGD-{attack_checks.STEPS} cannot be run: {first_line(error)}"
+        return [skipped(name, reason) for name in PROBE_CHECKS]
+    return [run_check(name, partial(check, context, by_pgd)) for name, check in PROBE_CHECKS.items()]
 
 
 def is_random(checks: Sequence[Check]) -> bool:
-    """Whether the classifier was found to answer the same question differently."""
-    return any(c.name == outputs.RANDOM and c.outcome != "passed" and c.outcome != "skipped" for c in checks)
+    """Return whether the classifier's logits differ from pass to pass."""
+    return any(c.name == "randomised-outputs" and c.outcome == "suspicious" for c in checks)

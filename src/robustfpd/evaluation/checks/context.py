@@ -1,4 +1,4 @@
-"""What the checks look at, and how they say what they saw."""
+"""What every check gets (CheckContext, AttackFindings), and how a check is made from what it measured."""
 
 from __future__ import annotations
 
@@ -15,73 +15,109 @@ from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.record import AttackResult
 from robustfpd.evaluation.suites import AttackSpec
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.verdict import Check, CheckOutcome
 from robustfpd.rng import generator
 
-LOOKED_AT = 32
-"""Images for the checks that attack nothing."""
+NUM_IMAGES = 32
+"""Images for the checks that run no attack."""
+FIXES = {
+    "training-mode": "call model.eval() before the evaluation; dropout that is the defence belongs in forward",
+    "images-in-range": "divide by 255 once; torchvision's ToTensor has done it already",
+    "stays-in-evaluation-mode": "let train(mode) pass its mode on to all children, and self.training follow it",
+    "clean-accuracy": "check that the model is trained for these classes, and that its weights were loaded "
+    "(load_state_dict's missing keys)",
+    "eps-units": "give eps in pixels of [0, 1]: eight grey levels are eps=8/255",
+    "randomised-outputs": "turn off what draws: dropout by F.dropout(x, p, training=self.training), augmentation only "
+    "in training; if randomness is the defence, report the average over draws",
+    "finite-outputs": "find the layer (torch.autograd.set_detect_anomaly(True)): often a division by zero, a log of 0 "
+    "or half precision",
+    "squashed-outputs": "return the logits, without the last softmax, sigmoid or tanh",
+    "batch-composition": "use running statistics (F.batch_norm(..., training=self.training)) and no means over dim 0",
+    "wrapper-accuracy": "make forward independent of torch.is_grad_enabled(), and correct the wrapper",
+    "vanishing-gradients": "remove torch.no_grad, detach, .data, numpy, argmax and round between images and logits; if "
+    "one is the defence, put it in a submodule that keeps the shape, so that BPDA attacks it",
+    "gradient-agreement": "look for a custom backward, quantisation or a very steep layer; also run attacks without "
+    "gradients (square)",
+    "gradient-stability": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
+    "single-step": "find what misleads gradients, or attack a surrogate with useful gradients",
+    "random-noise": "find what misleads gradients, or attack a surrogate with useful gradients",
+    "monotone-in-eps": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
+    "large-eps": "find why attacks fail where every image is in reach, before any robust accuracy is reported",
+    "earlier-iterate": "keep the best iterate of an attack, not the last, and take smaller steps",
+    "more-steps": "run the suite full, or attacks with more steps",
+    "rugged-loss": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
+    "black-box": "find what masks the gradients; until then report the lower robust accuracy",
+    "failed-attacks": "correct the error in the ledger's column `note`, and evaluate again",
+    "unchanged-state": "find what writes to parameters or buffers in evaluation mode, mostly batch statistics",
+    "idle-attacks": "check the attack's settings, and that the classifier has gradients",
+    "search-precision": "evaluate with search_precision=fp32",
+}
+"""What to do about each check of an evaluation that is not passed."""
 
 
 class CheckContext:
-    """The classifier under evaluation, with images that it classifies correctly."""
+    """A classifier under evaluation, with correctly classified images to examine it on.
+
+    Args:
+        runner: attack runner of the evaluation, with its views.
+        correct: which images are classified correctly, N.
+        radii: radii of the evaluation, smallest first.
+        probes: number of images for the checks that run attacks.
+    """
 
     def __init__(self, runner: AttackRunner, correct: Tensor, radii: Sequence[float], probes: int) -> None:
         self.runner, self.radii, self.norm, self.seed = runner, radii, runner.norm, runner.seed
         self.classifier = QueryCounter(runner.classifier)
-        self.squashed = PRE_SQUASH in runner.views
-        """Its logits before squashing are attacked too."""
-        self.white: nn.Module = runner.views[PRE_SQUASH].module if self.squashed else self.classifier
-        """What gradients are asked of: the logits before squashing where they can be had."""
-        right = torch.nonzero(correct).flatten()
-        chosen = right[torch.randperm(len(right), generator=generator(runner.seed, "probes"))]
-        self.images, self.labels = self._take(chosen[:LOOKED_AT].sort().values)
-        self.probes, self.probe_labels = self._take(chosen[:probes].sort().values)
+        """Decides which images are misclassified."""
+        self.has_pre_squash = PRE_SQUASH in runner.views
+        self.white_box: nn.Module = runner.views[PRE_SQUASH].module if self.has_pre_squash else self.classifier
+        """Module to differentiate: returns pre-squash logits where the classifier has them."""
+        indices = torch.nonzero(correct).flatten()
+        shuffled = indices[torch.randperm(len(indices), generator=generator(runner.seed, "probes"))]
+        self.images, self.labels = self.take(shuffled[:NUM_IMAGES].sort().values)
+        self.probes = self.take(shuffled[:probes].sort().values)
+        """Images and labels for the checks that run attacks."""
 
-    def at(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels, on the classifier's device."""
-        return self._take(indices)
-
-    def draws(self, purpose: str) -> torch.Generator:
-        """A generator for one check."""
-        return generator(self.seed, "check", purpose)
-
-    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and labels at `indices`, on the classifier's device."""
         runner = self.runner
         return runner.images[indices].to(runner.device), runner.labels[indices].to(runner.device)
 
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return the random generator of one check."""
+        return generator(self.seed, "check", purpose)
+
 
 @dataclass(frozen=True)
-class Findings:
-    """What the attacks found."""
+class AttackFindings:
+    """Results of the suite's attacks."""
 
-    planned: Sequence[AttackSpec]
+    specs: Sequence[AttackSpec]
     rows: Sequence[LedgerRow]
     results: Sequence[AttackResult]
-    standing: Tensor
-    """Which images robust everything, N."""
-    closest: Tensor
-    """How near each came to falling, N."""
+    robust: Tensor
+    """Which images survived every attack, N."""
+    margins: Tensor
+    """Largest margin that an attack reached on each image, N; misclassified above 0."""
 
 
-def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """What a check says; one that the classifier makes impossible is suspicious, and the others go on."""
+def judge(
+    name: str, bad: bool, evidence: str, fix: str = "", outcome: CheckOutcome = "suspicious", /, **values: float
+) -> Check:  # fmt: skip
+    """Return a check that passed; if `bad`, one with `outcome` and its fix (default: the one in `FIXES`)."""
+    if not bad:
+        return Check(name=name, outcome="passed", evidence=evidence, values=values)
+    return Check(name=name, outcome=outcome, evidence=evidence, fix=fix or FIXES[name], values=values)
+
+
+def skipped(name: str, reason: str) -> Check:
+    """Return a check that was not made."""
+    return Check(name=name, outcome="skipped", evidence=reason)
+
+
+def run_check(name: str, check: Callable[[], Check]) -> Check:
+    """Run one check; it is suspicious if the classifier raises an error."""
     try:
         return check()
     except Exception as error:  # a classifier may raise anything
-        evidence = f"it cannot be made: {type(error).__name__}: {first_line(error)}"
-        return Check(name=name, outcome="suspicious", evidence=evidence)
-
-
-def passed(name: str, evidence: str, **values: float) -> Check:
-    """Nothing wrong was seen."""
-    return Check(name=name, outcome="passed", evidence=evidence, values=values)
-
-
-def skipped(name: str, why: str) -> Check:
-    """There was nothing to look at."""
-    return Check(name=name, outcome="skipped", evidence=why)
-
-
-def judged(name: str, bad: bool, evidence: str, **values: float) -> Check:
-    """Passed, or suspicious when `bad`."""
-    return Check(name=name, outcome="suspicious" if bad else "passed", evidence=evidence, values=values)
+        return judge(name, True, f"the check raised {type(error).__name__}: {first_line(error)}")

@@ -1,117 +1,225 @@
-"""Checks of what the classifier answers: the same each time, for each batch, in logits."""
+"""Checks of the classifier's outputs: logits, finite, equal from pass to pass and in every batch.
+
+The second half is for the doctor, which gets classifiers that an evaluation would refuse.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.evaluation.checks.context import CheckContext, judged, passed
+from robustfpd.errors import first_line
+from robustfpd.evaluation.checks.context import FIXES, CheckContext, judge
 from robustfpd.evaluation.verdict import Check
 
-RANDOM = "randomised-outputs"
-SAME = 1e-3
-"""Logits that differ by less than this, of their spread, are the same: what rounding does in large batches."""
-DRAWS = 3
-"""Random points of each ball at which answers must be finite."""
+TOLERANCE = 1e-3
+"""Logits that differ by less than this share of their spread are equal: rounding differs between batch sizes."""
+PASSES = 5
+POINTS = 3
+"""Random points of each ball at which logits must be finite."""
 SATURATED = 0.2
-"""Share of logits at a common bound from which gradients are hidden."""
+"""Share of logits at a common bound that is suspicious."""
 
 
 @torch.no_grad()
-def randomised(subject: CheckContext) -> Check:
-    """Are answers to the same question the same?"""
-    answers = torch.stack([subject.classifier(subject.images).float() for _ in range(5)])
-    scale = _spread(answers[0])
-    apart = float((answers - answers[0]).abs().amax()) / scale
-    turned = int((answers.argmax(dim=2) != answers[0].argmax(dim=1)).any(dim=0).sum())
+def randomised_outputs(context: CheckContext) -> Check:
+    """Check that logits are the same in every pass."""
+    logits = torch.stack([context.classifier(context.images).float() for _ in range(PASSES)])  # passes, N, K
+    difference = float((logits - logits[0]).abs().amax()) / _spread(logits[0])
+    changed = int((logits.argmax(dim=2) != logits[0].argmax(dim=1)).any(dim=0).sum())
+    random = difference > TOLERANCE
     evidence = (
-        f"asked 5 times, {turned} of {len(subject.images)} predictions changed, logits by {_percent(apart)} of their "
-        "spread"
+        f"in {PASSES} passes, {changed} of {len(context.images)} predictions changed, and logits by "
+        f"{_percent(difference)} of their spread"
     )
-    bad = apart > SAME
-    more = "; attacks must average over its draws, and one prediction is not the classifier's" if bad else ""
-    return judged(RANDOM, bad, evidence + more, changed=turned, largest_difference=apart)
+    evidence += "; attacks must average over random draws, and one prediction is one draw" if random else ""
+    return judge("randomised-outputs", random, evidence, changed=changed, largest_difference=difference)
 
 
 @torch.no_grad()
-def finite(subject: CheckContext) -> Check:
-    """Are there finite answers all over the balls? NaN is no class, and no attack learns from it."""
-    x, draws, space = subject.images, subject.draws("finite-outputs"), lp_ball(subject.norm)
+def finite_outputs(context: CheckContext) -> Check:
+    """Check that logits are finite at random points of the balls."""
+    x, draws, ball = context.images, context.generator("finite-outputs"), lp_ball(context.norm)
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for eps in subject.radii:
-        for _ in range(DRAWS):
-            near = (x + space.sample(x, eps, draws)).clamp(0, 1)
-            bad |= ~subject.classifier(near).isfinite().all(dim=1)
+    for eps in context.radii:
+        for _ in range(POINTS):
+            near = (x + ball.sample(x, eps, draws)).clamp(0, 1)
+            bad |= ~context.classifier(near).isfinite().all(dim=1)
     count = int(bad.sum())
     evidence = f"NaN or infinite logits at random points of the balls around {count} of {len(x)} images"
-    more = "; attacks cannot go there, which is no defence: decide what such an answer means" if count else ""
-    return judged("finite-outputs", count > 0, evidence + more, images=count)
+    evidence += "; attacks cannot pass such points, although they are no defence" if count else ""
+    return judge("finite-outputs", count > 0, evidence, images=count)
 
 
 @torch.no_grad()
-def squashed(subject: CheckContext) -> Check:
-    """Are these logits, or probabilities or saturated squashings of them?"""
-    logits = subject.classifier(subject.images).float()
-    sums = logits.sum(dim=1)
-    probabilities = float(logits.min()) >= 0 and bool((sums - 1).abs().max() < 1e-3)
-    bound = logits.abs().max()
-    at_bound = float((logits.abs() >= bound * (1 - 1e-3)).float().mean())
-    values = {"saturated": at_bound, "bound": float(bound), "classes": float(logits.shape[1])}
+def squashed_outputs(context: CheckContext) -> Check:
+    """Check that outputs are logits: neither probabilities nor saturated at a bound."""
+    name, logits = "squashed-outputs", context.classifier(context.images).float()
+    probabilities = float(logits.min()) >= 0 and bool((logits.sum(dim=1) - 1).abs().max() < 1e-3)
+    bound = float(logits.abs().max())
+    saturated = float((logits.abs() >= bound * (1 - 1e-3)).float().mean())
+    values = {"saturated": saturated, "bound": bound, "classes": float(logits.shape[1])}
     if probabilities:
-        evidence = f"each row of outputs is a distribution (largest {float(bound):.4g}): attack the logits instead"
-        return judged("squashed-outputs", True, evidence, **values)
-    evidence = f"{_percent(at_bound)} of the outputs lie at their common bound {float(bound):.4g}"
-    if at_bound <= SATURATED:
-        return passed("squashed-outputs", evidence, **values)
-    if subject.squashed:
-        return passed("squashed-outputs", f"{evidence}; the logits before squashing were attacked too", **values)
-    return judged("squashed-outputs", True, f"{evidence}: a squashing hides gradients there", **values)
+        evidence = f"each row of outputs is a distribution (largest {bound:.4g}), not logits"
+        return judge(name, True, evidence, **values)
+    evidence = f"{_percent(saturated)} of the outputs lie at their common bound {bound:.4g}"
+    if saturated <= SATURATED:
+        return judge(name, False, evidence, **values)
+    if context.has_pre_squash:
+        return judge(name, False, f"{evidence}; attacks use the pre-squash logits too", **values)
+    return judge(name, True, f"{evidence}, where gradients vanish", **values)
 
 
 @torch.no_grad()
-def batches(subject: CheckContext) -> Check:
-    """Does an answer depend on which images are in the batch?"""
-    x = subject.images
-    together = subject.classifier(x).float()
-    alone = torch.cat([subject.classifier(one).float() for one in torch.split(x, 1)])
-    order = torch.randperm(len(x), generator=subject.draws("batches")).to(x.device)
-    shuffled = torch.empty_like(together)
-    shuffled[order] = subject.classifier(x[order]).float()
-    scale = _spread(together)
-    apart = max(float((other - together).abs().max()) for other in (alone, shuffled)) / scale
-    turned = int(((alone.argmax(1) != together.argmax(1)) | (shuffled.argmax(1) != together.argmax(1))).sum())
+def batch_composition(context: CheckContext) -> Check:
+    """Check that logits of an image do not depend on the other images of its batch."""
+    x = context.images
+    batch = context.classifier(x).float()
+    single = torch.cat([context.classifier(image).float() for image in torch.split(x, 1)])
+    order = torch.randperm(len(x), generator=context.generator("batches")).to(x.device)
+    shuffled = torch.empty_like(batch)
+    shuffled[order] = context.classifier(x[order]).float()
+    difference = max(float((other - batch).abs().max()) for other in (single, shuffled)) / _spread(batch)
+    changed = int(((single.argmax(1) != batch.argmax(1)) | (shuffled.argmax(1) != batch.argmax(1))).sum())
     evidence = (
-        f"alone or in another order, {turned} of {len(x)} predictions changed, logits by {_percent(apart)} of their "
-        "spread"
+        f"alone or in another order, {changed} of {len(x)} predictions changed, and logits by {_percent(difference)} "
+        "of their spread"
     )
-    return judged("batch-composition", apart > 10 * SAME, evidence, changed=turned, largest_difference=apart)
+    bad = difference > 10 * TOLERANCE
+    return judge("batch-composition", bad, evidence, changed=changed, largest_difference=difference)
 
 
-def wrappers(subject: CheckContext) -> Check:
-    """Do the views under attack classify as the classifier does, with gradients recorded too?"""
-    x, y = subject.images, subject.labels
-    worst, which = 0, ""
-    for name, view in subject.runner.views.items():
+def wrapper_accuracy(context: CheckContext) -> Check:
+    """Check that the views under attack predict what the classifier predicts, also while gradients are recorded."""
+    x, y = context.images, context.labels
+    most, worst = 0, ""
+    for name, view in context.runner.views.items():
         if view.surrogate:
             continue
         with torch.no_grad():
             differing = view.module(x).argmax(dim=1) != y
-        with torch.enable_grad():  # a defence may behave while it is attacked, and otherwise when it is judged
+        with torch.enable_grad():  # a classifier may behave differently while it is attacked
             differing |= view.module(x.clone().requires_grad_()).argmax(dim=1) != y
-        if int(differing.sum()) > worst:
-            worst, which = int(differing.sum()), name
+        if int(differing.sum()) > most:
+            most, worst = int(differing.sum()), name
     evidence = (
-        f"of {len(x)} correctly classified images, the wrappers under attack classify {len(x) - worst} correctly, "
-        "gradients recorded or not"
+        f"of {len(x)} correctly classified images, every view under attack classifies {len(x) - most} correctly, with "
+        f"and without gradients{f' ({worst})' if worst else ''}"
     )
-    return judged("wrapper-accuracy", worst > 0, evidence + (f" ({which})" if which else ""), differing=worst)
+    return judge("wrapper-accuracy", most > 0, evidence, differing=most)
 
 
 def _spread(logits: Tensor) -> float:
-    """Standard deviation of the logits of one image, over the images; never zero."""
+    """Return the standard deviation of an image's logits, mean over the images; never zero."""
     return float(logits.std(dim=1).mean().clamp_min(1e-12))
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
+
+
+# Checks that only the doctor runs
+
+
+@torch.no_grad()
+def answers(classifier: nn.Module, images: Tensor) -> tuple[Check, Any]:
+    """Check that the classifier accepts the images; return its output too."""
+    name, shape = "answers", tuple(images.shape[1:])
+    try:
+        return judge(name, False, f"the classifier accepts images {shape}"), classifier(images.clone())
+    except Exception as error:  # a classifier may raise anything
+        evidence = f"{type(error).__name__} on images {tuple(images.shape)}: {first_line(error)}"
+    dtypes = {p.dtype for p in classifier.parameters() if p.is_floating_point()}
+    fix = f"make it take images {shape}: another size (--image-size), or a layer that adapts channels"
+    if dtypes and dtypes != {images.dtype}:
+        fix = f"its weights are {', '.join(sorted(map(str, dtypes)))}: model = model.float()"
+    elif images.shape[1] == 1:
+        with suppress(Exception):
+            classifier(images.repeat(1, 3, 1, 1))
+            fix = "it takes three channels: use a module whose forward returns model(images.repeat(1, 3, 1, 1))"
+    return judge(name, True, evidence, fix, "failed"), None
+
+
+def output_form(output: Any, count: int) -> Check:
+    """Check that the output for `count` images is one tensor of logits N×K."""
+    name, logits = "output", logits_in(output)
+    kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if logits is None or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
+        fix = "return one row of at least two logits per image; for one score s: torch.stack([-s / 2, s / 2], dim=1)"
+        return judge(name, True, f"{kind} for {count} images, not logits N×K", fix, "failed")
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return judge(name, False, f"logits {tuple(output.shape)} for {count} images")
+    if isinstance(output, Tensor):
+        code = ".flatten(1)"
+    elif isinstance(output, dict):
+        code = f"[{'logits' if 'logits' in output else next(iter(output))!r}]"
+    else:
+        code = ".logits" if hasattr(output, "logits") else "[0]"
+    fix = f"wrap it in a module whose forward returns model(images){code}"
+    return judge(name, True, f"{kind} for {count} images, not a tensor of logits N×K", fix, "failed")
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Return the logits in a named field, tuple, dict or map of one pixel; None if there are none."""
+    if isinstance(output, dict):
+        output = output.get("logits", next(iter(output.values()), None))
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    elif isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() == 1:
+        output = output.flatten(1)  # N K 1 1 -> N K
+    return output if isinstance(output, Tensor) else None
+
+
+@torch.no_grad()
+def input_kept(classifier: nn.Module, images: Tensor) -> Check:
+    """Check that the classifier does not change its input in place."""
+    given = images.clone()
+    classifier(given)
+    changed = not torch.equal(given, images)
+    evidence = "the classifier changes its input in place" if changed else "the input is unchanged after a pass"
+    fix = "work on a copy: x = (x - mean) / std instead of x.sub_(mean).div_(std)"
+    return judge("input-kept", changed, evidence, fix, "failed")
+
+
+def nonfinite_logits(logits: Tensor) -> Check | None:
+    """Return a failed check if logits of the images themselves are NaN or infinite."""
+    name, bad = "finite-outputs", int((~logits.isfinite().all(dim=1)).sum())
+    evidence = f"NaN or infinite logits for {bad} of {len(logits)} images"
+    return judge(name, True, evidence, "", "failed") if bad else None
+
+
+def constant_output(logits: Tensor) -> Check:
+    """Check that logits differ from image to image."""
+    logits = logits.float()
+    between_images = float(logits.std(dim=0).max()) if len(logits) > 1 else float("nan")
+    between_classes = float(logits.std(dim=1).mean())
+    evidence = f"logits differ by {between_images:.3g} between images, by {between_classes:.3g} between classes"
+    fix = "check that the weights were loaded (load_state_dict's missing keys) and that forward uses its input"
+    bad = between_images <= TOLERANCE * between_classes or between_images == 0
+    return judge("constant-output", bad, evidence, fix, "failed")
+
+
+def precision(logits: Tensor) -> Check:
+    """Check that logits are float32 or float64."""
+    bad = logits.dtype not in (torch.float32, torch.float64)
+    fix = "evaluate in single precision: model = model.float(), and no autocast"
+    return judge("precision", bad, f"logits are {logits.dtype}", fix)
+
+
+def log_probabilities(logits: Tensor) -> Check | None:
+    """Return a suspicious check if outputs are those of log_softmax or sigmoid."""
+    name, logits = "squashed-outputs", logits.float()
+    if bool((logits <= 0).all()) and bool((logits.exp().sum(dim=1) - 1).abs().max() < 1e-3):
+        evidence = "each row is the logarithm of a distribution: attacks work, but margins are not the network's"
+        return judge(name, True, evidence, "return the logits, without log_softmax")
+    low, high = float(logits.min()), float(logits.max())
+    if 0 <= low < 0.01 and 0.99 < high <= 1 and bool((logits.sum(dim=1) - 1).abs().max() >= 1e-3):
+        evidence = f"all outputs lie in [0, 1], from {low:.2g} to {high:.4g}: a sigmoid?"
+        return judge(name, True, evidence, FIXES[name])
+    return None

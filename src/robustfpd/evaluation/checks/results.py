@@ -1,4 +1,4 @@
-"""Checks of what the attacks brought home."""
+"""Checks of the results of the suite's attacks."""
 
 from __future__ import annotations
 
@@ -7,91 +7,84 @@ from collections.abc import Sequence
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import View
 from robustfpd.evaluation.attack_runner import CHANGED
-from robustfpd.evaluation.checks.context import CheckContext, Findings, judged, skipped
+from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, judge, skipped
 from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.verdict import Check
 
-BLIND = 0.02
-"""Share of all images that attacks without the classifier's gradients may turn after those with them."""
+BLACK_BOX = 0.02
+"""Share of all images that attacks without gradients may misclassify after those with gradients failed."""
 
 
-def failures(findings: Findings) -> Check:
-    """Did every attack run on every image it was given, and stay in its ball?"""
-    failed = [r for r in findings.rows if r.outcome == "failed"]
-    if not failed:
-        return judged("failed-attacks", False, f"all {len(findings.results)} attacks ran on all their images", failed=0)
-    labels = list(dict.fromkeys(r.attack for r in failed))
-    first = failed[0]
-    nothing = all(r.failed == r.attacked for r in findings.results if r.attacked)
-    return Check(
-        name="failed-attacks", outcome="failed" if nothing else "suspicious", values={"failed": len(failed)},
-        evidence=f"{', '.join(labels)} failed on {len(failed)} images, which count as robust there; the first: "
-        f"{first.note}",
-    )  # fmt: skip
-
-
-def state_changes(findings: Findings) -> Check:
-    """Did an attack change the classifier's weights or statistics?"""
-    changed = [r for r in findings.rows if r.note.startswith(CHANGED)]
-    if not changed:
-        return judged("unchanged-state", False, "weights and statistics are what they were after every attack")
-    labels = ", ".join(dict.fromkeys(r.attack for r in changed))
-    return judged("unchanged-state", True, f"{labels}: {changed[0].note}; it was put back after each batch")
-
-
-def idle(findings: Findings) -> Check:
-    """Did an attack with a fixed radius hand every image back as it was?"""
-    idle_labels = []
-    for planned in findings.planned:
-        rows = [r for r in findings.rows if r.attack == planned.label and r.outcome != "failed"]
-        if rows and not attacks.get(planned.attack).minimal and all(r.distance == 0 for r in rows):
-            idle_labels.append(planned.label)
-    evidence = f"{len(idle_labels)} attacks handed every image back unchanged"
-    more = f": {', '.join(idle_labels)}" if idle_labels else ""
-    return judged("idle-attacks", bool(idle_labels), evidence + more, idle=len(idle_labels))
-
-
-def precision(subject: CheckContext, findings: Findings, before: Sequence[Check]) -> Check:
-    """Did attacks see the classifier's gradients in float32, or float32 attacks turn little of what others left?"""
-    name = "search-precision"
-    if not subject.runner.bfloat16:
-        return judged(name, False, "attacks differentiated the classifier without reduced precision")
-    told = "attacks differentiated the classifier in bfloat16; float32 confirmed every success"
-    if not bool(findings.standing.any()):
-        return judged(name, False, f"{told}, and no image stands")
-    longer = next(c for c in before if c.name == "more-steps")
-    if longer.outcome == "skipped":
-        return judged(name, True, f"{told}, but nothing that stands was attacked in float32: evaluate with fp32")
-    return judged(name, longer.outcome != "passed", f"{told}. In float32, {longer.evidence}", **longer.values)
-
-
-def blind(subject: CheckContext, findings: Findings) -> Check:
-    """Do attacks without the classifier's gradients turn what those with them left?"""
-    name = "black-box"
-    views: dict[str, View] = subject.runner.views
-    without = {p.label for p in findings.planned if _sees_nothing(p.attack, views[p.view])}
+def black_box(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that attacks without the classifier's gradients find nothing that those with gradients missed."""
+    name, views = "black-box", context.runner.views
+    without = {s.label for s in findings.specs if _is_black_box(s.attack, views[s.view])}
     tried = [r for r in findings.rows if r.attack in without and r.eps > 0]
     if not tried:
-        return skipped(name, "no attack without gradients was run on what the others left")
-    seen: dict[int, list[LedgerRow]] = {}
+        return skipped(name, "no attack without gradients was run on images that survived the others")
+    white_box_rows: dict[int, list[LedgerRow]] = {}
     for row in findings.rows:
         if row.eps > 0 and row.attack not in without:
-            seen.setdefault(row.image, []).append(row)
-    turned = [r for r in tried if r.outcome == "misclassified" and _withstood_before(r, seen.get(r.image, []))]
-    labels = ", ".join(dict.fromkeys(r.attack for r in turned))
+            white_box_rows.setdefault(row.image, []).append(row)
+    only = [r for r in tried if r.outcome == "misclassified" and _survived(r, white_box_rows.get(r.image, []))]
+    labels = ", ".join(dict.fromkeys(r.attack for r in only))
+    count = len({r.image for r in only})
     evidence = (
-        f"of {len({r.image for r in tried})} images tried, {len({r.image for r in turned})} fell to attacks that do "
-        f"not use the classifier's gradients and had robust those that do{f' ({labels})' if labels else ''}"
+        f"of {len({r.image for r in tried})} images, {count} survived attacks that use the classifier's gradients and "
+        f"are misclassified under attacks that do not{f' ({labels})' if labels else ''}"
     )
-    images = len(findings.standing)
-    return judged(name, len({r.image for r in turned}) > max(1, BLIND * images), evidence, turned=len(turned))
+    return judge(name, count > max(1, BLACK_BOX * len(findings.robust)), evidence, turned=len(only))
 
 
-def _sees_nothing(attack: str, view: View) -> bool:
+def failed_attacks(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that every attack ran on all its images and stayed in its ball."""
+    name, failed = "failed-attacks", [r for r in findings.rows if r.outcome == "failed"]
+    if not failed:
+        return judge(name, False, f"all {len(findings.results)} attacks ran on all their images", failed=0)
+    labels = ", ".join(dict.fromkeys(r.attack for r in failed))
+    evidence = f"{labels} failed on {len(failed)} images, which count as robust there; the first: {failed[0].note}"
+    everywhere = all(r.failed == r.attacked for r in findings.results if r.attacked)
+    return judge(name, True, evidence, "", "failed" if everywhere else "suspicious", failed=len(failed))
+
+
+def unchanged_state(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that no attack changed the classifier's parameters or buffers."""
+    name, changed = "unchanged-state", [r for r in findings.rows if r.note.startswith(CHANGED)]
+    if not changed:
+        return judge(name, False, "parameters and buffers are unchanged after every attack")
+    labels = ", ".join(dict.fromkeys(r.attack for r in changed))
+    return judge(name, True, f"{labels}: {changed[0].note}; restored after each batch")
+
+
+def idle_attacks(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that every attack with a fixed radius changed an image."""
+    idle = []
+    for spec in findings.specs:
+        rows = [r for r in findings.rows if r.attack == spec.label and r.outcome != "failed"]
+        if rows and not attacks.get(spec.attack).minimal and all(r.distance == 0 for r in rows):
+            idle.append(spec.label)
+    evidence = f"{len(idle)} attacks returned every image unchanged" + (f": {', '.join(idle)}" if idle else "")
+    return judge("idle-attacks", bool(idle), evidence, idle=len(idle))
+
+
+def search_precision(context: CheckContext, findings: AttackFindings, more_steps: Check) -> Check:
+    """Check that attacks used float32 gradients, or that float32 attacks find next to nothing more."""
+    name = "search-precision"
+    if not context.runner.bfloat16:
+        return judge(name, False, "attacks differentiated the classifier without reduced precision")
+    evidence = "attacks differentiated the classifier in bfloat16; float32 confirmed every adversarial example"
+    if not bool(findings.robust.any()):
+        return judge(name, False, f"{evidence}, and no image is robust")
+    if more_steps.outcome == "skipped":
+        return judge(name, True, f"{evidence}, but no survivor was attacked in float32")
+    return judge(name, more_steps.outcome != "passed", f"{evidence}. {more_steps.evidence}", **more_steps.values)
+
+
+def _is_black_box(attack: str, view: View) -> bool:
     return view.surrogate or attacks.get(attack).access != "gradients"
 
 
-def _withstood_before(row: LedgerRow, seen: Sequence[LedgerRow]) -> bool:
-    """Whether attacks with gradients were tried on the image at this radius or below, and none turned it."""
-    before = [r for r in seen if r.eps <= row.eps]
-    return bool(before) and all(r.outcome != "misclassified" for r in before)
+def _survived(row: LedgerRow, white_box_rows: Sequence[LedgerRow]) -> bool:
+    """Return whether white-box attacks were run on the row's image up to its radius and none succeeded."""
+    up_to = [r for r in white_box_rows if r.eps <= row.eps]
+    return bool(up_to) and all(r.outcome != "misclassified" for r in up_to)

@@ -1,0 +1,313 @@
+"""The doctor: checks before an evaluation that need no attack, on classifiers and data of any kind.
+
+It repairs its copy of the inputs as it goes (scales images, takes the logits out of a tuple), so that one fault does
+not hide the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustfpd.attacks.adaptive import View, as_classifier, views
+from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.errors import InputError, first_line
+from robustfpd.evaluation.attack_runner import AttackRunner
+from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
+from robustfpd.evaluation.checks.context import CheckContext, judge, run_check, skipped
+from robustfpd.evaluation.inputs import check_count, check_module, device_of
+from robustfpd.evaluation.verdict import Check
+from robustfpd.rng import generator
+
+DOCTOR_CHECKS = (
+    "answers", "output", "input-kept", "labels", "speed", "constant-output", "precision", "classes", "normalisation",
+    "channel-order", "label-order",
+)  # fmt: skip
+"""Checks that only the doctor runs."""
+RADIUS = 8 / 255
+"""Of the L∞ balls in which logits and gradients are checked."""
+FEWEST_IMAGES = 20
+"""Below this, low accuracy is not explained."""
+SLOW = 0.25
+"""Seconds per image from which the speed is suspicious."""
+SECONDS = 2.0
+"""Of one pass over all images; slow classifiers are checked on fewer."""
+PASSES = 1000 * 40 * 3
+"""Of 1,000 images under PGD-40; a backward pass costs two forward passes."""
+OVERSHOOT = 0.25
+"""Distance outside [0, 1] that resizing with bicubic or Lanczos filters reaches at most."""
+_BLINDING = ("finite-outputs", "constant-output")
+_REQUIRES: dict[str, tuple[str, ...]] = {
+    "stays-in-evaluation-mode": (),
+    "finite-outputs": (),
+    "constant-output": ("finite-outputs",),
+    "precision": (),
+    "randomised-outputs": ("stays-in-evaluation-mode", *_BLINDING),
+    "batch-composition": ("stays-in-evaluation-mode", "randomised-outputs", *_BLINDING),
+    "squashed-outputs": _BLINDING,
+    "vanishing-gradients": ("squashed-outputs", *_BLINDING),
+    "gradient-agreement": ("squashed-outputs", "vanishing-gradients", "randomised-outputs", "precision", *_BLINDING),
+}  # fmt: skip
+"""Checks of the classifier, with those that must pass first: one fault shows in several checks."""
+_OF_LOGITS: dict[str, Callable[[Tensor], Check | None]] = {
+    "finite-outputs": outputs.nonfinite_logits,
+    "constant-output": outputs.constant_output,
+    "precision": outputs.precision,
+    "squashed-outputs": outputs.log_probabilities,
+}
+"""Checks of the logits of all images, before those of an evaluation under the same name."""
+_STAYS_SUSPICIOUS = ("gradient-agreement",)
+
+
+class _Repaired(nn.Module):
+    """A classifier with functions applied to its input and to its output."""
+
+    def __init__(
+        self, classifier: nn.Module, before: Callable[[Tensor], Tensor] | None = None,
+        after: Callable[[Any], Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.classifier, self.before, self.after = classifier, before, after
+        self.training = classifier.training
+
+    def forward(self, images: Tensor) -> Any:
+        output = self.classifier(images if self.before is None else self.before(images))
+        return output if self.after is None else self.after(output)
+
+
+def diagnose(
+    classifier: nn.Module, data: Any, *, num_images: int = 64, num_classes: int | None = None, seed: int = 0
+) -> list[Check]:
+    """Check a classifier and its data for what would mislead an evaluation, without running an attack.
+
+    Args:
+        classifier: any module, images N×C×H×W → logits N×K, or one of our models. Its modes are restored.
+        data: (images, labels) or a loader of such batches, in any range and form.
+        num_images: number of images, drawn by `seed`; at least 20 to explain a low accuracy.
+        num_classes: number of classes of the data; None takes the classifier's.
+        seed: seed of the choice of images and of the checks.
+
+    Returns:
+        All checks. `failed`: an evaluation would mislead, apply the fix first; `suspicious`: it may mislead;
+        `skipped`: another check must pass first.
+
+    Raises:
+        InputError: the classifier is not a module, or the data hold no images.
+    """
+    classifier = as_classifier(check_module(classifier))
+    check_count("num_images", num_images)
+    if torch.is_inference_mode_enabled():
+        raise InputError("gradients cannot be checked inside torch.inference_mode(); call diagnose outside of it")
+    images, labels = _concatenate(data)
+    indices = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
+    if isinstance(labels, Tensor) and len(labels) == len(images):
+        labels = labels[indices]
+    check, images, to_given_scale = _check_pixels(images[indices])
+    if to_given_scale is not None:
+        classifier = _Repaired(classifier, before=to_given_scale)
+    return [check, *_check_classifier(classifier, images, labels, num_classes, seed)]
+
+
+def _concatenate(data: Any) -> tuple[Tensor, Any]:
+    """Return images N×C×H×W and labels in any form, on the CPU."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        images, labels = data
+    elif isinstance(data, Iterable):
+        batches = [batch for batch in data if isinstance(batch, (tuple, list)) and len(batch) == 2]
+        if not batches or not all(isinstance(part, Tensor) for batch in batches for part in batch):
+            raise InputError("data must be (images, labels) or batches of such, as tensors")
+        try:
+            images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        except RuntimeError as error:
+            raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
+    else:
+        raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
+    if images.ndim != 4 or images.numel() == 0:
+        raise InputError(f"images must be N×C×H×W with at least one image, found shape {tuple(images.shape)}")
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a scalar has no length to compare
+    return images.detach().cpu(), labels
+
+
+def _check_pixels(images: Tensor) -> tuple[Check, Tensor, Callable[[Tensor], Tensor] | None]:
+    """Check form and range of images.
+
+    Returns:
+        The check; the images in [0, 1]; and the function that maps them back, for a classifier of normalised images.
+    """
+
+    def failed(evidence: str, fix: str) -> Check:
+        return judge("images-in-range", True, evidence, fix, "failed")
+
+    low, high = float(images.amin()), float(images.amax())
+    form = f"{images.dtype} {tuple(images.shape[1:])}, pixels in [{low:.4g}, {high:.4g}]"
+    if images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+        fix = "put channels first: images = images.permute(0, 3, 1, 2)"
+        return failed(f"{form}: channels come last", fix), *_check_pixels(images.permute(0, 3, 1, 2))[1:]
+    if not images.is_floating_point():
+        scale = 255 if high > 1 else 1
+        fix = f"make them floats in [0, 1]: images = images.float() / {scale}"
+        return failed(f"{form}: integers", fix), images.float() / scale, None
+    bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    if bad:
+        fix = "find their cause (a division by a zero std?), or drop them: images[images.isfinite()...]"
+        evidence = f"NaN or infinite pixels in {bad} of {len(images)} images"
+        return failed(evidence, fix), images.nan_to_num(0, 1, 0).clamp(0, 1), None
+    if low >= 0 and high <= 1:
+        check = _as_failed(inputs.images_in_range(nn.Identity(), images))
+        twice = 0 < high <= 1.001 * inputs.GREY_LEVEL
+        return check, (255 * images).clamp(0, 1) if twice else images, None
+    if low >= 0 and high > 2:
+        fix = "divide by 255: images = images.float() / 255"
+        return failed(f"{form}: grey levels", fix), (images / 255).clamp(0, 1), None
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        fix = "clamp what resizing leaves outside: images = images.clamp(0, 1)"
+        return failed(f"{form}: slightly outside [0, 1]", fix), images.clamp(0, 1), None
+    fix = (
+        "give images in [0, 1] and normalise inside the model: "
+        "nn.Sequential(torchvision.transforms.Normalize(mean, std), model)"
+    )
+    check = failed(f"{form}: normalised, so that the unit of eps is unknown", fix)
+    return check, (images - low) / (high - low), lambda x: low + (high - low) * x
+
+
+def _check_classifier(
+    classifier: nn.Module, images: Tensor, labels: Any, num_classes: int | None, seed: int
+) -> list[Check]:
+    """Run all checks of a classifier, on images N×C×H×W in [0, 1] and labels in any form."""
+    device = device_of(classifier, images)
+    few = images[:4].to(device)
+    with preserve_state(classifier):
+        check, output = outputs.answers(classifier, few)
+    if check.outcome == "failed":
+        return [check]
+    as_tensor = classifier if isinstance(output, Tensor) else _Repaired(classifier, after=outputs.logits_in)
+    checks = [check, _as_failed(inputs.training_mode(as_tensor, images))]
+    with preserve_state(classifier), reproducible(generator(seed, "doctor")):
+        checks.append(outputs.output_form(output, len(few)))
+        if checks[-1].outcome == "failed":
+            logits = outputs.logits_in(output)
+            if logits is None or logits.ndim != 2 or len(logits) != len(few) or logits.shape[1] < 2:
+                return checks
+            classifier = _Repaired(classifier, after=outputs.logits_in)
+        checks.append(outputs.input_kept(classifier, few))
+        if checks[-1].outcome == "failed":
+            classifier = _Repaired(classifier, before=torch.clone)
+        classes = _logits(classifier, images[:1], device).shape[1]
+        check, integers = inputs.label_values(labels, len(images), num_classes or classes)
+        speed, count = _speed(classifier, images.to(device))
+        images, labels = images[:count], None if integers is None else integers[:count]
+        logits = _logits(classifier, images, device)
+        checks += [check, speed]
+        checks += _checks_in_order(_context(classifier, images, logits, device, seed), logits, checks)
+        checks.append(_classes(classes, num_classes))
+        faults = [c.name for c in checks if c.name in ("labels", "classes", *_BLINDING) and c.outcome == "failed"]
+        if labels is None or set(faults) - {"labels"}:
+            return [*checks, _requires("clean-accuracy", faults)]
+        return [
+            *checks,
+            *_accuracy(lambda x: _logits(classifier, x, device).float().argmax(dim=1), images, labels, logits),
+        ]
+
+
+def _checks_in_order(context: CheckContext, logits: Tensor, earlier: list[Check]) -> list[Check]:
+    """Run the checks of logits and gradients, each only if those that it requires passed."""
+    made: list[Check] = []
+    for name, required in _REQUIRES.items():
+        faults = [c.name for c in (*earlier, *made) if c.name in required and c.outcome in ("suspicious", "failed")]
+        check = _requires(name, faults) if faults else None
+        if check is None and name in _OF_LOGITS:
+            check = _OF_LOGITS[name](logits)
+        if check is None:
+            of_evaluation = SETTING_CHECKS.get(name) or CLASSIFIER_CHECKS[name]
+            check = _as_failed(run_check(name, partial(of_evaluation, context)))
+        made.append(check)
+    return made
+
+
+def _accuracy(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, logits: Tensor
+) -> list[Check]:  # fmt: skip
+    """Check the accuracy, and explain it if other pixels or another order of the classes improve it clearly."""
+    predictions, classes = logits.float().argmax(dim=1), logits.shape[1]
+    correct = predictions == labels
+    check = _as_failed(inputs.better_than_chance(predictions, labels, classes))
+    if len(labels) < FEWEST_IMAGES:
+        reason = f"{len(labels)} images are too few, {FEWEST_IMAGES} are needed"
+        return [check, *(skipped(name, reason) for name in ("normalisation", "channel-order", "label-order"))]
+    explanations = [
+        inputs.normalisation(classify, images, labels, correct),
+        inputs.channel_order(classify, images, labels, correct),
+        inputs.label_order(predictions, labels, classes),
+    ]
+    best, gained = max(explanations, key=lambda explanation: explanation[1])
+    if not gained:
+        return [check, *(explanation for explanation, _ in explanations)]
+    return [
+        skipped(check.name, f"{check.evidence}, which {best.name} explains"),
+        *(e if e is best else _requires(e.name, [best.name]) for e, _ in explanations),
+    ]
+
+
+def _classes(logits: int, expected: int | None) -> Check:
+    """Check that there is one logit for each class of the data."""
+    if expected is None:
+        return judge("classes", False, f"{logits} logits; the number of classes of the data was not given")
+    fix = f"train a head of {expected} logits, or return those of the data's classes: model(images)[:, classes]"
+    return judge("classes", logits != expected, f"{logits} logits for {expected} classes", fix, "failed")
+
+
+@torch.no_grad()
+def _speed(classifier: nn.Module, images: Tensor) -> tuple[Check, int]:
+    """Time the classifier; return also how many images it classifies in `SECONDS`, at least 8."""
+
+    def seconds_per_image(x: Tensor) -> float:
+        start = time.perf_counter()
+        classifier(x.clone())
+        return (time.perf_counter() - start) / len(x)
+
+    seconds_per_image(images[:8])  # the first pass may allocate and compile
+    seconds = seconds_per_image(images[:8])
+    if seconds < SLOW / 5:  # overhead dominates in small batches
+        seconds = min(seconds_per_image(images) for _ in range(2))
+    minutes = seconds * PASSES / 60
+    duration = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+    evidence = f"{1000 * seconds:.3g} ms per image; 1,000 images under PGD-40 take about {duration}"
+    fix = "evaluate on a GPU (--device cuda), fewer images (--num-images 200), and with suite quick first"
+    return judge("speed", seconds > SLOW, evidence, fix), max(8, int(SECONDS / max(seconds, 1e-9)))
+
+
+@torch.no_grad()
+def _logits(classifier: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Return logits N×K on the CPU."""
+    parts = [classifier(batch.to(device, copy=True)).cpu() for batch in torch.split(images, 64)]
+    return torch.cat(parts)
+
+
+def _context(
+    classifier: nn.Module, images: Tensor, logits: Tensor, device: torch.device, seed: int
+) -> CheckContext:  # fmt: skip
+    """Return the context of an evaluation in which every prediction is correct: labels may be wrong."""
+    predictions = logits.float().argmax(dim=1)
+    runner = AttackRunner(
+        classifier, images, predictions, torch.arange(len(images)), device, "linf", seed, 64, logits.shape[1]
+    )  # fmt: skip
+    runner.clean = predictions
+    runner.offer({name: View(module) for name, module in views(classifier).items()})
+    return CheckContext(runner, torch.ones(len(images), dtype=torch.bool), (RADIUS,), probes=1)
+
+
+def _as_failed(check: Check) -> Check:
+    """Return a check of an evaluation as failed where it is suspicious: before an evaluation it can be fixed."""
+    if check.outcome != "suspicious" or check.name in _STAYS_SUSPICIOUS:
+        return check
+    return check.model_copy(update={"outcome": "failed"})
+
+
+def _requires(name: str, faults: list[str]) -> Check:
+    return skipped(name, f"run again once {' and '.join(faults)} is fixed")
