@@ -12,7 +12,7 @@ from robustfpd.cli import main
 from robustfpd.cli.targets import surrogates, trained
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
-from robustfpd.models.import_model import foreign
+from robustfpd.models.import_model import import_model
 from robustfpd.report.tables import verdict_text
 
 MODULE = """
@@ -144,9 +144,11 @@ def test_the_twin_of_a_trained_network_joins_by_itself() -> None:
 
 
 def test_a_module_is_taken_as_it_is() -> None:
-    assert isinstance(foreign("mynets:large"), nn.Module)
-    assert foreign("mynets:large") is foreign("mynets:large")
-    assert torch.equal(foreign("mynets:make").state_dict()["1.weight"], foreign("mynets:make").state_dict()["1.weight"])
+    assert isinstance(import_model("mynets:large"), nn.Module)
+    assert import_model("mynets:large") is import_model("mynets:large")
+    assert torch.equal(
+        import_model("mynets:make").state_dict()["1.weight"], import_model("mynets:make").state_dict()["1.weight"]
+    )
 
 
 def test_an_evaluation_that_was_interrupted_goes_on(

@@ -335,3 +335,55 @@ def test_what_was_set_aside_does_not_hide_a_folder_that_is_there(tmp_path: Path)
         path.mkdir()
         (path / "a").write_text(text)
     assert (whole(folder) / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("defence", ["fpd", "none"])
+def test_save_pretrained_and_from_pretrained_use_the_same_files_as_save(defence: Any, tmp_path: Path) -> None:
+    task = rf.TaskConfig(num_classes=3, in_channels=1, image_size=(8, 8))
+    model = rf.build(task, rf.ModelConfig(defence=defence, pyramid_channels=8)).eval()
+    model.save_pretrained(tmp_path / "hub")
+    model.save(tmp_path / "plain")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "library_name: robustfpd" in card
+    loaded = type(model).from_pretrained(tmp_path / "hub")
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(loaded.classifier()(images), model.classifier()(images))
+    assert torch.equal(rf.load(tmp_path / "hub").classifier()(images), model.classifier()(images))
+    loaded.save_pretrained(tmp_path / "hub")
+    assert (tmp_path / "hub" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+    other = rf.Baseline if defence == "fpd" else rf.FPD
+    with pytest.raises(InputError, match=rf"is no {other.__name__}; load it with {type(model).__name__}.from_pretr"):
+        other.from_pretrained(tmp_path / "hub")
+
+
+def test_from_pretrained_downloads_only_the_models_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.hub_mixin
+
+    from robustfpd.models import fpd
+
+    rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).save(tmp_path / "repo")
+    requests: list[Any] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str], revision: str, **options: Any) -> str:
+        requests.append((repo, sorted(allow_patterns), revision))
+        return str(tmp_path / "repo")
+
+    config = str(tmp_path / "repo" / "config.json")
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", lambda **options: config)
+    monkeypatch.setattr(fpd, "snapshot_download", snapshot)
+    model = rf.FPD.from_pretrained("someone/digits", revision="v1")
+    assert model.task.num_classes == 3
+    assert requests == [("someone/digits", ["config.json", "model.safetensors"], "v1")]
+
+
+def test_from_pretrained_takes_the_users_own_module(
+    tmp_path: Path, chain: nn.Module, chain_stages: tuple[str, ...]
+) -> None:
+    rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=16).save_pretrained(tmp_path / "hub")
+    with pytest.raises(InputError, match="net="):
+        rf.FPD.from_pretrained(tmp_path / "hub")
+    assert rf.FPD.from_pretrained(tmp_path / "hub", net=chain).task.num_classes == 5

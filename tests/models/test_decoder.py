@@ -28,7 +28,7 @@ def pyramid(size: tuple[int, int], reduction: int, levels: int = 4) -> list[Tens
     levels=st.integers(1, 4),
     out_channels=st.sampled_from([1, 3]),
 )
-def test_the_image_has_the_size_asked_for(
+def test_the_image_has_the_requested_size(
     reduction: int, size: tuple[int, int], levels: int, out_channels: int
 ) -> None:
     decoder = RestorationDecoder(CHANNELS[:levels], reduction, width=8, out_channels=out_channels)
@@ -104,7 +104,7 @@ def test_every_level_and_parameter_takes_part(levels: int) -> None:
     assert all(p.grad is not None for p in decoder.parameters())
 
 
-def test_the_features_handed_over_are_left_alone() -> None:
+def test_the_input_features_are_not_changed() -> None:
     decoder = RestorationDecoder(CHANNELS, 2, width=8, out_channels=1)
     maps = pyramid((16, 16), 2)
     copies = [m.clone() for m in maps]
@@ -115,5 +115,5 @@ def test_the_features_handed_over_are_left_alone() -> None:
 
 def test_a_missing_level_is_noticed() -> None:
     decoder = RestorationDecoder(CHANNELS, 2, width=8, out_channels=1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(AssertionError):
         decoder(pyramid((16, 16), 2)[:3], (16, 16))

@@ -106,7 +106,7 @@ def test_every_head_and_denoising(head: str, denoise: str, format: Format, tmp_p
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_networks_that_are_left_early(format: Format, tmp_path: Path) -> None:
     model = tiny(peeks=True, head="orthogonal", image_size=(9, 13))
-    assert model.backbone._leaves_early
+    assert model.backbone.leaves_early
     check(model, format, tmp_path / "file", (9, 13))
 
 

@@ -256,7 +256,7 @@ def test_the_pyramids_width(channels: int | None, width: int) -> None:
     assert mini(pyramid_channels=channels).decoder.smooth.out_channels == width
 
 
-def test_the_plain_twin_is_pooling_and_a_linear_layer() -> None:
+def test_the_baseline_is_pooling_and_a_linear_layer() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
     model = rf.build(task, rf.ModelConfig(denoise="bottleneck", dropout=0.5).baseline()).eval()
     assert isinstance(model, rf.Baseline)
@@ -270,13 +270,13 @@ def test_the_plain_twin_is_pooling_and_a_linear_layer() -> None:
     assert model.classifier() is model
 
 
-def test_the_twin_starts_with_the_same_backbone() -> None:
+def test_the_baseline_starts_with_the_same_backbone() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
     config = rf.ModelConfig(denoise="none")
     ours, baseline = rf.build(task, config, seed=2), rf.build(task, config.baseline(), seed=2)
-    mine = ours.backbone.state_dict()
-    assert mine.keys() == baseline.backbone.state_dict().keys()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in baseline.backbone.state_dict().items())
+    expected = ours.backbone.state_dict()
+    assert expected.keys() == baseline.backbone.state_dict().keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in baseline.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_backbone_without_stages_is_refused() -> None:
         rf.enhance(nn.Sequential(nn.Conv2d(1, 2, 1)), **MINI)
 
 
-def test_a_module_and_its_name_belong_together() -> None:
+def test_a_custom_backbone_needs_its_module_and_no_other_takes_one() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
     with pytest.raises(InputError, match="net="):
         rf.build(task, rf.ModelConfig(backbone="custom", stages=("0",)))
@@ -352,8 +352,8 @@ def test_weights_of_a_timm_network_fit_under_their_own_names() -> None:
 
 def test_a_users_module_keeps_its_weights(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
     model = rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=(16, 20))
-    mine = chain.state_dict()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in model.backbone.net.state_dict().items())
+    expected = chain.state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.backbone.net.state_dict().items())
     out = model(torch.rand(2, 3, 16, 20))
     assert out.restored.shape == (2, 3, 16, 20)
     assert len(model.decoder.laterals) == 3

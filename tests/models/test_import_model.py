@@ -10,7 +10,7 @@ import torch
 from robustfpd import models
 from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError
-from robustfpd.models.import_model import find, foreign
+from robustfpd.models.import_model import find, import_model
 
 MODULE = """
 import torch
@@ -143,7 +143,7 @@ def test_what_cannot_be_wrapped_is_refused_by_name(backbone: str, values: dict[s
 
 
 def test_stages_of_a_resnet_are_found_and_others_can_be_named() -> None:
-    net = foreign("tinynets:make")
+    net = import_model("tinynets:make")
     assert models.enhance(net, num_classes=3, image_size=16, pyramid_channels=8).backbone is not net
     named = _config("tinynets:make", stages=("layer1", "layer2", "layer4"))
     assert models.build(TASK, named)(torch.rand(2, 3, 16, 16)).logits.shape == (2, 3)
@@ -161,9 +161,9 @@ def test_the_path_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be imported from here"):
         find("nonets:make", "--model")
     (tmp_path / "lazynets.py").write_text("def make():\n    import tinynets\n    return tinynets.one\n")
-    assert isinstance(foreign("lazynets:make"), torch.nn.Module)  # what lies beside it is found while it is called
+    assert isinstance(import_model("lazynets:make"), torch.nn.Module)  # what lies beside it is found while it is called
     with pytest.raises(InputError, match="raised OSError"):
-        foreign("tinynets:broken")
+        import_model("tinynets:broken")
     assert sys.path == before
 
 
@@ -172,13 +172,13 @@ def test_what_is_installed_comes_before_the_folder_one_is_in(tmp_path: Path) -> 
     (tmp_path / "colorsys.py").write_text("raise RuntimeError")
     sys.modules.pop("colorsys", None)
     with pytest.raises(InputError, match="unknown name in colorsys 'make'"):
-        foreign("colorsys:make")
+        import_model("colorsys:make")
 
 
 def test_submodules_are_attributes_of_the_package() -> None:
     code = (
-        "import robustfpd.models as m; assert m.checkpoint.CONFIG and m.zoo.names() and m.published.load_published;"
-        "assert {'__name__', '__file__', 'load'} <= set(dir(m)); assert not hasattr(m, 'nonesuch')"
+        "import robustfpd.models as m; assert m.checkpoint.CONFIG and m.zoo.names();"
+        "assert m.author_checkpoints.load_published; assert {'__name__', '__file__', 'load'} <= set(dir(m)); assert not hasattr(m, 'nonesuch')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
-from robustfpd.models.backbones import from_timm
-from robustfpd.models.insertion import Backbone
+from robustfpd.models.backbones import BackboneSpec, from_timm
+from robustfpd.models.insertion import StagedBackbone
 
 
 class Doubling(nn.Module):
@@ -63,8 +63,9 @@ class ChannelsLast(nn.Module):
         return out
 
 
-def backbone(net: nn.Module, stages: tuple[str, ...], **options: Any) -> Backbone:
-    return Backbone(net, stages, **{"in_channels": 3, "image_size": (16, 16), **options}).eval()
+def backbone(net: nn.Module, stages: tuple[str, ...], **options: Any) -> StagedBackbone:
+    spec = BackboneSpec(net, stages, layout=options.pop("layout", "NCHW"))
+    return StagedBackbone(spec, **{"in_channels": 3, "image_size": (16, 16), **options}).eval()
 
 
 def weights_for(features: nn.Module, whole: nn.Module) -> dict[str, Tensor]:
@@ -75,11 +76,11 @@ def weights_for(features: nn.Module, whole: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050"])
 def test_features_are_those_of_timm(name: str) -> None:
-    network = from_timm(name, 3)
+    spec = from_timm(name, 3)
     reference: Any = timm.create_model(name, features_only=True).eval()
-    reference.load_state_dict(weights_for(reference, network.module))
+    reference.load_state_dict(weights_for(reference, spec.module))
     x = torch.rand(2, 3, 64, 64)
-    ours = backbone(network.module, network.stages, image_size=(64, 64))
+    ours = backbone(spec.module, spec.stages, image_size=(64, 64))
     with torch.no_grad():
         for found, expected in zip(ours(x), reference(x), strict=True):
             assert torch.allclose(found, expected, atol=1e-5)
@@ -100,13 +101,13 @@ def test_features_are_those_of_torchvision() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_what_is_implanted_is_what_the_next_stage_gets(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+def test_the_next_stage_gets_what_the_inserted_layer_returns(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
     chain.eval()
     original: Any = copy.deepcopy(chain)
-    asked: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def insert(index: int, channels: int) -> nn.Module | None:
-        asked.append((index, channels))
+        calls.append((index, channels))
         return Doubling() if index < 2 else None
 
     found = backbone(chain, chain_stages, insert=insert)(x := torch.rand(2, 3, 16, 16))
@@ -114,10 +115,10 @@ def test_what_is_implanted_is_what_the_next_stage_gets(chain: nn.Module, chain_s
     first = 2 * original.first(stem)
     second = original.second(first)
     assert all(torch.allclose(a, b) for a, b in zip(found, (stem, first, second), strict=True))
-    assert asked == [(0, 4), (1, 6), (2, 8)]
+    assert calls == [(0, 4), (1, 6), (2, 8)]
 
 
-def test_raw_maps_are_those_before_the_implants(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
+def test_raw_maps_are_those_before_the_inserted_layers(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
     double = backbone(chain, chain_stages, insert=lambda index, channels: Doubling() if index < 2 else None)
     x = torch.rand(2, 3, 16, 16)
     raw, inserted = double(x, raw=True), double(x)
@@ -126,10 +127,10 @@ def test_raw_maps_are_those_before_the_implants(chain: nn.Module, chain_stages: 
     assert torch.equal(inserted[2], raw[2])  # what the last stage saw was doubled either way
 
 
-def test_an_implant_in_a_timm_network_reaches_the_next_stage() -> None:
-    network = from_timm("resnet_mini", 3)
-    original: Any = copy.deepcopy(network.module).eval()
-    double = backbone(network.module, network.stages, insert=lambda i, _: Doubling() if i == 1 else None)
+def test_a_layer_inserted_in_a_timm_network_reaches_the_next_stage() -> None:
+    spec = from_timm("resnet_mini", 3)
+    original: Any = copy.deepcopy(spec.module).eval()
+    double = backbone(spec.module, spec.stages, insert=lambda i, _: Doubling() if i == 1 else None)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         layer1 = 2 * original.layer1(original.maxpool(original.act1(original.bn1(original.conv1(x)))))
@@ -148,7 +149,7 @@ def test_pairs_of_maps_are_channels_of_one() -> None:
     assert torch.allclose(second, torch.cat([expected[:, :2] + 1, expected[:, 2:] - 1], dim=1))
 
 
-def test_maps_with_channels_last_are_turned_round() -> None:
+def test_nhwc_maps_are_permuted() -> None:
     net = ChannelsLast()
     original: Any = copy.deepcopy(net)
     x = torch.rand(2, 3, 8, 6)
@@ -242,7 +243,7 @@ def test_images_the_network_cannot_take_are_refused(chain: nn.Module, chain_stag
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_users_network_is_left_alone(chain: Any, chain_stages: tuple[str, ...], frozen: bool) -> None:
+def test_the_users_network_does_not_change(chain: Any, chain_stages: tuple[str, ...], frozen: bool) -> None:
     chain.train()
     chain.stem[1].train(not frozen)
     before = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
@@ -261,7 +262,7 @@ def test_the_users_network_is_left_alone(chain: Any, chain_stages: tuple[str, ..
 def test_building_changes_no_weights_and_no_flags(chain: Any, chain_stages: tuple[str, ...]) -> None:
     chain.stem[1].eval()
     before = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
-    made = Backbone(chain, chain_stages, in_channels=3, image_size=(16, 16))
+    made = StagedBackbone(BackboneSpec(chain, chain_stages), in_channels=3, image_size=(16, 16))
     assert all(torch.equal(before[name], tensor) for name, tensor in made.net.state_dict().items())
     assert not chain.stem[1].training
     assert chain.stem.training
@@ -302,12 +303,12 @@ def test_a_copy_is_equal_and_independent(defence: Any) -> None:
     x = torch.rand(2, 1, 16, 16)
     with torch.no_grad():
         before = model.classifier()(x)
-        baseline = copy.deepcopy(model)
-        assert torch.equal(baseline.classifier()(x), before)
-        for parameter in baseline.parameters():
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied.classifier()(x), before)
+        for parameter in copied.parameters():
             parameter.zero_()
         assert torch.equal(model.classifier()(x), before)
-        assert not torch.equal(baseline.classifier()(x), before)
+        assert not torch.equal(copied.classifier()(x), before)
         if defence == "fpd":
             other = copy.deepcopy(model)
             for parameter in other.backbone.inserted.parameters():
@@ -329,15 +330,15 @@ def test_a_small_stem_keeps_all_weights_and_gives_maps_of_full_size(name: str) -
 
 
 def test_a_small_stem_keeps_the_images_odd_size() -> None:
-    network = from_timm("resnet_mini", 1)
-    made = backbone(network.module, network.stages, in_channels=1, image_size=(27, 33), small_stem=True)
+    spec = from_timm("resnet_mini", 1)
+    made = backbone(spec.module, spec.stages, in_channels=1, image_size=(27, 33), small_stem=True)
     with torch.no_grad():
         assert [tuple(f.shape[-2:]) for f in made(torch.rand(1, 1, 27, 33))][:3] == [(27, 33), (27, 33), (14, 17)]
 
 
 def test_families_that_need_even_sizes_see_padded_images() -> None:
-    network = from_timm("dla34", 1)
-    made = backbone(network.module, network.stages, in_channels=1, image_size=(27, 33))
+    spec = from_timm("dla34", 1)
+    made = backbone(spec.module, spec.stages, in_channels=1, image_size=(27, 33))
     assert made.multiple > 1
     height, width = made.padded((27, 33))
     assert height % made.multiple == width % made.multiple == 0
@@ -379,9 +380,9 @@ class SharedPool(nn.Module):
         return x
 
 
-def test_a_small_stem_leaves_a_pool_that_later_stages_need() -> None:
+def test_a_small_stem_keeps_a_pool_that_later_stages_need() -> None:
     stages = tuple(f"blocks.{i}" for i in range(5))
-    built = Backbone(SharedPool(), stages, in_channels=3, image_size=(32, 32), small_stem=True)
+    built = StagedBackbone(BackboneSpec(SharedPool(), stages), in_channels=3, image_size=(32, 32), small_stem=True)
     assert built.reductions == (1, 2, 4, 8, 16)
 
 

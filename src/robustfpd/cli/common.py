@@ -56,11 +56,11 @@ def known(kind: str, name: str, names: Collection[str]) -> str:
 def check_settings(run: RunConfig) -> None:
     """Refuse what a run cannot mean, as far as names and folders tell; needs no torch."""
     from robustfpd.config import DATASETS, SUITES
-    from robustfpd.models.import_model import find, is_foreign
+    from robustfpd.models.import_model import find, is_import_path
 
     known("dataset", run.data.dataset, DATASETS)
     known("suite", run.evaluation.suite, SUITES)
-    if is_foreign(run.model.backbone):
+    if is_import_path(run.model.backbone):
         find(run.model.backbone, "model.backbone")
     check_folder(run.data)
 

@@ -38,10 +38,10 @@ class Subject:
     def classifier(self) -> nn.Module:
         """Load it."""
         from robustfpd.models import load
-        from robustfpd.models.import_model import foreign
+        from robustfpd.models.import_model import import_model
 
         if isinstance(self.source, str):
-            return foreign(self.source)
+            return import_model(self.source)
         return load(self.source, trust_code=self.trust_code).classifier()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError, MissingDataError, first_line
-from robustfpd.models.backbones import normalisation
+from robustfpd.models.backbones import channel_constants
 from robustfpd.models.factory import assemble
 from robustfpd.models.fpd import FPD, Baseline
 
@@ -143,8 +143,8 @@ def read_author_checkpoint(
     architecture = family.name.format(3 * sum(blocks) + 2)
     _check_names(weights, set(theirs.values()), config, f"{path} holds a {architecture}")
     state = {name: _converted(weights, key, model.state_dict()[name], path) for name, key in theirs.items()}
-    state["mean"] = normalisation(config.mean or (0.0,), task.in_channels, "mean")
-    state["std"] = normalisation(config.std or (1.0,), task.in_channels, "std")
+    state["mean"] = channel_constants(config.mean or (0.0,), task.in_channels, "mean")
+    state["std"] = channel_constants(config.std or (1.0,), task.in_channels, "std")
     model.load_state_dict(state, assign=True)
     model.to(memory_format=torch.channels_last)
     return AuthorCheckpoint(model.eval(), architecture, blocks, epoch)

@@ -1,6 +1,6 @@
-"""FPD_R: the image-restoration decoder, a feature pyramid followed by transposed convolutions.
+"""FPD_R, the image restoration: a feature pyramid, then transposed convolutions.
 
-Li et al., CVPR 2020; the pyramid after Lin et al., "Feature Pyramid Networks", CVPR 2017.
+Li et al., CVPR 2020, figure 2; the pyramid after Lin et al., "Feature Pyramid Networks", CVPR 2017.
 """
 
 from __future__ import annotations
@@ -12,70 +12,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError
-from robustfpd.models.ops.fused_decoder import Layer, fold
+from robustfpd.models.ops.fused_decoder import run_fused
 
 
 class RestorationDecoder(nn.Module):
-    """Feature maps c2…c5 → p5…p2 → an image of the input's own size."""
+    """Restore an image from feature maps: c2…c5 → p5…p2 → x′.
+
+    Args:
+        channels: channels of c2…c5, finest first; one to four maps.
+        reduction: side of the image over the side of the finest map, rounded.
+        width: channels of the pyramid.
+        out_channels: channels of the image.
+        unstrided_kernel: kernel of the transposed convolutions that keep the size, 3, or 2 as in the published ResNeXt.
+
+    Raises:
+        InputError: `unstrided_kernel=2` where only one layer keeps the size.
+    """
 
     def __init__(
         self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *, unstrided_kernel: int = 3
     ) -> None:
-        """Build the decoder.
-
-        Args:
-            channels: channels of the maps that the pyramid reads, finest first (c2…c5; one to four).
-            reduction: input side over the finest map's side, rounded.
-            width: channels P of the pyramid.
-            out_channels: channels of the image.
-            unstrided_kernel: kernel of the transposed convolutions that keep the size, 3 or (published ResNeXt) 2.
-
-        Raises:
-            InputError: a single kernel of 2 cannot keep the size.
-        """
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
         self.smooth = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.upscale = nn.Sequential(*_upscaling(reduction, width, out_channels, unstrided_kernel))
+        self.upscale = nn.Sequential(*_transposed_convolutions(reduction, width, out_channels, unstrided_kernel))
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Restore an image.
+        """Restore images.
 
         Args:
             features: c2…c5, finest first, each N×C_i×H_i×W_i.
-            size: height and width of the image.
+            size: height and width of the images.
 
         Returns:
-            N×out_channels×H×W, not squashed: near [0, 1] once trained.
+            x′, N×out_channels×H×W, not clamped: near [0, 1] once trained.
         """
-        maps = [lateral(c) for lateral, c in zip(self.laterals, features, strict=True)]
-        p = maps.pop()
-        while maps:
-            lateral = maps.pop()
-            p = F.interpolate(p, size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
-        restored = self._upscaled(p)
-        if restored.shape[-2:] != size:  # odd sides: strided stages round, transposed convolutions double
-            restored = F.interpolate(restored, size=size, mode="bilinear", align_corners=False)
-        return restored
+        p2 = self.pyramid(features)
+        restored = run_fused([self.smooth, *self.upscale], p2)  # self.upscale(self.smooth(p2))
+        return restored if restored.shape[-2:] == size else _resize(restored, size)  # odd sides: strides round
 
-    def _upscaled(self, p: Tensor) -> Tensor:
-        """Smoothing and transposed convolutions, which are linear, as few convolutions as they make."""
-        folded = fold([self.smooth, *self._transposed()])
-        if folded is not None:
-            return folded(p)
-        restored: Tensor = self.upscale(self.smooth(p))
-        return restored
+    def pyramid(self, features: Sequence[Tensor]) -> Tensor:
+        """Return p2 of c2…c5, N×width×H_2×W_2; with fewer maps, the last level there is."""
+        levels = len(self.laterals)
+        assert len(features) == levels
+        # Of fewer than four maps the finest fills the places of those that are missing; it is not read there.
+        c2, c3, c4, c5 = [features[0]] * (4 - levels) + list(features)
+        lateral2, lateral3, lateral4, lateral5 = [self.laterals[0]] * (4 - levels) + list(self.laterals)
 
-    def _transposed(self) -> list[Layer]:
-        return [layer for layer in self.upscale if isinstance(layer, nn.ConvTranspose2d)]
+        p5: Tensor = lateral5(c5)
+        p4 = _resize(p5, c4.shape[-2:]) + lateral4(c4) if levels > 1 else p5
+        p3 = _resize(p4, c3.shape[-2:]) + lateral3(c3) if levels > 2 else p4
+        p2 = _resize(p3, c2.shape[-2:]) + lateral2(c2) if levels > 3 else p3
+        return p2  # noqa: RET504
 
 
-def _upscaling(reduction: int, width: int, out_channels: int, unstrided_kernel: int) -> list[nn.Module]:
-    """Transposed convolutions P → 64 → 16 → C that double the side until `reduction` is undone.
+def _resize(p: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize N×C×H×W to a height and width, bilinearly."""
+    return F.interpolate(p, size=tuple(size), mode="bilinear", align_corners=False)
 
-    Published ResNets have reduction 4: two doublings and a 1×1. Where fewer doublings are needed a
-    3×3 of stride 1 takes their place; where more are needed, 16 → 16 doublings follow. Published ResNeXts
-    have reduction 1 and, instead of two 3×3, two 2×2, of which the first loses a row and the second gains it.
+
+def _transposed_convolutions(reduction: int, width: int, out_channels: int, unstrided_kernel: int) -> list[nn.Module]:
+    """Return the transposed convolutions width → 64 → 16 → out_channels that enlarge a map `reduction` times.
+
+    Published ResNets have reduction 4: two layers that double the side, then a 1×1. For a smaller reduction, layers of
+    stride 1 replace the last doublings; for a larger one, doublings 16 → 16 are added. Published ResNeXts have
+    reduction 1 and two 2×2 layers of stride 1: the first shrinks each side by a pixel, the second enlarges it again.
     """
     doublings = max(0, (max(reduction, 1) - 1).bit_length())
     widths = [width, min(64, width), min(16, width)] + [min(16, width)] * (doublings - 2)

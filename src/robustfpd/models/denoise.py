@@ -1,171 +1,110 @@
 """Denoising layers: non-local means on feature maps.
 
-Li et al., "Enhancing Intrinsic Adversarial Robustness via Feature Pyramid Decoder", CVPR 2020;
-after Wang et al., "Non-local Neural Networks", CVPR 2018, and Xie et al., "Feature Denoising", CVPR 2019.
+Li et al., "Enhancing Intrinsic Adversarial Robustness via Feature Pyramid Decoder", CVPR 2020, after Wang et al.,
+"Non-local Neural Networks", CVPR 2018, and Xie et al., "Feature Denoising", CVPR 2019.
+
+Here are the formulas. `robustfpd.models.ops.non_local` computes the same faster.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.config import Denoise
 from robustfpd.errors import unknown_name
-from robustfpd.models.ops.tracing import as_autocast, traced
+from robustfpd.models.ops import Means, computed_by, non_local
 
 
-def dot_product(x: Tensor, kept: float = 0.0) -> Tensor:
-    """Non-local means with a dot-product affinity, (X Xᵀ) X / P, in the cheaper order.
+@computed_by(non_local.dot_product)
+def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Return non-local means with a dot-product affinity, `(X Xᵀ) X / P`: the paper's denoising.
 
-    Args:
-        x: N×C×H×W; P = H·W.
-        kept: how often x itself is added.
-
-    Returns:
-        N×C×H×W. Position i holds the mean over j of (x_i · x_j) x_j.
-    """
-    rows = _rows(x)
-    p, c = rows.shape[1:]
-    if c > p:
-        mixed = torch.bmm(torch.bmm(rows, rows.transpose(1, 2)) / p, rows)
-    elif traced(x):
-        mixed = torch.bmm(rows, torch.bmm(rows.transpose(1, 2), rows) / p)
-    else:
-        mixed = _ThroughGram.apply(rows, kept)[0]
-        return _map(mixed, x)
-    return _map(mixed + kept * rows if kept else mixed, x)
-
-
-class _ThroughGram(torch.autograd.Function):
-    """X ↦ X G + k·X with G = Xᵀ X / P, X in rows of C.
-
-    Its gradient is D G + X (Xᵀ D + Dᵀ X) / P + k·D. Autograd does not know that G is symmetric: it takes one product
-    more, and passes over the maps to add up what it finds.
-    """
-
-    @staticmethod
-    def forward(rows: Tensor, kept: float) -> tuple[Tensor, Tensor]:
-        gram = torch.bmm(rows.transpose(1, 2), rows) / rows.shape[1]
-        mixed = torch.bmm(rows, gram)
-        return (mixed.add_(rows, alpha=kept) if kept else mixed), gram
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-        rows, ctx.kept = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(rows, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        rows, gram = ctx.saved_tensors
-        above, p = gradients[0], rows.shape[1]
-        if torch.is_grad_enabled():  # for second derivatives, which the gram matrix has a part in
-            gram = torch.bmm(rows.transpose(1, 2), rows) / p
-        half = torch.bmm(rows.transpose(1, 2), above) / p
-        slope = torch.baddbmm(torch.bmm(above, gram), rows, half + half.transpose(1, 2))
-        return (slope + ctx.kept * above if ctx.kept else slope), None
-
-
-def softmax_affinity(x: Tensor, kept: float = 0.0) -> Tensor:
-    """Non-local means with affinity softmax_j(x_i · x_j / √C).
+    Position i gets the mean over all positions j of (x_i · x_j) x_j. The means are cubic in `x` and can overflow.
 
     Args:
-        x: N×C×H×W.
-        kept: how often x itself is added.
+        x: feature maps or images, N×C×H×W; P = H·W.
+        residual: add `x`.
 
     Returns:
-        N×C×H×W. Position i holds a convex combination of all positions.
+        N×C×H×W.
     """
-    rows = _rows(x)
-    mixed = F.scaled_dot_product_attention(rows, rows, rows)
-    return _map(mixed + kept * rows if kept else mixed, x)
+    X = x.flatten(2)  # N C P
+    means = (X @ X.mT) @ X / X.shape[2]  # N C P
+    return _with_residual(means, x, residual)
 
 
-def gaussian_affinity(x: Tensor, kept: float = 0.0) -> Tensor:
-    """Non-local means with normalised affinity exp(-|x_i - x_j|² / 2C) (Buades et al., CVPR 2005).
+@computed_by(non_local.softmax)
+def softmax(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Return non-local means with affinity `softmax_j(x_i · x_j / √C)`; each is a convex combination of positions.
 
-    Args:
-        x: N×C×H×W; the bandwidth √C makes the affinity independent of the width.
-        kept: how often x itself is added.
-
-    Returns:
-        N×C×H×W. Position i holds a convex combination of all positions.
+    Args and return value are those of `dot_product`.
     """
-    rows = _rows(x)
-    # |x_i|² is constant in j and drops out of the softmax; -|x_j|²/2 rides along as one more channel.
-    half_square = -rows.square().sum(dim=2, keepdim=True) / 2
-    query = torch.cat([rows, torch.ones_like(half_square)], dim=2)
-    key = torch.cat([rows, half_square], dim=2)
-    mixed = F.scaled_dot_product_attention(query, key, rows, scale=1 / x.shape[1])
-    return _map(mixed + kept * rows if kept else mixed, x)
+    X = x.flatten(2)  # N C P
+    affinity = torch.softmax(X.mT @ X / math.sqrt(X.shape[1]), dim=2)  # N P P: position i, position j
+    return _with_residual(X @ affinity.mT, x, residual)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """N×C×H×W as N×P×C: a view, whatever the layout of the map."""
-    return as_autocast(x).flatten(2).transpose(1, 2)
+@computed_by(non_local.gaussian)
+def gaussian(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Return non-local means with affinity `exp(-|x_i - x_j|² / 2C)`, normalised over j (Buades et al., CVPR 2005).
+
+    The bandwidth √C makes the affinity independent of the width. Args and return value are those of `dot_product`.
+    """
+    X = x.flatten(2)  # N C P
+    squares = X.square().sum(dim=1)  # N P
+    distances = squares[:, :, None] + squares[:, None, :] - 2 * X.mT @ X  # N P P: |x_i - x_j|²
+    affinity = torch.softmax(-distances / (2 * X.shape[1]), dim=2)
+    return _with_residual(X @ affinity.mT, x, residual)
 
 
-def _map(rows: Tensor, like: Tensor) -> Tensor:
-    """N×P×C as a map with the shape of `like`, in channels_last, where the layers that follow are quickest."""
-    n, c, h, w = like.shape
-    return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
-
-
-class Affinity(Protocol):
-    """Non-local means of a map."""
-
-    __name__: str
-
-    def __call__(self, x: Tensor, kept: float = 0.0) -> Tensor:
-        """Map N×C×H×W to the means of all positions, plus `kept` times x."""
+def _with_residual(means: Tensor, x: Tensor, residual: bool) -> Tensor:
+    """Return means N×C×P as N×C×H×W, plus `x` where `residual`."""
+    means = means.reshape(x.shape)
+    return x + means if residual else means
 
 
 class NonLocal(nn.Module):
-    """x + affinity(x): a denoising layer without parameters."""
+    """Denoising layer `x + means(x)`, without parameters: `x + (X Xᵀ) X / P` for the dot product."""
 
-    def __init__(self, affinity: Affinity) -> None:
+    def __init__(self, means: Means) -> None:
         super().__init__()
-        self.affinity = affinity
+        self.means = means
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map N×C×H×W to N×C×H×W."""
-        return self.affinity(x, kept=1.0)
+        """Denoise N×C×H×W."""
+        return self.means(x, residual=True)
 
     def extra_repr(self) -> str:
-        """Name the affinity."""
-        return self.affinity.__name__
+        """Return the name of the means."""
+        return self.means.__name__
 
 
 class Bottleneck(nn.Module):
-    """x + W (X Xᵀ) X / P with a learned 1×1 convolution W (Xie et al., CVPR 2019)."""
+    """Denoising layer `x + W (X Xᵀ) X / P` with a learned 1×1 convolution W (Xie et al., CVPR 2019)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map N×C×H×W to N×C×H×W."""
+        """Denoise N×C×H×W."""
         out: Tensor = x + self.project(dot_product(x))
         return out
 
 
-_AFFINITIES: dict[str, Affinity] = {
-    "dot": dot_product,
-    "softmax": softmax_affinity,
-    "gaussian": gaussian_affinity,
-}
+_MEANS: dict[str, Means] = {"dot": dot_product, "softmax": softmax, "gaussian": gaussian}
 
 
-def affinity(kind: Denoise) -> Affinity:
-    """Return the affinity of a kind; dot-product for kinds that are not named after one."""
-    return _AFFINITIES.get(kind, dot_product)
+def non_local_means(kind: Denoise) -> Means:
+    """Return the means of a kind of denoising; the dot product's for `bottleneck` and `none`."""
+    return _MEANS.get(kind, dot_product)
 
 
 def denoising_layer(kind: Denoise, channels: int) -> nn.Module | None:
-    """Return a denoising layer for maps with `channels` channels, or None for `none`.
+    """Return a denoising layer for maps of `channels` channels, or None for `none`.
 
     Raises:
         InputError: `kind` is unknown.
@@ -174,6 +113,6 @@ def denoising_layer(kind: Denoise, channels: int) -> nn.Module | None:
         return None
     if kind == "bottleneck":
         return Bottleneck(channels)
-    if kind not in _AFFINITIES:
-        raise unknown_name("denoise", kind, [*_AFFINITIES, "bottleneck", "none"])
-    return NonLocal(_AFFINITIES[kind])
+    if kind not in _MEANS:
+        raise unknown_name("denoise", kind, [*_MEANS, "bottleneck", "none"])
+    return NonLocal(_MEANS[kind])

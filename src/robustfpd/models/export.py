@@ -185,7 +185,7 @@ def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
     try:
         with torch.no_grad():
             module(images)  # what the network itself refuses is told in its own words
-            if module.model.backbone._leaves_early:
+            if module.model.backbone.leaves_early:
                 # Leaving by an exception confuses the exporter about which module it is in; make_fx does not ask.
                 tracer = make_fx(
                     lambda x: module(x), tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True

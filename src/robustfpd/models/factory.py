@@ -1,4 +1,4 @@
-"""`enhance` builds a defended classifier, `load` reads one back."""
+"""Build models: `enhance` defends a backbone, `build` follows settings, `load` reads a saved model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robustfpd.errors import InputError
 from robustfpd.models.backbones import from_module, from_timm
 from robustfpd.models.checkpoint import read_settings, read_weights, whole
 from robustfpd.models.fpd import FPD, Baseline
-from robustfpd.models.import_model import check_trusted, foreign, is_foreign
+from robustfpd.models.import_model import check_trusted, import_model, is_import_path
 from robustfpd.models.mode import evaluating
 from robustfpd.models.zoo import locate
 from robustfpd.rng import derive, generator
@@ -35,15 +35,15 @@ def enhance(
     """Wrap a CNN in a Feature Pyramid Decoder.
 
     Args:
-        backbone: a timm model name, `resnet_mini`, your own module (a copy of it is taken), or the name of what gives
-            it, `package.module:factory`.
+        backbone: a timm model name, `resnet_mini`, your own module (it is copied), or the import path of a function
+            that returns one, `package.module:factory`.
         num_classes: number of classes K, at least 2.
         in_channels: channels of an image, 1 or 3.
-        image_size: height and width in pixels, or one int for a square; it decides the stem and the
-            decoder. Most backbones take other sizes too; those that do not say so when they meet one.
+        image_size: height and width in pixels, or one int for a square; it decides the stem and the decoder. Most
+            backbones accept other sizes too; the others raise an error for them.
         stages: names of the modules where stages end, stem first. Required for a module that is no ResNet and has no
             `feature_info` as timm's have.
-        seed: seed of the new layers' weights; the global random state is left alone.
+        seed: seed of the new layers' weights; the global random state does not change.
         options: fields of `robustfpd.ModelConfig` (`head="spectral"`, `denoise="softmax"`, `pretrained=True`, …).
 
     Returns:
@@ -55,8 +55,8 @@ def enhance(
             denoising overflows.
     """
     task = parse(TaskConfig, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size})
-    named = backbone if isinstance(backbone, str) else CUSTOM_BACKBONE
-    values = {**options, "backbone": named, "stages": None if stages is None else tuple(stages)}
+    name = backbone if isinstance(backbone, str) else CUSTOM_BACKBONE
+    values = {**options, "backbone": name, "stages": None if stages is None else tuple(stages)}
     config = parse(ModelConfig, values)
     if config.defence != "fpd":
         raise InputError("enhance builds FPD models; for the undefended baseline use robustfpd.build(task, config)")
@@ -66,7 +66,7 @@ def enhance(
 
 
 def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None, seed: int = 0) -> FPD | Baseline:
-    """Build the model that `config` describes.
+    """Build the model that `config` describes, on the CPU, in training mode.
 
     Args:
         task: classes, channels and image size.
@@ -75,7 +75,7 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
         seed: seed of new weights.
 
     Raises:
-        InputError: as `enhance` does.
+        InputError: as for `enhance`.
     """
     model = assemble(task, config, net, seed)
     _check_finite(model)
@@ -83,37 +83,37 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
 
 
 def assemble(
-    task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0, here: bool = True
+    task: TaskConfig, config: ModelConfig, net: nn.Module | None = None, seed: int = 0, *, from_cwd: bool = True
 ) -> FPD | Baseline:
-    """Build as `build` does, without looking at what comes out.
+    """Build as `build` does, without checking the logits.
 
-    It imports and calls a backbone `package.module:factory`, from the folder one is in only with `here`.
+    A backbone `package.module:factory` is imported and called; `from_cwd` looks for it in the working folder too.
     """
-    named = net is None and is_foreign(config.backbone)
-    if config.pretrained and (named or net is not None):
+    imported = net is None and is_import_path(config.backbone)
+    if config.pretrained and (imported or net is not None):
         raise InputError("pretrained=True loads timm's weights; your own module brings its own: leave pretrained out")
     if (config.backbone == CUSTOM_BACKBONE) != (net is not None):
         hint = "needs the module itself: pass net=" if net is None else "comes from timm: leave out net"
         raise InputError(f"backbone {config.backbone!r} {hint}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "weights"))  # torch.manual_seed would reseed GPUs too
-        if named:
-            net = foreign(config.backbone, "model.backbone", here)
+        if imported:
+            net = import_model(config.backbone, "model.backbone", from_cwd=from_cwd)
         if net is not None:
-            network = from_module(net, config.stages)
+            spec = from_module(net, config.stages)
         else:
-            network = from_timm(config.backbone, task.in_channels, pretrained=config.pretrained, stages=config.stages)
+            spec = from_timm(config.backbone, task.in_channels, pretrained=config.pretrained, stages=config.stages)
         kind = FPD if config.defence == "fpd" else Baseline
-        model = kind(network, task, config)
-    # The layout that convolution kernels prefer, on CPUs and GPUs alike; shapes and results are the same.
+        model = kind(spec, task, config)
+    # The layout that convolutions are fastest in, on CPUs and GPUs; shapes and results are the same.
     model.to(memory_format=torch.channels_last)
     return model
 
 
 def _check_finite(model: FPD | Baseline) -> None:
-    """Refuse a network whose logits are NaN from the start: dot-product denoising is cubic and can overflow.
+    """Refuse a network whose untrained logits are NaN or infinite: dot-product denoising is cubic and can overflow.
 
-    In evaluation mode untrained batch norms do not normalise, so an overflow there is looked at in training mode.
+    In evaluation mode untrained batch norms do not normalise, so an overflow there is checked again in training mode.
     """
     images = torch.rand(2, model.task.in_channels, *model.task.image_size, generator=generator(0, "overflow"))
     with torch.no_grad(), evaluating(model):
@@ -135,25 +135,25 @@ def _check_finite(model: FPD | Baseline) -> None:
 
 
 def saved_in(folder: str | Path) -> Path:
-    """Where the model lies that `load` takes: a run's best checkpoint, or the folder itself."""
+    """Return the folder of the model that `load` reads: a run's best checkpoint, or the folder itself."""
     path = locate(folder)
     best = whole(path / "checkpoints" / "best")
     return best if best.is_dir() else path
 
 
 def load(folder: str | Path, *, net: nn.Module | None = None, trust_code: bool = False) -> FPD | Baseline:
-    """Load a saved model, in evaluation mode, on the CPU. It runs no code that the folder names, unless told to.
+    """Load a saved model, in evaluation mode, on the CPU. No code that the folder names is run without `trust_code`.
 
     Args:
-        folder: what `model.save` wrote, or a run's folder (its best checkpoint is taken). Where there is no such
-            folder, the name of a network that comes with robustfpd: `mnist/mini-fpd`; it is fetched where needed.
+        folder: a folder written by `model.save`, or a run's folder (its best checkpoint is loaded). Where there is no
+            such folder, the name of a model of the zoo, as in `mnist/mini-fpd`; it is downloaded where needed.
         net: for a model around your own module, a module of the same architecture; its weights do not matter.
-        trust_code: import and call what a backbone `package.module:factory` names, only for models of your own;
-            torchvision's networks (`torchvision.models:resnet18`) need no trust.
+        trust_code: import and call a backbone `package.module:factory`; only for models that you trust. torchvision's
+            networks (`torchvision.models:resnet18`) need no trust.
 
     Raises:
-        InputError: no model there, damaged files, weights that do not fit the architecture, or a network made by code
-            that was not trusted.
+        InputError: no model there, damaged files, weights that do not fit the architecture, or a backbone whose code
+            is not trusted.
     """
     path = saved_in(folder)
     task, config = read_settings(path)
@@ -162,11 +162,11 @@ def load(folder: str | Path, *, net: nn.Module | None = None, trust_code: bool =
     if config.backbone == CUSTOM_BACKBONE and net is None:
         raise InputError(f"the model in {path} is built around your own module: pass one like it as net=")
     weights = read_weights(path)
-    # The saved weights follow; asking timm for pretrained ones would need the network.
-    fixed: dict[str, Any] = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
-    if net is not None and is_foreign(config.backbone):
-        fixed["backbone"] = CUSTOM_BACKBONE
-    model = assemble(task, config.model_copy(update=fixed), net, here=trust_code)
+    # The saved weights follow, so that timm's pretrained ones need not be downloaded.
+    changes: dict[str, Any] = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
+    if net is not None and is_import_path(config.backbone):
+        changes["backbone"] = CUSTOM_BACKBONE
+    model = assemble(task, config.model_copy(update=changes), net, from_cwd=trust_code)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

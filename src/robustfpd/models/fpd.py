@@ -1,93 +1,121 @@
-"""The Feature Pyramid Decoder around a backbone, and the undefended baseline it is measured against.
+"""The Feature Pyramid Decoder around a backbone, and the undefended baseline that it is compared with.
 
-Li et al., "Enhancing Intrinsic Adversarial Robustness via Feature Pyramid Decoder", CVPR 2020.
+Li et al., "Enhancing Intrinsic Adversarial Robustness via Feature Pyramid Decoder", CVPR 2020, section 3.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TaskConfig
 from robustfpd.errors import InputError
-from robustfpd.models.backbones import Network, normalisation
-from robustfpd.models.checkpoint import write_model
+from robustfpd.models.backbones import BackboneSpec, channel_constants
+from robustfpd.models.checkpoint import CONFIG, WEIGHTS, write_model, write_model_files
 from robustfpd.models.decoder import RestorationDecoder
-from robustfpd.models.denoise import affinity, denoising_layer
+from robustfpd.models.denoise import denoising_layer, non_local_means
 from robustfpd.models.heads import classification_layer
-from robustfpd.models.insertion import PYRAMID_LEVELS, Backbone
+from robustfpd.models.insertion import PYRAMID_LEVELS, StagedBackbone
 from robustfpd.models.ops.elu import to_elu
 
 SMALL_IMAGE = 64
-"""`small_stem: auto` removes the stem's downsampling for images with a side under this."""
+"""`small_stem="auto"` removes the stem's downsampling for images with a side below this, in pixels."""
 
 
 class FPDOutput(NamedTuple):
-    """What an FPD returns for N images."""
+    """Output of an FPD for N images."""
 
     logits: Tensor
-    """N×K, squashed where the head squashes."""
+    """N×K, in (-1, 1) with the tanh head."""
     restored: Tensor
-    """N×C×H×W, the restoration decoder's image; near [0, 1] once trained."""
+    """N×C×H×W, the restored images x′; not clamped, near [0, 1] once trained."""
 
 
-class BaseClassifier(nn.Module, ABC):
-    """A backbone with a classification layer: what FPD and its undefended baseline share."""
+class BaseClassifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    ABC,
+    library_name="robustfpd",
+    pipeline_tag="image-classification",
+    tags=["adversarial-robustness"],
+    paper_url="https://arxiv.org/abs/2005.02552",
+):
+    """A backbone, global average pooling and a head: what the FPD and its undefended baseline share.
 
-    def __init__(self, network: Network, task: TaskConfig, config: ModelConfig) -> None:
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's, with the files that `save` writes.
+
+    Args:
+        spec: the backbone; its module is changed.
+        task: classes, channels and size of the images.
+        config: the model's settings.
+
+    Raises:
+        InputError: a setting that does not fit the backbone or the task.
+    """
+
+    _hub_mixin_config: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # or the mixin keeps a copy of the backbone
+
+    def __init__(self, spec: BackboneSpec, task: TaskConfig, config: ModelConfig) -> None:
         super().__init__()
         self.task = task
         self.config = config
-        small = config.small_stem if config.small_stem != "auto" else min(task.image_size) < SMALL_IMAGE
         if config.activation == "elu":
-            to_elu(network.module)
-        outside = [i for i in config.denoise_after if not 0 <= i < len(network.stages)]
+            to_elu(spec.module)
+        outside = [i for i in config.denoise_after if not 0 <= i < len(spec.stages)]
         if outside:
             raise InputError(
-                f"denoise_after must index the stages 0 to {len(network.stages) - 1} ({', '.join(network.stages)}), "
+                f"denoise_after must index the stages 0 to {len(spec.stages) - 1} ({', '.join(spec.stages)}), "
                 f"found {outside[0]}"
             )
-        self.backbone = Backbone(
-            network.module,
-            network.stages,
-            in_channels=task.in_channels,
-            image_size=task.image_size,
-            small_stem=bool(small),
-            layout=network.layout,
-            insert=self._insert,
+        small_stem = min(task.image_size) < SMALL_IMAGE if config.small_stem == "auto" else config.small_stem
+        self.backbone = StagedBackbone(
+            spec, in_channels=task.in_channels, image_size=task.image_size, small_stem=small_stem, insert=self._insert
         )
         self.dropout = nn.Dropout(config.dropout)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", normalisation(config.mean or network.mean, task.in_channels, "mean"))
-        self.register_buffer("std", normalisation(config.std or network.std, task.in_channels, "std"))
+        self.register_buffer("mean", channel_constants(config.mean or spec.mean, task.in_channels, "mean"))
+        self.register_buffer("std", channel_constants(config.std or spec.std, task.in_channels, "std"))
 
     @abstractmethod
     def classifier(self) -> nn.Module:
-        """The plain module images N×C×H×W in [0, 1] → logits N×K."""
+        """Return the module images N×C×H×W in [0, 1] → logits N×K."""
 
     def save(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json` to a folder, atomically; `robustfpd.load` reads them."""
+        """Write `model.safetensors` and `config.json` to a folder, atomically; `robustfpd.load` reads them.
+
+        Raises:
+            InputError: `folder` is a file or holds other files.
+        """
         write_model(Path(folder), self.state_dict(), self.task, self.config)
 
-    def _insert(self, index: int, channels: int) -> nn.Module | None:
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_model_files(save_directory, self.state_dict(), self.task, self.config)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, net: nn.Module | None = None, trust_code: bool = False, **hub: Any
+    ) -> Self:
+        from robustfpd.models.factory import load  # which imports this module
+
+        folder = Path(model_id)
+        if not folder.is_dir():
+            options = {k: hub[k] for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+            folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS], **options))
+        model = load(folder, net=net, trust_code=trust_code)
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise InputError(f"the model in {model_id} is no {cls.__name__}; load it with {kind}.from_pretrained")
+        return model
+
+    def _insert(self, stage: int, channels: int) -> nn.Module | None:
+        """Return the layer to insert after a stage, or None."""
         return None
-
-    def _features(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
-        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw)
-        return features
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        images = images.to(self.mean.dtype)  # float64 images, as numpy makes them, go through a float32 model
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-    def _pooled(self, features: list[Tensor]) -> Tensor:
-        pooled: Tensor = self.dropout(features[-1].mean(dim=(2, 3)))
-        return pooled
 
     def _check(self, images: Tensor) -> None:
         expected = self.task.in_channels
@@ -98,18 +126,34 @@ class BaseClassifier(nn.Module, ABC):
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [0, 1], found {images.dtype}; divide uint8 by 255")
 
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = images.to(self.mean.dtype)  # numpy's float64 images go through a float32 model
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _features(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
+        """Run the backbone: the stages' feature maps, finest first; `raw` before denoising."""
+        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw)
+        return features
+
+    def _pooled(self, features: list[Tensor]) -> Tensor:
+        """Pool the last feature map, N×C×H×W → N×C, and apply dropout."""
+        pooled: Tensor = self.dropout(features[-1].mean(dim=(2, 3)))
+        return pooled
+
 
 class FPD(BaseClassifier):
     """Feature Pyramid Decoder: front pass, restoration, back pass with the same weights, constrained head.
 
     Shapes: images N×C×H×W in [0, 1] → `FPDOutput(logits N×K, restored N×C×H×W)`.
 
-    Batch norm: both passes run through the same layers. In training each pass is normalised by its own
-    batch statistics, and both feed the running averages, front pass first; in evaluation both use them.
+    Both passes run through the same batch norms. In training each pass is normalised by its own batch statistics, and
+    both update the running averages, front pass first; in evaluation both use the running averages.
+
+    Args and errors are those of `BaseClassifier`.
     """
 
-    def __init__(self, network: Network, task: TaskConfig, config: ModelConfig) -> None:
-        super().__init__(network, task, config)
+    def __init__(self, spec: BackboneSpec, task: TaskConfig, config: ModelConfig) -> None:
+        super().__init__(spec, task, config)
         channels = self.backbone.channels
         levels = min(PYRAMID_LEVELS, len(channels))
         width = config.pyramid_channels or min(256, max(32, channels[-1] // 4))
@@ -117,69 +161,78 @@ class FPD(BaseClassifier):
             channels[-levels:], self.backbone.reductions[-levels], width, task.in_channels,
             unstrided_kernel=config.unstrided_kernel,
         )  # fmt: skip
-        self.affinity = affinity(config.denoise)
+        self.non_local_means = non_local_means(config.denoise)
         self.head = classification_layer(config.head, channels[-1], task.num_classes, config.lipschitz)
 
     def forward(self, images: Tensor) -> FPDOutput:
-        """Classify and restore images N×C×H×W in [0, 1].
+        """Classify and restore images.
 
-        Shape and type are checked. Values are not: training noise leaves [0, 1]; attacks and `evaluate` check them.
+        Args:
+            images: N×C×H×W in [0, 1]. Training noise may exceed this range, so it is not checked here.
+
+        Raises:
+            InputError: images of another shape or type.
         """
-        restored = self.restore(images)
-        return FPDOutput(self.head(self.back(restored, images)), restored)
+        restored = self.restore(images)  # FPD_FD, FPD_R
+        features = self.back(restored, images)  # FPD_BD
+        return FPDOutput(self.head(features), restored)  # FPD_LCC
 
     def with_maps(self, images: Tensor) -> tuple[FPDOutput, list[Tensor]]:
-        """What `forward` gives, and the maps of the back pass, from which `again` goes on."""
+        """Return the output and the back pass's maps. Removed once training no longer calls it."""
         restored = self.restore(images)
         maps = self._features(self.middle_denoise(restored, images))
         return FPDOutput(self.head(self._pooled(maps)), restored), maps
 
     def again(self, maps: list[Tensor], restored: Tensor) -> FPDOutput:
-        """Classify and restore once more what was restored, with a back pass's maps for those of another front pass.
-
-        That back pass saw the same images, but for the middle denoising.
-        """
-        again = self._decoded(maps, restored.shape[-2:])
-        return FPDOutput(self.head(self.back(again, restored)), again)
+        """Restore and classify from maps. Removed once training no longer calls it."""
+        size = (restored.shape[-2], restored.shape[-1])
+        out = self.decoder(maps[-len(self.decoder.laterals) :], self.backbone.padded(size)).to(self.mean.dtype)
+        if self.config.normalise == "once":
+            out = out * self.std + self.mean
+        out = out[:, :, : size[0], : size[1]]
+        return FPDOutput(self.head(self.back(out, restored)), out)
 
     def restore(self, images: Tensor) -> Tensor:
-        """Front pass (FPD_FD) and restoration (FPD_R): images → restored images, N×C×H×W."""
+        """Front pass (FPD_FD) and restoration (FPD_R): images x → restored images x′, both N×C×H×W."""
         self._check(images)
-        features = self._features(images, raw=self.config.pyramid_reads == "raw")
-        return self._decoded(features, images.shape[-2:])
-
-    def _decoded(self, features: list[Tensor], size: tuple[int, ...]) -> Tensor:
-        levels, (height, width) = len(self.decoder.laterals), size
-        restored: Tensor = self.decoder(features[-levels:], self.backbone.padded((height, width))).to(self.mean.dtype)
+        height, width = images.shape[-2:]
+        c2_to_c5 = self._features(images, raw=self.config.pyramid_reads == "raw")[-len(self.decoder.laterals) :]
+        restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
         if self.config.normalise == "once":
             restored = restored * self.std + self.mean
         return restored[:, :, :height, :width]
 
-    def back(self, restored: Tensor, images: Tensor) -> Tensor:
-        """Middle denoising and back pass (FPD_BD): restored images → pooled features, N×C."""
-        return self._pooled(self._features(self.middle_denoise(restored, images)))
-
     def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
-        """What the back pass sees: the restored image, plus non-local means of the input or of itself."""
+        """Middle denoising: `x̃ = x′ + (x xᵀ) x / P`, N×C×H×W.
+
+        Published code takes the means of the input x (`middle="input"`), `restored` takes those of x′, and `none`, as
+        in the paper's figure, adds nothing.
+        """
         if self.config.middle == "none":
             return restored
         source = images if self.config.middle == "input" else restored
-        if self.config.normalise == "once":  # in pixels what adding the affinity to a normalised image is
-            return restored + self.std * self.affinity(self._normalised(source))
-        return restored + self.affinity(source)
+        if self.config.normalise == "once":  # the means of normalised images, in units of pixels
+            return restored + self.std * self.non_local_means(self._normalised(source))
+        return restored + self.non_local_means(source)
+
+    def back(self, restored: Tensor, images: Tensor) -> Tensor:
+        """Middle denoising and back pass (FPD_BD): restored images x′ and images x → pooled features N×C."""
+        return self._pooled(self._features(self.middle_denoise(restored, images)))
 
     def classifier(self, *, squash: bool = True) -> FPDClassifier:
-        """The plain module images → logits; `squash=False` leaves out the head's squashing (adaptive attacks)."""
+        """Return the module images N×C×H×W in [0, 1] → logits N×K, the form that attacks and exporters take.
+
+        Args:
+            squash: apply the head's squashing function. False returns pre-squash logits, for adaptive attacks.
+        """
         return FPDClassifier(self, squash=squash)
 
-    def _insert(self, index: int, channels: int) -> nn.Module | None:
-        if index not in self.config.denoise_after:
-            return None
-        return denoising_layer(self.config.denoise, channels)
+    def _insert(self, stage: int, channels: int) -> nn.Module | None:
+        return denoising_layer(self.config.denoise, channels) if stage in self.config.denoise_after else None
 
 
 class FPDClassifier(nn.Module):
-    """An FPD as others expect a classifier: images N×C×H×W in [0, 1] → logits N×K."""
+    """An FPD as a plain classifier: images N×C×H×W in [0, 1] → logits N×K."""
 
     def __init__(self, fpd: FPD, *, squash: bool = True) -> None:
         super().__init__()
@@ -188,7 +241,7 @@ class FPDClassifier(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The FPD's own mode. A flag that went stale makes attack libraries switch the FPD to training."""
+        """The FPD's own mode. A stale flag of the wrapper makes attack libraries switch the FPD to training."""
         fpd = self.__dict__.get("_modules", {}).get("fpd")
         return bool(fpd.training) if fpd is not None else True
 
@@ -197,25 +250,32 @@ class FPDClassifier(nn.Module):
         pass  # train() and eval() reach the FPD as a child
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images."""
+        """Return the logits of images."""
         features = self.fpd.back(self.fpd.restore(images), images)
         logits: Tensor = self.fpd.head(features) if self.squash else self.fpd.head.pre_squash(features)
         return logits
 
 
 class Baseline(BaseClassifier):
-    """The baseline: the same backbone, global average pooling and a linear layer, trained on the same images."""
+    """The undefended baseline: the same backbone, global average pooling and a linear layer.
 
-    def __init__(self, network: Network, task: TaskConfig, config: ModelConfig) -> None:
-        super().__init__(network, task, config)
+    Args and errors are those of `BaseClassifier`.
+    """
+
+    def __init__(self, spec: BackboneSpec, task: TaskConfig, config: ModelConfig) -> None:
+        super().__init__(spec, task, config)
         self.head = classification_layer("linear", self.backbone.channels[-1], task.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images N×C×H×W in [0, 1]: logits N×K."""
+        """Return the logits N×K of images N×C×H×W in [0, 1].
+
+        Raises:
+            InputError: images of another shape or type.
+        """
         self._check(images)
         logits: Tensor = self.head(self._pooled(self._features(images)))
         return logits
 
     def classifier(self) -> Baseline:
-        """Itself: it is a plain classifier already."""
+        """Return the model itself, which is a plain classifier."""
         return self

@@ -1,7 +1,7 @@
 """FPD_LCC: Lipschitz-constrained classification layers.
 
-Li et al., CVPR 2020; the spectral bound after Miyato et al., ICLR 2018, as an upper bound instead
-of an equality.
+Li et al., CVPR 2020, section 3.3; the spectral bound after Miyato et al., ICLR 2018, as an upper bound instead of an
+equality.
 """
 
 from __future__ import annotations
@@ -16,58 +16,114 @@ from robustfpd.config import Head
 from robustfpd.errors import unknown_name
 
 
-def spectral_norm(weight: Tensor) -> Tensor:
-    """Largest singular value of a K×C matrix, differentiable, from its smaller Gram matrix."""
-    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-    largest: Tensor = torch.linalg.eigvalsh(gram)[-1]
-    # Not at 0, where the root's slope is infinite and a zero matrix would get NaN gradients.
-    return largest.clamp_min(torch.finfo(largest.dtype).tiny).sqrt()
-
-
 class ClassificationLayer(nn.Module, ABC):
-    """Features N×C → logits N×K, with a known L2 Lipschitz constant."""
+    """Features h, N×C → logits N×K, with a known Lipschitz constant in L2."""
 
     squashes = False
-    """Whether `forward` puts a nonlinearity on the logits that hides gradients where it saturates."""
+    """Whether `forward` applies a squashing function, which hides gradients where it saturates."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
 
     def pre_squash(self, features: Tensor) -> Tensor:
-        """Logits before any squashing nonlinearity, N×K; what an adaptive attack differentiates."""
+        """Return the logits N×K before squashing, which adaptive attacks differentiate."""
         out: Tensor = self.linear(features)
         return out
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features N×C to logits N×K."""
+        """Return the logits N×K of features N×C."""
         return self.pre_squash(features)
 
     @abstractmethod
     def lipschitz(self) -> float:
-        """An upper bound of |f(a) - f(b)|₂ / |a - b|₂ over all features."""
+        """Return an upper bound of |f(a) - f(b)|₂ / |a - b|₂ over all features a, b."""
 
 
 class Linear(ClassificationLayer):
-    """W h + b, unconstrained: its constant is whatever the weights have become."""
+    """`W h + b`, unconstrained."""
 
     def __init__(self, channels: int, num_classes: int, bound: float) -> None:
         super().__init__(nn.Linear(channels, num_classes))
 
     def lipschitz(self) -> float:
-        """The spectral norm of W now."""
+        """Return the present spectral norm of W."""
         assert isinstance(self.linear.weight, Tensor)
         return float(spectral_norm(self.linear.weight.detach()))
 
 
 class Tanh(Linear):
-    """tanh(W h + b), the published head: logits in (-1, 1); tanh has slope at most 1."""
+    """`tanh(W h + b)`, the published head, trained with weight decay: logits in (-1, 1). tanh has slope at most 1."""
 
     squashes = True
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features N×C to squashed logits N×K in (-1, 1)."""
+        """Return the squashed logits N×K in (-1, 1) of features N×C."""
         return torch.tanh(self.pre_squash(features))
+
+
+class Spectral(ClassificationLayer):
+    """`W h + b` with spectral norm of W at most `bound`."""
+
+    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
+        linear = nn.Linear(channels, num_classes)
+        parametrize.register_parametrization(linear, "weight", _AtMost(bound))
+        super().__init__(linear)
+        self.bound = bound
+
+    def lipschitz(self) -> float:
+        """Return the bound."""
+        return self.bound
+
+
+class Orthogonal(ClassificationLayer):
+    """`bound · Q h + b` with orthonormal rows (or columns) in Q: every singular value is `bound`."""
+
+    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
+        linear = nn.Linear(channels, num_classes, bias=False)
+        parametrize.register_parametrization(linear, "weight", _Orthonormal())
+        super().__init__(linear)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.bound = bound
+
+    def pre_squash(self, features: Tensor) -> Tensor:
+        """Return the logits N×K of features N×C."""
+        out: Tensor = self.bound * self.linear(features) + self.bias
+        return out
+
+    def lipschitz(self) -> float:
+        """Return the bound."""
+        return self.bound
+
+
+_HEADS: dict[Head, type[Tanh | Linear | Spectral | Orthogonal]] = {
+    "tanh": Tanh, "spectral": Spectral, "orthogonal": Orthogonal, "linear": Linear,
+}  # fmt: skip
+
+
+def classification_layer(kind: Head, channels: int, num_classes: int, bound: float = 1.0) -> ClassificationLayer:
+    """Return a head.
+
+    Args:
+        kind: `tanh`, `spectral`, `orthogonal` or `linear`.
+        channels: number of features C.
+        num_classes: number of logits K.
+        bound: Lipschitz constant of `spectral` and `orthogonal`.
+
+    Raises:
+        InputError: `kind` is unknown.
+    """
+    if kind not in _HEADS:
+        raise unknown_name("head", kind, _HEADS)
+    return _HEADS[kind](channels, num_classes, bound)
+
+
+def spectral_norm(weight: Tensor) -> Tensor:
+    """Return the largest singular value of a K×C matrix, differentiable, from its smaller Gram matrix."""
+    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    largest: Tensor = torch.linalg.eigvalsh(gram)[-1]
+    # The root's slope is infinite at 0, where a zero matrix would get NaN gradients.
+    return largest.clamp_min(torch.finfo(largest.dtype).tiny).sqrt()
 
 
 class _AtMost(nn.Module):
@@ -81,25 +137,11 @@ class _AtMost(nn.Module):
         return weight / (spectral_norm(weight) / self.bound).clamp_min(1)
 
 
-class Spectral(ClassificationLayer):
-    """W h + b with spectral norm of W at most `bound`."""
-
-    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
-        linear = nn.Linear(channels, num_classes)
-        parametrize.register_parametrization(linear, "weight", _AtMost(bound))
-        super().__init__(linear)
-        self.bound = bound
-
-    def lipschitz(self) -> float:
-        """The bound."""
-        return self.bound
-
-
 class _Orthonormal(nn.Module):
     """Parametrisation by the Q of a QR decomposition: orthonormal rows, or columns where they are fewer.
 
-    Not torch's `parametrizations.orthogonal`: its Householder form keeps signs in the weight's diagonal,
-    truncated to integers, and the first step of weight decay turns them into zeros.
+    torch's `parametrizations.orthogonal` keeps signs in the weight's diagonal, truncated to integers in its
+    Householder form; the first step of weight decay turns them into zeros.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -109,38 +151,3 @@ class _Orthonormal(nn.Module):
         # LAPACK picks the columns' signs by its pivots; with R's diagonal positive, Q is continuous in the weight.
         q = q * (1 - 2 * (r.diagonal() < 0).to(q.dtype))
         return q.T if wide else q
-
-
-class Orthogonal(ClassificationLayer):
-    """bound · Q h + b with orthonormal rows (or columns) in Q: every singular value is `bound`."""
-
-    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
-        linear = nn.Linear(channels, num_classes, bias=False)
-        parametrize.register_parametrization(linear, "weight", _Orthonormal())
-        super().__init__(linear)
-        self.bias = nn.Parameter(torch.zeros(num_classes))
-        self.bound = bound
-
-    def pre_squash(self, features: Tensor) -> Tensor:
-        """Logits N×K."""
-        out: Tensor = self.bound * self.linear(features) + self.bias
-        return out
-
-    def lipschitz(self) -> float:
-        """The bound."""
-        return self.bound
-
-
-_HEADS: dict[Head, type[Tanh | Linear | Spectral | Orthogonal]] = {
-    "tanh": Tanh,
-    "spectral": Spectral,
-    "orthogonal": Orthogonal,
-    "linear": Linear,
-}
-
-
-def classification_layer(kind: Head, channels: int, num_classes: int, bound: float = 1.0) -> ClassificationLayer:
-    """Return a head for `channels` features; an unknown `kind` is a ValueError."""
-    if kind not in _HEADS:
-        raise unknown_name("head", kind, _HEADS)
-    return _HEADS[kind](channels, num_classes, bound)

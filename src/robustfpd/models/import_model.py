@@ -1,9 +1,8 @@
-"""Networks of the user's own, by name: `package.module:factory`.
+"""Networks of the user's own, by import path: `package.module:factory`.
 
-To import a module runs it, and to call what it holds runs that too. So a name that the user typed is imported, from the
-packages that are installed here or from the folder one works in; a name that a saved model tells only where the user
-trusts it. Torchvision's networks need no trust, but then the folder one works in is not looked at: it may be the
-model's.
+Importing a module runs its code, and calling the factory runs more. A path that the user typed is imported from the
+installed packages or the working folder; one that a saved model names only where the user trusts it. torchvision's
+networks need no trust, but then the working folder is not searched: it may belong to the model.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from robustfpd.errors import InputError, first_line, unknown_name
 if TYPE_CHECKING:
     from torch import nn
 
-HARMLESS = "torchvision.models"
+TRUSTED = "torchvision.models"
 """A module whose functions only build networks."""
 
 
-def is_foreign(backbone: str) -> bool:
-    """Whether a backbone is named as `package.module:factory`."""
+def is_import_path(backbone: str) -> bool:
+    """Return whether a backbone is given as `package.module:factory`."""
     return ":" in backbone
 
 
 def needs_trust(backbone: str) -> bool:
-    """Whether a saved model of this backbone is loaded only with `trust_code`."""
-    return is_foreign(backbone) and backbone.partition(":")[0] != HARMLESS
+    """Return whether a saved model of this backbone is loaded with `trust_code` only."""
+    return is_import_path(backbone) and backbone.partition(":")[0] != TRUSTED
 
 
 def check_trusted(backbone: str, folder: Path) -> None:
-    """Refuse a backbone that a saved model names, unless its code does no harm."""
+    """Raise an InputError for the backbone of a saved model that needs trust."""
     if needs_trust(backbone):
         raise InputError(
             f"the network in {folder} is made by {backbone}; loading it runs that code: if it is yours, repeat with "
@@ -45,11 +44,11 @@ def check_trusted(backbone: str, folder: Path) -> None:
 
 
 @contextmanager
-def _path(here: bool) -> Iterator[None]:
-    """Look for modules in the folder one is in too, after all other places; or, where `here` is false, not there."""
+def _search_path(from_cwd: bool) -> Iterator[None]:
+    """Append the working folder to the places where modules are looked for; or, without `from_cwd`, remove it."""
     cwd = str(Path.cwd())
     before = list(sys.path)
-    if not here:
+    if not from_cwd:
         sys.path[:] = [entry for entry in before if entry and Path(entry).absolute() != Path(cwd)]
         try:
             yield
@@ -63,75 +62,72 @@ def _path(here: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if added and cwd in sys.path:  # what was imported may have changed the path: only our entry goes
-            sys.path.reverse()
-            sys.path.remove(cwd)
-            sys.path.reverse()
+        if added and cwd in sys.path:  # imported code may have changed the path: only our entry, the last, goes
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(cwd)]
 
 
-def find(given: str, what: str, here: bool = True) -> tuple[str, str]:
-    """Return module and name of `package.module:factory`; an InputError where there is no such module. Needs no torch.
+def find(path: str, option: str, *, from_cwd: bool = True) -> tuple[str, str]:
+    """Split an import path into module and name, without importing it. Needs no torch.
 
     Args:
-        given: what the user wrote.
-        what: the flag or setting that he wrote it for.
-        here: look in the folder one is in too.
-    """
-    place, _, name = given.partition(":")
-    if not place or not name:
-        raise InputError(f"{what} must be package.module:factory, found {given!r}")
-    package = place.partition(".")[0]
-    with _path(here):
-        try:
-            there = package in sys.modules or importlib.util.find_spec(package) is not None
-        except (ImportError, ValueError):
-            there = False
-    if not there:
-        places = f"in {Path.cwd()} or " if here else ""
-        raise InputError(
-            f"{place} cannot be imported from here: ModuleNotFoundError: there is no {package!r} {places}among the "
-            "installed packages"
-        )
-    return place, name
-
-
-def foreign(given: str, what: str = "--model", here: bool = True) -> nn.Module:
-    """Import `package.module:factory` and call it; a module is taken as it is.
-
-    Args:
-        given: what the user wrote, or what he trusts.
-        what: the flag or setting that he wrote it for.
-        here: look in the folder one is in too.
+        path: `package.module:factory`.
+        option: the flag or setting that it was given for.
+        from_cwd: look in the working folder too.
 
     Raises:
-        InputError: it cannot be imported or called, or gives no module.
+        InputError: another form, or no such package.
     """
-    place, name = find(given, what, here)
-    with _path(here):  # around the call too: a function may import what lies beside it
-        return _made(given, place, name)
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise InputError(f"{option} must be package.module:factory, found {path!r}")
+    package = module.partition(".")[0]
+    with _search_path(from_cwd):
+        try:
+            exists = package in sys.modules or importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):
+            exists = False
+    if not exists:
+        places = f"in {Path.cwd()} or " if from_cwd else ""
+        raise InputError(
+            f"{module} cannot be imported from here: ModuleNotFoundError: there is no {package!r} {places}among the "
+            "installed packages"
+        )
+    return module, name
 
 
-def _made(given: str, place: str, name: str) -> nn.Module:
+def import_model(path: str, option: str = "--model", *, from_cwd: bool = True) -> nn.Module:
+    """Import `package.module:factory` and call it; a name that is a module already is returned.
+
+    Args and errors are those of `find`; further errors:
+
+    Raises:
+        InputError: the module cannot be imported, or the factory fails or returns no `torch.nn.Module`.
+    """
+    module, name = find(path, option, from_cwd=from_cwd)
+    with _search_path(from_cwd):  # around the call too: a function may import its neighbours
+        return _called(path, module, name)
+
+
+def _called(path: str, module_name: str, name: str) -> nn.Module:
     from torch import nn
 
     try:
-        module = importlib.import_module(place)
-    except Exception as error:  # a module of the user's may raise anything
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything
         raise InputError(
-            f"{place} cannot be imported from here: {type(error).__name__}: {first_line(error)}"
+            f"{module_name} cannot be imported from here: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not hasattr(module, name):
-        raise unknown_name(f"name in {place}", name, [n for n in vars(module) if not n.startswith("_")])
-    found: Any = getattr(module, name)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise InputError(
-                f"{given} must be a torch.nn.Module or a function that gives one, found {type(found).__name__}"
-            )
-        try:
-            found = found()
-        except Exception as error:
-            raise InputError(f"{given}() raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(found, nn.Module):
-        raise InputError(f"{given}() must give a torch.nn.Module, found {type(found).__name__}")
-    return found
+        raise unknown_name(f"name in {module_name}", name, [n for n in vars(module) if not n.startswith("_")])
+    net: Any = getattr(module, name)
+    if isinstance(net, nn.Module):
+        return net
+    if not callable(net):
+        raise InputError(f"{path} must be a torch.nn.Module or a function that gives one, found {type(net).__name__}")
+    try:
+        net = net()
+    except Exception as error:
+        raise InputError(f"{path}() raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{path}() must give a torch.nn.Module, found {type(net).__name__}")
+    return net

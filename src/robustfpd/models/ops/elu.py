@@ -11,7 +11,7 @@ from timm.layers.activations import GELU, GELUTanh, HardMish, HardSwish, Mish, Q
 from timm.layers.activations_me import HardMishMe, HardSwishMe, MishMe, SwishMe
 from torch import Tensor, nn
 
-from robustfpd.models.ops.tracing import traced
+from robustfpd.models.ops import traced
 
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.CELU, nn.SELU,
