@@ -29,8 +29,8 @@ docs: setup
 	$(BIN)/python -m pytest tests/test_site.py -m slow
 
 bench: setup
-	$(BIN)/robustfpd benchmark --data-root $(DATA) --out results/benchmark/
-	$(BIN)/robustfpd benchmark --read results/benchmark/*.json --document docs/benchmarks.md --quiet
+	$(BIN)/python -m benchmarks --data-root $(DATA) --out results/benchmark/
+	$(BIN)/python -m benchmarks --read results/benchmark/*.json --document docs/benchmarks.md
 
 format: setup
 	$(BIN)/ruff check --fix .

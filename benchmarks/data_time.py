@@ -1,8 +1,8 @@
-"""What decoding images once saves: data time of the first and of a later epoch on CALTECH-101.
+"""Data time of the first and of a later epoch on CALTECH-101, which shows what the cache of decoded images saves.
 
-Data time is all that happens before a batch of floats is on the device: in the first epoch listing, decoding and
-writing the cache, in every epoch drawing, copying and converting. Augmentation comes on top of both and is timed apart.
-Each repetition has a cache folder of its own; the settings take turns, so that other load on the machine meets all.
+Data time is everything before a batch of floats is on the device: in the first epoch listing, decoding and writing the
+cache, in every epoch drawing, copying and converting. Augmentation is timed separately. Each repetition has its own
+cache folder; the settings run in turns, under the same load.
 
     python benchmarks/data_time.py --data-root data --repetitions 3
 """
@@ -36,7 +36,7 @@ class Times(NamedTuple):
 
 
 def measure(settings: DataConfig, batch_size: int) -> Times:
-    """Run two epochs of data, and a third with augmentation, beginning with an empty cache."""
+    """Run two epochs of data, and a third with augmentation, from an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
         splits = data.load(settings.model_copy(update={"cache": cache}))

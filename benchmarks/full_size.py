@@ -1,4 +1,4 @@
-"""Trains a full-size recipe for two steps on random images of its true size, and tells time and peak memory.
+"""Trains a full-size recipe for two steps on random images of its image size; prints time and peak memory.
 
     python benchmarks/full_size.py svhn/resnext50
     python benchmarks/full_size.py caltech101/resnet101 --protocol published --shallow --batch 2
@@ -29,12 +29,12 @@ from robustfpd.training import Observer, Progress
 SHALLOW = {"resnet101": "published_resnet_1_1_1_1", "resnet50": "published_resnet_1_1_1_1"}
 
 
-class _Enough(Exception):
-    """Two steps are done."""
+class _TwoStepsDone(Exception):
+    """Ends the training."""
 
 
 def random_splits(config: RunConfig) -> Splits:
-    """Two batches of random training images, as large as the recipe's."""
+    """Return two batches of random training images of the recipe's size."""
     described = data.info(config.data.dataset)
     size = config.data.stored_size or config.data.image_size
     assert size is not None
@@ -53,34 +53,34 @@ def random_splits(config: RunConfig) -> Splits:
 
 
 def two_steps(name: str, protocol: str, batch: int | None, shallow: bool, gate: bool) -> dict[str, object]:
-    """Train for two batches; return what was seen. `gate=False` opens the gate, so that both phases run."""
-    words = ([] if gate else ["training.threshold=1e12"]) + ([f"training.batch_size={batch}"] if batch else [])
-    config = recipe(name, words, protocol=protocol)
+    """Train for two batches; return losses, time and memory. `gate=False` opens the gate, so that both phases run."""
+    settings = ([] if gate else ["training.threshold=1e12"]) + ([f"training.batch_size={batch}"] if batch else [])
+    config = recipe(name, settings, protocol=protocol)
     if shallow:
         shallower = SHALLOW.get(config.model.backbone) or re.sub(r"(_\d+){4}$", "_1_1_1_1", config.model.backbone)
         model = config.model.model_copy(update={"backbone": shallower})
         config = config.model_copy(update={"model": model})
-    splits, seen = random_splits(config), list[Progress]()
+    splits, steps = random_splits(config), list[Progress]()
 
-    def watch(progress: Progress) -> None:
-        seen.append(progress)
-        if len(seen) == 2:  # not on to validation: batch norms have not seen enough yet to be used
-            raise _Enough
+    def on_batch(progress: Progress) -> None:
+        steps.append(progress)
+        if len(steps) == 2:  # no validation: after two batches, running statistics are too far off
+            raise _TwoStepsDone
 
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
         patch("robustfpd.data.load", return_value=splits),
-        contextlib.suppress(_Enough),
+        contextlib.suppress(_TwoStepsDone),
     ):
-        rf.train(config, Path(folder) / "run", device="cpu", observer=Observer(on_batch=watch))
-    last = seen[1].step
+        rf.train(config, Path(folder) / "run", device="cpu", observer=Observer(on_batch=on_batch))
+    last = steps[1].step
     assert last.restoration is not None
     return {
         "recipe": name, "protocol": protocol, "batch": config.training.batch_size, "backbone": config.model.backbone,
         "image_size": config.data.image_size, "ce": float(last.ce), "restoration": float(last.restoration),
-        "steps": len(seen), "gates_open": sum(p.step.gate_open for p in seen),
-        "step_seconds": config.training.batch_size / seen[1].images_per_second, "seconds": time.perf_counter() - start,
+        "steps": len(steps), "gates_open": sum(p.step.gate_open for p in steps),
+        "step_seconds": config.training.batch_size / steps[1].images_per_second, "seconds": time.perf_counter() - start,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }  # fmt: skip
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="corrected")
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--shallow", action="store_true", help="one block a stage")
-    parser.add_argument("--open", action="store_true", help="leave the gate open, so that both phases run")
+    parser.add_argument("--open", action="store_true", help="keep the gate open, so that both phases run")
     given = parser.parse_args()
     print(json.dumps(two_steps(given.recipe, given.protocol, given.batch, given.shallow, not given.open)))
 

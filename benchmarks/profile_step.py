@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: an FPD's two-phase step beside its baseline's, by kind of operation.
+"""Time of a training step by kind of operation: an FPD's two-phase step and its baseline's step.
 
     python benchmarks/profile_step.py resnet18 --size 64 --batch 32 --precision fp32
 
-Prints one line of JSON: milliseconds of each kind, as torch's profiler tells them; the profiler itself takes a part.
+Prints one line of JSON: milliseconds of each kind, measured by torch's profiler, which adds to them.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from robustfpd.training.optim import make_optimizer
 from robustfpd.training.steps import baseline_step, parameter_groups, two_phase_step
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "optimiser": ("Optimizer.", "clip"),
+    "optimizer": ("Optimizer.", "clip"),
     "convolutions": ("convolution", "conv2d"),
     "batch norm": ("batch_norm",),
     "denoising's products": ("bmm",),
     "activations": ("elu", "Elu", "threshold", "clamp", "exp_", "sub_", "maximum"),
 }
-"""By parts of an operation's name, or of what it was called by; the rest is sums, copies and the like."""
+"""Parts of the names of operations; the rest is sums, copies and the like."""
 
 
 def kind_of(event: Any) -> str:
-    """The kind of an operation, looking outwards at what called it."""
+    """Return the kind of an operation; one called by the optimizer is the optimizer's."""
     names = []
     while event is not None:
         names.append(event.name)
         event = event.cpu_parent
     for kind, parts in KINDS.items():
-        looked_at = names if kind == "optimiser" else names[:1]
-        if any(part in name for name in looked_at for part in parts):
+        matched = names if kind == "optimizer" else names[:1]
+        if any(part in name for name in matched for part in parts):
             return kind
     return "the rest"
 
 
 def profiled(step: Callable[[], None], repeats: int) -> dict[str, float]:
-    """Milliseconds of a step by kind."""
+    """Return milliseconds of a step by kind."""
     for _ in range(2):
         step()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):
             step()
-    found: dict[str, float] = defaultdict(float)
-    for event in seen.events():
-        found[kind_of(event)] += event.self_cpu_time_total / 1000 / repeats
-    return dict(found)
+    times: dict[str, float] = defaultdict(float)
+    for event in profiler.events():
+        times[kind_of(event)] += event.self_cpu_time_total / 1000 / repeats
+    return dict(times)
 
 
-class Update:
-    """The optimiser's part of a step."""
+class PlainUpdate:
+    """Clears gradients, runs the backward pass, clips, steps the optimizer."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.optimizer = model, make_optimizer(parameter_groups(model), OptimizerConfig())  # type: ignore[arg-type]
 
     def __call__(self, loss: torch.Tensor, **_: Any) -> None:
-        """Step."""
+        """Step on `loss`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.profiler.record_function("clip"):
@@ -73,7 +73,7 @@ class Update:
 
 
 def main() -> None:
-    """Profile both."""
+    """Profile both steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone")
     parser.add_argument("--size", type=int, default=64)
@@ -89,17 +89,17 @@ def main() -> None:
     draws = torch.Generator().manual_seed(0)
     images = torch.rand(given.batch, given.channels, given.size, given.size, generator=draws)
     labels = torch.randint(0, 10, (given.batch,), generator=draws)
-    found: dict[str, Any] = {"backbone": given.backbone, "size": given.size, "precision": given.precision}
-    for name, settings, make in (("fpd", config, two_phase_step), ("plain", config.baseline(), baseline_step)):
+    report: dict[str, Any] = {"backbone": given.backbone, "size": given.size, "precision": given.precision}
+    for name, settings, make in (("fpd", config, two_phase_step), ("baseline", config.baseline(), baseline_step)):
         model = build(task, settings, seed=0).train()
-        step, update = make(training), Update(model)
+        step, update = make(training), PlainUpdate(model)
 
-        def once(model: Any = model, step: Any = step, update: Update = update) -> None:
+        def once(model: Any = model, step: Any = step, update: PlainUpdate = update) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
                 step(model, images, images, labels, update)
 
-        found[name] = {kind: round(ms, 1) for kind, ms in sorted(profiled(once, given.repeats).items())}
-    print(json.dumps(found))
+        report[name] = {kind: round(ms, 1) for kind, ms in sorted(profiled(once, given.repeats).items())}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

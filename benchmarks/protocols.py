@@ -1,11 +1,11 @@
-"""Measures what each difference between the protocols does to MNIST mini, and writes docs/protocols.md's table.
+"""Measures the effect of each difference between the protocols on MNIST mini, and writes docs/protocols.md's table.
 
     python benchmarks/protocols.py --data-root data             # everything: about 40 minutes on one core
     python benchmarks/protocols.py --data-root data --only gate  # variants whose name contains a word
     python benchmarks/protocols.py --table                      # only the table, from results/protocols
 
-Each variant is the mini recipe, made shorter, with one field changed; the adversarial ones begin with the corrected
-two-phase network. One result file per variant goes into results/protocols.
+Each variant is a shorter mini recipe with one field changed; the adversarial ones start from the corrected two-phase
+network. Each writes one result file into results/protocols.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ VARIANTS = (
 
 
 def settings(variant: Variant) -> dict[str, Any]:
-    """A variant's whole settings, as its result file keeps them."""
+    """Return all settings of a variant, as stored in its result file."""
     from robustfpd.config import recipe
 
     config = recipe(RECIPE, [*SHORTER, *variant.changes], protocol=variant.protocol)
@@ -75,7 +75,7 @@ def settings(variant: Variant) -> dict[str, Any]:
 
 
 def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
-    """Train a variant (or take the network it shares), attack it, and return what was found."""
+    """Train a variant (or load the network that it shares), attack it, and return the result."""
     import torch
 
     import robustfpd as rf
@@ -84,19 +84,20 @@ def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
     from robustfpd.evaluation.normalised_space import in_space
 
     torch.set_num_threads(1)
-    words = [*SHORTER, f"data.root={data_root}", *variant.changes]
-    config = recipe(RECIPE, words, protocol=variant.protocol).model_copy(update={"stage": variant.stage})
+    overrides = [*SHORTER, f"data.root={data_root}", *variant.changes]
+    config = recipe(RECIPE, overrides, protocol=variant.protocol).model_copy(update={"stage": variant.stage})
     folder = runs / variant.stage / (variant.weights or variant.name)
     seconds = 0.0
     if not (folder / "checkpoints" / "best").is_dir():
-        begins = variant.stage == "adversarial" and config.adversarial.start == "best"
-        if begins and not (runs / "two-phase" / "corrected" / "checkpoints").is_dir():
+        starts_from_best = variant.stage == "adversarial" and config.adversarial.start == "best"
+        if starts_from_best and not (runs / "two-phase" / "corrected" / "checkpoints").is_dir():
             measure(VARIANTS[0], data_root, runs)
-        result = rf.train(config, folder, start=runs / "two-phase" / "corrected" if begins else None, device="cpu")
+        start = runs / "two-phase" / "corrected" if starts_from_best else None
+        result = rf.train(config, folder, start=start, device="cpu")
         seconds = sum(row.seconds for row in result.history)
     classifier, images = in_space(rf.load(folder).classifier(), data.load(config.data).test, config.evaluation.space)
-    named = variant.protocol == "published" or any(c.startswith("evaluation.suite=") for c in variant.changes)
-    suite = config.evaluation.suite if named else "first-look"
+    other_suite = variant.protocol == "published" or any(c.startswith("evaluation.suite=") for c in variant.changes)
+    suite = config.evaluation.suite if other_suite else "first-look"
     record = rf.evaluate(
         classifier, images, suite=suite, eps=EPS[variant.stage], num_images=NUM_IMAGES, model_name=variant.name
     )
@@ -109,7 +110,7 @@ def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
 
 
 def table(results: Path = RESULTS) -> str:
-    """The measured effects as Markdown, from the result files."""
+    """Return the measured effects as Markdown, from the result files."""
     from robustfpd.evaluation import Proportion
 
     lines = []
@@ -130,7 +131,7 @@ def table(results: Path = RESULTS) -> str:
 
 
 def write_table() -> None:
-    """Put the table between the page's marks."""
+    """Write the table between the markers of the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
@@ -150,9 +151,9 @@ def main() -> None:
         for variant in () if arguments.table else VARIANTS:
             name = f"{variant.stage}-{variant.name}"
             if arguments.only in name:
-                found = measure(variant, arguments.data_root, arguments.runs or Path(temporary))
-                write_json(RESULTS / f"{name}.json", found)
-                print(name, found["record"]["clean"], found["record"]["worst_case"], flush=True)
+                result = measure(variant, arguments.data_root, arguments.runs or Path(temporary))
+                write_json(RESULTS / f"{name}.json", result)
+                print(name, result["record"]["clean"], result["record"]["worst_case"], flush=True)
     write_table()
 
 

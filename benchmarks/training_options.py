@@ -1,11 +1,10 @@
-"""What options of training that change the arithmetic cost in accuracy and save in time, on MNIST `mini` made short.
+"""Accuracy and time under options of training that change the arithmetic, on a short MNIST `mini`.
 
     python benchmarks/training_options.py --data-root data --seeds 3
 
 Each option trains mnist/mini on 20,000 images for 2 epochs, on one thread, from several seeds; then all test images are
-classified, and some attacked by PGD-20 on the logits before the tanh. Writes results/training_options/mini.json as
-it goes, and goes on where it was stopped. Steps of the options are not interleaved here: for times see
-`robustfpd benchmark`.
+classified, and some attacked by PGD-20 on the pre-tanh logits. Writes results/training_options/mini.json after each
+run, and resumes where it was stopped. The options do not run in turns here: for times see `python -m benchmarks`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ OPTIONS: dict[str, tuple[Precision, list[str]]] = {
     "fp32": ("fp32", []),
     "bf16": ("bf16", []),
     "bf16, joint": ("bf16", ["training.second_pass=joint"]),
-    "bf16, shared": ("bf16", ["training.second_pass=shared"]),
     "bf16, second_pass_interval 2": ("bf16", ["training.second_pass_interval=2"]),
 }
 EPS, STEPS = 0.1, 20
@@ -39,8 +37,8 @@ EPS, STEPS = 0.1, 20
 
 def measure(option: str, seed: int, root: str, attacked: int) -> dict[str, Any]:
     """Train once; return accuracies as fractions and seconds of training."""
-    precision, words = OPTIONS[option]
-    short = [*words, f"seed={seed}", "training.epochs=2", "data.train_limit=20000", f"data.root={root}"]
+    precision, settings = OPTIONS[option]
+    short = [*settings, f"seed={seed}", "training.epochs=2", "data.train_limit=20000", f"data.root={root}"]
     config = recipe("mnist/mini", short)
     with tempfile.TemporaryDirectory() as folder:
         result = rf.train(config, Path(folder) / "run", device="cpu", precision=precision)
@@ -49,41 +47,41 @@ def measure(option: str, seed: int, root: str, attacked: int) -> dict[str, Any]:
     clean = classify(result.model.classifier(), images)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:attacked]
     x, y = images[chosen], labels[chosen]
-    found = torch.cat([
+    adversarial = torch.cat([
         rf.attacks.pgd(views["pre-squash"], a, b, eps=EPS, norm="linf", steps=STEPS)
-        for a, b in zip(x.split(100), y.split(100), strict=True)
+        for a, b in zip(torch.split(x, 100), torch.split(y, 100), strict=True)
     ])  # fmt: skip
-    kept = (classify(result.model.classifier(), found) == y) & (clean[chosen] == y)
+    robust = (classify(result.model.classifier(), adversarial) == y) & (clean[chosen] == y)
     return {
         "option": option, "seed": seed, "clean": float((clean == labels).float().mean()),
-        "robust": float(kept.float().mean()), "attacked": attacked,
+        "robust": float(robust.float().mean()), "attacked": attacked,
         "seconds": sum(epoch.seconds for epoch in result.history),
     }  # fmt: skip
 
 
 @torch.no_grad()
 def classify(classifier: torch.nn.Module, images: Tensor) -> Tensor:
-    """Predicted classes, N."""
-    return torch.cat([classifier(x).argmax(dim=1) for x in images.split(500)])
+    """Return predicted classes, N."""
+    return torch.cat([classifier(x).argmax(dim=1) for x in torch.split(images, 500)])
 
 
 def main() -> None:
-    """Measure what is not there yet."""
+    """Measure what the result file does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--attacked", type=int, default=500)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
     for option, seed in sorted(itertools.product(OPTIONS, range(given.seeds)), key=lambda run: "," in run[0]):
-        if any((run["option"], run["seed"]) == (option, seed) for run in found):
+        if any((run["option"], run["seed"]) == (option, seed) for run in runs):
             continue
-        found.append(measure(option, seed, given.data_root, given.attacked))
-        print(json.dumps(found[-1]), flush=True)
+        runs.append(measure(option, seed, given.data_root, given.attacked))
+        print(json.dumps(runs[-1]), flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         settings = {"train_limit": 20000, "epochs": 2, "eps": EPS, "norm": "linf", "steps": STEPS}
-        RESULTS.write_text(json.dumps({**settings, "environment": environment(), "runs": found}, indent=2) + "\n")
+        RESULTS.write_text(json.dumps({**settings, "environment": environment(), "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

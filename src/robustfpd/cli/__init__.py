@@ -25,7 +25,6 @@ COMMANDS = {
     "datasets": "which images are there, and how to get the others",
     "models": "trained networks that come with robustfpd",
     "convert": "turn the authors' checkpoints into models of ours",
-    "benchmark": "what FPD and attacks cost, beside their peers",
     "completion": "let the shell complete commands, flags and names",
 }
 """Every command and what it does, in the order of help."""

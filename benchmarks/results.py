@@ -1,4 +1,4 @@
-"""What a benchmark found, as it lies in JSON; whether a bar was reached is computed from it."""
+"""Results of a benchmark as stored in JSON."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from robustfpd.config.schema import Config
+from robustfpd.config import Config
 from robustfpd.errors import InputError
 
-FORMAT = 1
 
-
-class Spread(Config):
-    """Median and quartiles of several rounds."""
+class Quartiles(Config):
+    """Median and quartiles over the rounds."""
 
     median: float
     low: float
@@ -22,17 +20,17 @@ class Spread(Config):
     high: float
     """Upper quartile."""
     count: int = 1
-    """Rounds."""
+    """Number of rounds."""
 
 
 class Bar(Config):
-    """What a measure must reach; its median counts."""
+    """Limits for the median of a measure."""
 
     at_least: float | None = None
     at_most: float | None = None
 
     def missed_by(self, value: float) -> float:
-        """By which fraction of the bar a value misses it; 0 where it is reached."""
+        """Return by which fraction of the bar `value` misses it; 0 where it is reached."""
         if self.at_most is not None and value > self.at_most:
             return value / self.at_most - 1 if self.at_most else value
         if self.at_least is not None and value < self.at_least:
@@ -41,50 +39,49 @@ class Bar(Config):
 
 
 class Measure(Config):
-    """One number that is looked at: a ratio, a share, rarely seconds."""
+    """One reported number: a ratio, a fraction or seconds."""
 
     what: str
-    value: Spread
+    value: Quartiles
     unit: Literal["×", "%", "s", "points"] = "×"
-    """× for ratios, % for shares of 1, points for differences of shares of 1."""
+    """× for ratios, % for fractions of 1, points for differences of fractions of 1."""
     bar: Bar | None = None
-    """None where nothing is asked of it."""
+    """None where the number has no limit."""
 
 
-class Entry(Config):
-    """A contender, and what it reached."""
+class ImplementationResult(Config):
+    """Time and result of one implementation of a workload."""
 
     name: str
-    seconds: Spread | None = None
+    seconds: Quartiles | None = None
     """None where it did not run."""
-    ratio: Spread | None = None
-    """Its time over the reference's, round by round."""
+    ratio: Quartiles | None = None
+    """Its time over the reference's, taken in each round."""
     accuracy: float | None = None
-    """Share of the images that its attack left standing, told by the same classifier for all."""
+    """Accuracy under its attack, computed by the same classifier for all."""
     forward: float | None = None
-    """Passes forward per image."""
+    """Forward passes per image."""
     backward: float | None = None
-    """Passes backward per image."""
+    """Backward passes per image."""
     missing: str = ""
     """Why it did not run."""
 
 
 class Workload(Config):
-    """One thing that several contenders did, interleaved."""
+    """One task that several implementations ran in turns."""
 
     group: str
-    """Workloads of a group differ in `variant` only, and share a table."""
+    """Workloads of one group differ in `variant` only and share a table."""
     variant: str = ""
     reference: str = ""
-    """Whose time is 1."""
-    entries: tuple[Entry, ...] = ()
+    """The implementation whose time is 1."""
+    entries: tuple[ImplementationResult, ...] = ()
     measures: tuple[Measure, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a reader must know of it."""
 
 
 class Section(Config):
-    """A part of the benchmark, where and how it ran."""
+    """One part of the benchmark with its environment and sizes."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
@@ -92,22 +89,24 @@ class Section(Config):
 
 
 class Benchmark(Config):
-    """All that was measured on one kind of device."""
+    """All sections measured on one type of device."""
 
     format: Literal[1] = 1
     device: str
     """`cpu` or `cuda`."""
     sections: dict[str, Section] = Field(default_factory=dict)
-    extra: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What scripts of benchmarks/ printed, by their names."""
 
 
 def read(path: Path) -> Benchmark:
-    """Read a benchmark's file; an InputError where it is none."""
+    """Read a benchmark file.
+
+    Raises:
+        InputError: the file is not a benchmark.
+    """
     try:
         return Benchmark.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
-            f"{path} is no file of robustfpd benchmark ({where}: {error.errors()[0]['msg']}); measure it again"
+            f"{path} is not a benchmark file ({where}: {error.errors()[0]['msg']}); measure again"
         ) from None
