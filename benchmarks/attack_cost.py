@@ -20,7 +20,7 @@ from torchvision.datasets import MNIST
 
 import robustfpd as rf
 from robustfpd.attacks.adaptive import LOGITS
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.base import QueryCounter
 from robustfpd.evaluation import suites as suite
 from robustfpd.provenance import environment
 from robustfpd.rng import generator

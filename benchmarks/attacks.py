@@ -17,8 +17,7 @@ from benchmarks.results import Bar, ImplementationResult, Measure, Workload
 from benchmarks.sizes import BenchmarkSizes
 from benchmarks.timing import Implementation, RoundLimits, Timing, interleave, synchronizer
 from robustfpd import data, load
-from robustfpd.attacks.base import preserve_state, reproducible
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.base import QueryCounter, preserve_state, reproducible
 from robustfpd.config import DataConfig, Norm
 from robustfpd.errors import MissingDataError
 from robustfpd.rng import generator

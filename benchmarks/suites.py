@@ -17,8 +17,7 @@ from benchmarks.libraries import LIBRARIES, OURS, AttackCase, foolbox_pgd
 from benchmarks.results import Bar, ImplementationResult, Measure, Workload
 from benchmarks.sizes import BenchmarkSizes
 from benchmarks.timing import Implementation, RoundLimits, interleave, quartiles, synchronizer
-from robustfpd.attacks.base import preserve_state, reproducible
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.base import QueryCounter, preserve_state, reproducible
 from robustfpd.evaluation import evaluate
 from robustfpd.rng import generator
 

@@ -10,13 +10,12 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from robustfpd.attacks.adapters import art
 from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
-from robustfpd.attacks.adapters.foolbox import ddn, deepfool, fmn
+from robustfpd.attacks.adapters.foolbox import cw, ddn, deepfool, fmn
 from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
-from robustfpd.attacks.base import Attack
-from robustfpd.attacks.carlini_wagner import cw
+from robustfpd.attacks.base import Attack, QueryCounter
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
@@ -36,19 +35,22 @@ QUICK: dict[str, dict[str, Any]] = {
     "hopskipjump": {"queries": 400},
     "jsma": {"theta": 0.2, "targets": 3},
     "square": {"queries": 60},
-    "zoo": {"steps": 10, "binary_search_steps": 2, "step_size": 0.2},
+    "zoo": {"steps": 10},
 }
 ATTACKS: list[Attack[...]] = [square, fab, fab_t, deepfool, ddn, fmn, cw, jsma, zoo, hopskipjump]
 CASES = [pytest.param(a, norm, id=f"{a.name}-{norm}") for a in ATTACKS for norm in a.norms]
 ONCE = [pytest.param(a, a.norms[0], id=a.name) for a in ATTACKS] + [pytest.param(cw, "l2", id="cw-l2")]
 RANDOM = [pytest.param(a, a.norms[0], id=a.name) for a in (square, zoo, hopskipjump)]
+FAST_ZOO = {**art.ZOO_OPTIONS, "binary_search_steps": 2, "learning_rate": 0.2}
 EPS: dict[str, float] = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
 
 
 def _run(attack: Attack[...], classifier: nn.Module, images: Tensor, labels: Tensor, norm: Norm, **more: Any) -> Tensor:
     options = {"eps": EPS[norm], **QUICK.get(attack.name, {}), **more}
-    found: Tensor = attack(classifier, images, labels, norm=norm, **options)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(art, "ZOO_OPTIONS", FAST_ZOO)
+        adversarial: Tensor = attack(classifier, images, labels, norm=norm, **options)
+    return adversarial
 
 
 def _predicted(classifier: nn.Module, images: Tensor) -> Tensor:
@@ -88,9 +90,11 @@ class _Stubborn(nn.Module):
 
 
 @pytest.mark.parametrize(("attack", "norm"), CASES)
-def test_where_nothing_fools_the_image_comes_back(attack: Attack[...], norm: Norm, corners: Tensor) -> None:
-    effort: dict[str, dict[str, Any]] = {"hopskipjump": {"init_tries": 3}, "jsma": {"theta": 1.0, "gamma": 0.2}}
-    options = effort.get(attack.name, {})
+def test_where_nothing_fools_the_image_comes_back(
+    monkeypatch: pytest.MonkeyPatch, attack: Attack[...], norm: Norm, corners: Tensor
+) -> None:
+    monkeypatch.setattr(art, "HOPSKIPJUMP_STARTS", 3)
+    options = {"theta": 1.0} if attack is jsma else {}
     found = _run(attack, _Stubborn(), corners[:2], torch.zeros(2, dtype=torch.long), norm, **options)
     if attack.minimal:
         assert torch.equal(found, corners[:2])
@@ -384,14 +388,14 @@ def test_a_classifier_that_is_none_is_refused(attack: Attack[...], norm: Norm, c
         (fab_t, {"targets": 0}),
         (fab, {"restarts": 0}),
         (deepfool, {"steps": 0}),
-        (deepfool, {"candidates": 1}),
+        (deepfool, {"overshoot": -0.1}),
         (ddn, {"norm": "l2", "gamma": 0.0}),
         (fmn, {"step_size": float("nan")}),
         (cw, {"decrease_factor": 1.0}),
         (cw, {"largest_const": -1.0}),
         (jsma, {"norm": "l1", "theta": -0.1}),
-        (zoo, {"norm": "l2", "difference": 0.0}),
-        (hopskipjump, {"init_tries": 0}),
+        (zoo, {"norm": "l2", "coordinates": 0}),
+        (hopskipjump, {"queries": 0}),
         (jsma, {"norm": "linf"}),
     ],
 )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.attacks import Attack, apgd_ce, apgd_dlr, apgd_t, pgd
+from robustfpd.attacks.base import QueryCounter
 from robustfpd.attacks.norms import L2, LpBall, lp_ball
-from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError
 

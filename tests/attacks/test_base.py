@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd import attacks
-from robustfpd.attacks.base import attack
-from robustfpd.attacks.query_counter import QueryCounter, record_queries
+from robustfpd.attacks.base import QueryCounter, attack, record_queries
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks import Attack, apgd_ce, apgd_t, batching, pgd
-from robustfpd.attacks.apgd_schedule import SHRINKING
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.apgd import L1_STAGES
+from robustfpd.attacks.base import QueryCounter
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError
 
@@ -24,7 +24,7 @@ NAMES = ["pgd-early", "pgd", "apgd-ce", "apgd-t"]
 
 def _most_passes(attack: Attack[Any], options: dict[str, Any], norm: str) -> int:
     """Passes of an image that stays correctly classified; in L1 APGD evaluates it once more at each radius."""
-    starts = 1 if attack is pgd or norm != "l1" else len(SHRINKING)
+    starts = 1 if attack is pgd or norm != "l1" else len(L1_STAGES)
     runs = options.get("restarts", 1) * options.get("targets", 1)
     return int(runs * (options["steps"] + starts)) + (attack is not pgd)
 
@@ -134,7 +134,7 @@ def test_looking_less_often_as_on_a_gpu_changes_no_result(
     for norm in NORMS:
         counts, found = [], []
         for every in (1, 8):
-            monkeypatch.setattr(batching, "_look_every", lambda device, every=every: every)
+            monkeypatch.setattr(batching, "_sync_interval", lambda device, every=every: every)
             counted = QueryCounter(net)
             found.append(attack(counted, x, labels, eps=RADII[norm], norm=norm, batch_size=11, **options))
             counts.append(counted.forward_passes)

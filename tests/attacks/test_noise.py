@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks import noise
+from robustfpd.attacks.base import QueryCounter
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError
 

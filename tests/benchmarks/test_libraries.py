@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.attacks import compare
 from benchmarks.libraries import LIBRARIES, ROBUSTFPD, AttackCase, bare_passes
 from benchmarks.timing import RoundLimits
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.base import QueryCounter
 
 ATTACKS = [
     (name, attack)

@@ -11,7 +11,7 @@ import robustfpd as rf
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.attacks.base import attack as make_attack
-from robustfpd.attacks.query_counter import record_queries
+from robustfpd.attacks.base import record_queries
 from robustfpd.errors import InputError
 from robustfpd.evaluation import early_stopping, evaluate, suites
 from robustfpd.evaluation.early_stopping import tranches

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
-from robustfpd.attacks.adapters.foolbox import ddn, deepfool, fmn
+from robustfpd.attacks.adapters.foolbox import cw, ddn, deepfool, fmn
 from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from robustfpd.attacks.autoattack import autoattack, autoattack_rand
 from robustfpd.attacks.base import Attack
-from robustfpd.attacks.carlini_wagner import cw
 from robustfpd.attacks.noise import noise
 from robustfpd.attacks.pgd import bim, fgsm, pgd
 from robustfpd.errors import unknown_name

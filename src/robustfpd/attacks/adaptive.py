@@ -1,8 +1,8 @@
-"""Views of a classifier that an attacker who knows the defence differentiates instead of the classifier.
+"""Adaptive attacks: views of a classifier that an attacker who knows the defence differentiates instead of it.
 
 Athalye et al., "Obfuscated Gradients", ICML 2018; Carlini et al., "On Evaluating Adversarial Robustness", 2019;
-Tramèr et al., "On Adaptive Attacks", NeurIPS 2020. What an attack finds on a view counts only if it fools the
-classifier itself.
+Tramèr et al., "On Adaptive Attacks", NeurIPS 2020. An adversarial example found on a view counts only if the
+classifier itself misclassifies it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from robustfpd.models.denoise import Bottleneck, NonLocal
 LOGITS = "logits"
 PRE_SQUASH = "pre-squash"
 JOINT_WEIGHT = 10.0
-"""Of the restoration loss (mean squared error in [0, 1], about 0.02) beside cross-entropy (of order 1)."""
+"""Weight of the restoration loss (mean squared error, about 0.02) beside cross-entropy (of order 1)."""
 
 
 @dataclass(frozen=True)
@@ -30,93 +30,93 @@ class View:
     module: nn.Module
     """Images N×C×H×W → logits N×K."""
     loss: LossFunction | None = None
-    """The loss that belongs to it; None leaves the attack its own."""
+    """The loss to attack it with; None leaves the attack its own."""
     surrogate: bool = False
-    """It is another network, so that a point which fools it may not fool the classifier."""
+    """It is another network: what it misclassifies, the classifier may classify correctly."""
 
 
 def views(classifier: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifier and, for an FPD that squashes its logits, the logits before squashing, by name."""
-    found: dict[str, nn.Module] = {LOGITS: classifier}
+    """Return the classifier and, for an FPD whose head squashes its logits, the pre-squash logits, by name."""
+    modules: dict[str, nn.Module] = {LOGITS: classifier}
     if isinstance(classifier, FPDClassifier) and classifier.squash and classifier.fpd.head.squashes:
-        found[PRE_SQUASH] = classifier.fpd.classifier(squash=False)
-    return found
+        modules[PRE_SQUASH] = classifier.fpd.classifier(squash=False)
+    return modules
 
 
 def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
-    """Return every view that an attacker would try, by name, the classifier itself first.
+    """Return all views of a classifier by name, the classifier itself first.
 
-    For an FPD: its logits before squashing; straight through the restoration, and through the denoising; the front
-    pass and the back pass alone; cross-entropy with the restoration loss added or taken away. For any other module:
-    straight through those of its submodules that keep a shape and pass no gradient.
+    For an FPD: the pre-squash logits; straight-through gradients past the restoration and past the denoising; the
+    front pass and the back pass alone; cross-entropy plus and minus the restoration loss. For any other module:
+    straight-through gradients past its non-differentiable submodules.
 
     Args:
         classifier: the module under attack, in evaluation mode.
-        images: a few images, N×C×H×W, to find submodules without gradients with.
+        images: a few images, N×C×H×W, to find non-differentiable submodules with.
     """
-    found = {name: View(module) for name, module in views(classifier).items()}
+    result = {name: View(module) for name, module in views(classifier).items()}
     if isinstance(classifier, FPDClassifier):
-        return found | _fpd_views(classifier.fpd)
+        return result | _fpd_views(classifier.fpd)
     try:
-        dead = non_differentiable_modules(classifier, images)
-    except Exception:  # one that takes batches of one size only, say; the checks tell what attacks cannot do
-        dead = []
-    if dead:
-        found["straight-through"] = View(BPDA(classifier, dead))
-    return found
+        blocking = non_differentiable_modules(classifier, images)
+    except Exception:  # it accepts one batch size only, for example; the attack checks report such errors
+        blocking = []
+    if blocking:
+        result["straight-through"] = View(BPDA(classifier, blocking))
+    return result
 
 
 def as_classifier(model: nn.Module) -> nn.Module:
-    """Return the plain images → logits module of one of our models; any other module is one already."""
+    """Return the images → logits module of an FPD or baseline; any other module is returned as it is."""
     return model.classifier() if isinstance(model, FPD) else model
 
 
 def _fpd_views(fpd: FPD) -> dict[str, View]:
-    found = {
-        "bpda-restoration": View(_Through(fpd, restored="identity")),
-        "front-pass": View(_Through(fpd, input_detached=True)),
+    result = {
+        "bpda-restoration": View(_FPDView(fpd, restored="identity")),
+        "front-pass": View(_FPDView(fpd, detach_input=True)),
     }
-    if fpd.config.middle == "input":  # elsewhere the back pass sees nothing but the restored image
-        found["back-pass"] = View(_Through(fpd, restored="detached"))
+    if fpd.config.middle == "input":  # otherwise the back pass sees the restored image only
+        result["back-pass"] = View(_FPDView(fpd, restored="detached"))
     denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck))]
     if denoising or fpd.config.middle != "none":
-        found["bpda-denoising"] = View(BPDA(_Through(fpd, input_detached=True), denoising))
+        result["bpda-denoising"] = View(BPDA(_FPDView(fpd, detach_input=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
-        module = _Through(fpd, joint=True)
-        found[name] = View(module, _joint(module, sign))
-    return found
+        module = _FPDView(fpd, joint=True)
+        result[name] = View(module, _joint_loss(module, sign))
+    return result
 
 
-class _Through(nn.Module):
-    """An FPD's pre-squash logits with another way back for gradients; what goes forward is the same."""
+class _FPDView(nn.Module):
+    """An FPD's pre-squash logits with other gradients; the forward pass is equal."""
 
-    def __init__(self, fpd: FPD, *, restored: str = "exact", input_detached: bool = False, joint: bool = False) -> None:
+    def __init__(self, fpd: FPD, *, restored: str = "exact", detach_input: bool = False, joint: bool = False) -> None:
         super().__init__()
         self.fpd = fpd
-        self.restored, self.input_detached, self.joint = restored, input_detached, joint
-        self.restoration: Tensor | None = None
-        """Restoration loss of each image of the last batch, N, until the loss has taken it: it holds the graph."""
+        self.restored, self.detach_input, self.joint = restored, detach_input, joint
+        self.restoration_loss: Tensor | None = None
+        """Of each image of the last batch, N, until the joint loss takes it: it holds the graph."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images N×C×H×W: logits N×K before squashing."""
+        """Return the pre-squash logits N×K of images N×C×H×W."""
         restored = self.fpd.restore(images)
         if self.joint:
-            self.restoration = F.mse_loss(restored, images, reduction="none").flatten(1).mean(dim=1)
+            self.restoration_loss = F.mse_loss(restored, images, reduction="none").flatten(1).mean(dim=1)
         if self.restored == "detached":
             restored = restored.detach()
         elif self.restored == "identity":
             restored = straight_through(images, restored)
-        around = images.detach() if self.input_detached else images
-        logits: Tensor = self.fpd.head.pre_squash(self.fpd.back(restored, around))
+        middle_input = images.detach() if self.detach_input else images
+        logits: Tensor = self.fpd.head.pre_squash(self.fpd.back(restored, middle_input))
         return logits
 
 
-def _joint(module: _Through, sign: float) -> LossFunction:
-    """Cross-entropy plus the restoration loss (spoil the restoration too), or minus it (stay inconspicuous)."""
+def _joint_loss(module: _FPDView, sign: float) -> LossFunction:
+    """Cross-entropy plus the restoration loss (spoil the restoration too), or minus it (hide from it)."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        restoration, module.restoration = module.restoration, None
-        assert restoration is not None  # of the forward pass that gave these logits
+        restoration, module.restoration_loss = module.restoration_loss, None
+        assert restoration is not None  # set by the forward pass that computed the logits
         return F.cross_entropy(logits, labels, reduction="none") + sign * JOINT_WEIGHT * restoration
 
     return loss

@@ -1,37 +1,37 @@
-"""Auto-PGD: steps whose length follows the loss, without a step size to choose.
+"""Auto-PGD: gradient steps whose length follows the loss, without a step size to choose.
 
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
 ICML 2020, algorithm 1 (L∞, L2); Croce & Hein, "Mind the box", ICML 2021, section 4 (L1).
 
-An image leaves the batch as soon as it is misclassified: what follows costs passes and adds nothing. The schedule of a
-start, one entry for each pass, is in `apgd_schedule`.
+An image leaves the batch as soon as it is misclassified: further passes would add nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.apgd_schedule import SHRINKING, Due, Schedule
 from robustfpd.attacks.base import attack
 from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
-from robustfpd.attacks.inputs import check_batch_size, check_logits
-from robustfpd.attacks.losses import loss_function, targeted_dlr
-from robustfpd.attacks.norms import Radius, lp_ball
+from robustfpd.attacks.inputs import check_batch_size, check_counts, check_differentiable, check_logits
+from robustfpd.attacks.losses import cross_entropy, dlr, targeted_dlr
+from robustfpd.attacks.norms import Radius, lp_ball, per_image
 from robustfpd.config import Norm
-from robustfpd.errors import InputError
 
 TARGETS = 9
-"""Wrong classes that the targeted attack tries, likeliest first, as AutoAttack does."""
-INERTIA = 0.25
-"""Share of the last step that each step keeps, in L∞ and L2."""
+"""Target classes by default, as in AutoAttack."""
+MOMENTUM = 0.25
+"""Fraction of the last step that each step repeats, in L∞ and L2 (1 - α in the paper)."""
 RISING = 0.75
-"""Share of a window's steps that must raise the loss, or steps are halved."""
+"""Fraction of the steps between two checkpoints that must raise the loss (ρ in the paper)."""
+L1_STAGES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+"""In L1 the ball shrinks in stages: its radius over eps, and the fraction of the steps spent in it."""
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Logits N×K, labels N, targets N → N."""
+"""Logits N×K, labels N, targets N → losses N."""
 
 
 @attack("apgd-ce")
@@ -39,14 +39,14 @@ def apgd_ce(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
     restarts: int = 1, eot: int = 1, batch_size: int | None = None, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Auto-PGD on cross-entropy.
+    """Auto-PGD on cross-entropy (Croce & Hein, ICML 2020).
 
-    Arguments and errors as in `pgd`; `eot` is how often a random classifier is asked at each step, its gradients being
-    averaged (Athalye et al., ICML 2018). Returns the first misclassified iterate, or where there is none the one with
-    the largest loss.
+    Arguments and errors as in `pgd`. `eot` is the number of forward passes over which the gradient of a random
+    classifier is averaged at each step (expectation over transformation; Athalye et al., ICML 2018). Returns the first
+    misclassified iterate, or the one with the largest loss if none is misclassified.
     """
-    search = APGD(classifier, images, labels, eps, norm, steps, eot, _untargeted("ce"), generator)
-    return search.all(restarts, batch_size)
+    options = _Options(steps, restarts, eot, batch_size)
+    return _apgd(classifier, images, labels, eps, norm, lambda z, y, _: cross_entropy(z, y), options, generator)
 
 
 @attack("apgd-dlr")
@@ -54,9 +54,9 @@ def apgd_dlr(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
     restarts: int = 1, eot: int = 1, batch_size: int | None = None, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Auto-PGD on the difference of logits ratio, which scaled logits cannot hide from; as `apgd_ce` otherwise."""
-    search = APGD(classifier, images, labels, eps, norm, steps, eot, _untargeted("dlr"), generator)
-    return search.all(restarts, batch_size)
+    """Auto-PGD on the difference of logits ratio, which the logits' scale does not change; otherwise as `apgd_ce`."""
+    options = _Options(steps, restarts, eot, batch_size)
+    return _apgd(classifier, images, labels, eps, norm, lambda z, y, _: dlr(z, y), options, generator)
 
 
 @attack("apgd-t")
@@ -65,223 +65,240 @@ def apgd_t(
     restarts: int = 1, eot: int = 1, targets: int = TARGETS, batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Auto-PGD on the targeted DLR loss, towards the `targets` likeliest wrong classes in turn.
+    """Auto-PGD on the targeted DLR loss, towards each of the `targets` most likely wrong classes; else as `apgd_ce`.
 
-    As `apgd_ce` otherwise; at most K-1 classes are tried, and any misclassification counts.
+    At most K - 1 classes are targets. Any misclassification counts as success.
     """
-    search = APGD(classifier, images, labels, eps, norm, steps, eot, targeted_dlr, generator)
-    return search.all(restarts, batch_size, targets)
+    options = _Options(steps, restarts, eot, batch_size, targets)
+    return _apgd(classifier, images, labels, eps, norm, targeted_dlr, options, generator)
 
 
-def _untargeted(loss: str) -> Objective:
-    function = loss_function(loss)  # type: ignore[arg-type]  # one of our own names
-    return lambda logits, labels, targets: function(logits, labels)
+class _Options(NamedTuple):
+    steps: int
+    restarts: int
+    eot: int
+    batch_size: int | None
+    targets: int = 1
+
+
+def _apgd(
+    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm, objective: Objective,
+    options: _Options, generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """Attack all images that are correctly classified."""
+    steps, restarts, eot, batch_size, targets = options
+    check_batch_size(batch_size)
+    check_counts(steps=steps, restarts=restarts, eot=eot, targets=targets)
+    assert generator is not None  # the decorator's
+    with torch.no_grad():
+        batches = torch.split(torch.arange(len(images), device=images.device), batch_size or len(images))
+        logits = torch.cat([check_logits(classifier(images[batch]), labels[batch]) for batch in batches])
+    ranking = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
+    iterations = APGD(
+        classifier, images, labels, lp_ball(norm), eps, early_stop=True, objective=objective, eot=eot,
+        ranking=ranking, restarts=restarts, schedule=Schedule(steps, eps, images.device, l1=norm == "l1"),
+        rng=SampleRNG(generator),
+    )  # fmt: skip
+    correct = (logits.argmax(dim=1) == labels).nonzero().flatten()
+    run(iterations, correct, restarts * min(targets, logits.shape[1] - 1), batch_size)
+    return iterations.adversarial
+
+
+class Pass(NamedTuple):
+    """The schedule of one pass (numbers), or of one pass of each image (tensors, N)."""
+
+    radius: Any  # of the ball
+    first: Any  # the first pass in this ball
+    last: Any  # the last pass before the ball shrinks (L1)
+    final: Any  # the ball has radius eps: results count
+    checkpoint: Any  # the step size is adapted
+    window: Any  # steps since the last checkpoint
+
+
+class Schedule:
+    """Passes of a restart: checkpoints (ICML 2020, section 3.1) and, in L1, shrinking balls (ICML 2021, section 4)."""
+
+    def __init__(self, steps: int, eps: float, device: torch.device, *, l1: bool) -> None:
+        self.passes: list[Pass] = []
+        remaining = steps
+        for factor, fraction in L1_STAGES if l1 else ((1.0, 1.0),):
+            count = remaining if factor == 1 else min(remaining, round(fraction * steps))
+            remaining -= count
+            if count:
+                self._add_stage(factor * eps, count, final=factor == 1, l1=l1)
+        self._table = Pass(*(torch.tensor(column, device=device) for column in zip(*self.passes, strict=True)))
+
+    def _add_stage(self, radius: float, steps: int, *, final: bool, l1: bool) -> None:
+        """Add a pass at the starting point and one after each step."""
+        window = until_checkpoint = max(int((0.04 if l1 else 0.22) * steps), 1)
+        self.passes.append(Pass(radius, True, False, final, False, 0))
+        for step in range(steps):
+            until_checkpoint -= 1
+            last = not final and step == steps - 1
+            self.passes.append(Pass(radius, False, last, final, until_checkpoint == 0, window))
+            if until_checkpoint == 0:
+                if not l1:
+                    window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+                until_checkpoint = window
+
+    def at(self, step: Tensor) -> Pass:
+        """Return the schedule of images, N, after `step` passes each."""
+        step = step.clamp_max(len(self.passes) - 1)
+        return Pass(*(column[step] for column in self._table))
 
 
 @dataclass
 class APGDState(BatchState):
-    """What is known of each image that still stands."""
+    """Iterates with their step sizes."""
 
-    images: Tensor
-    labels: Tensor
-    targets: Tensor
-    x: Tensor
-    previous: Tensor
+    target: Tensor
+    previous: Tensor  # the iterate before x
     gradient: Tensor
     loss: Tensor
-    best_x: Tensor
-    """In the ball of this stage the best point, and its gradient and loss."""
+    best_x: Tensor  # the iterate with the largest loss in the current ball, its gradient and its loss
     best_gradient: Tensor
     best_loss: Tensor
-    found: Tensor
-    """In the ball that was asked for the best point, and its loss."""
-    found_loss: Tensor
-    size: Tensor
-    """Length of the next step."""
-    risen: Tensor
-    """Steps of this window that raised the loss (L∞, L2)."""
-    checked_loss: Tensor
-    """Best loss at the last check."""
-    shortened: Tensor
-    """Whether the last check halved the steps."""
-    dense: Tensor
-    """Share of the pixels that a step moves (L1)."""
-    moved: Tensor
-    """Pixels that the best point had moved at the last check (L1)."""
+    step_size: Tensor
+    rises: Tensor  # steps since the last checkpoint that raised the loss (L∞, L2)
+    checkpoint_loss: Tensor  # the largest loss at the last checkpoint
+    halved: Tensor  # the step size was halved at the last checkpoint
+    density: Tensor  # fraction of the pixels that a step moves (L1)
+    changed: Tensor  # pixels changed in the best iterate at the last checkpoint (L1)
 
 
+@dataclass(eq=False)
 class APGD(IterativeAttack[APGDState]):
-    """Runs of Auto-PGD against one classifier, on images that still stand."""
+    """Auto-PGD on correctly classified images."""
 
-    early = True
+    objective: Objective
+    eot: int
+    ranking: Tensor
+    """N×K, classes from the most to the least likely wrong one."""
+    restarts: int
+    """Restarts per target."""
+    schedule: Schedule
+    rng: SampleRNG
 
-    def __init__(
-        self, classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm, steps: int, eot: int,
-        objective: Objective, generator: torch.Generator | None,
-    ) -> None:  # fmt: skip
-        assert generator is not None  # the decorator's
-        self.classifier, self.images, self.labels = classifier, images, labels
-        self.eps, self.space, self.steps, self.eot = eps, lp_ball(norm), steps, eot
-        self.objective, self.generator, self.sparse = objective, generator, norm == "l1"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.passes, self.l1 = len(self.schedule.passes), self.ball.name == "l1"
 
-    def all(self, restarts: int, batch_size: int | None, targets: int | None = None) -> Tensor:
-        """Attack from `restarts` starts, towards each of the likeliest classes where `targets` says how many."""
-        check_batch_size(batch_size)
-        for name, count in (("steps", self.steps), ("restarts", restarts), ("eot", self.eot), ("targets", targets)):
-            if count is not None and count < 1:
-                raise InputError(f"{name} must be at least 1, found {count}")
-        images, labels = self.images, self.labels
-        with torch.no_grad():
-            parts = torch.split(torch.arange(len(images), device=images.device), batch_size or len(images))
-            logits = torch.cat([check_logits(self.classifier(images[part]), labels[part]) for part in parts])
-        self.goals = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
-        self.found, self.found_loss = images.clone(), torch.full_like(logits[:, 0].float(), -torch.inf)
-        self.schedule = Schedule(self.steps, self.eps, images.device, sparse=self.sparse)
-        self.length, self.restarts, self.rng = len(self.schedule), restarts, SampleRNG(self.generator)
-        standing = (logits.argmax(dim=1) == labels).nonzero().flatten()
-        run(self, standing, restarts * min(targets or 1, logits.shape[1] - 1), batch_size)
-        return self.found
-
-    def begin(self, image: Tensor, start: Sequence[int]) -> APGDState:
-        """From a random point of the largest ball."""
-        images, none = self.images[image], torch.full_like(self.found_loss[image], -torch.inf)
-        widest = self.eps * (SHRINKING[0][0] if self.sparse else 1)
-        delta = self.space.sample(images, widest, self.rng.of(image, start))
-        radius = self.schedule.first_radius
-        x = images + (delta if radius == widest else self.space.project(delta, images, radius))
-        rank = torch.tensor(start, device=image.device) // self.restarts
-        zero = torch.zeros_like(none)
+    def start(self, image: Tensor, restart: Sequence[int]) -> APGDState:
+        """Start at a random point of the largest ball."""
+        images, radius = self.images[image], self.schedule.passes[0].radius
+        largest = self.eps * (L1_STAGES[0][0] if self.l1 else 1)
+        delta = self.ball.sample(images, largest, self.rng.generators(image, restart))
+        x = images + (delta if radius == largest else self.ball.project(delta, images, radius))
+        target = self.ranking[image, torch.tensor(restart, device=image.device) // self.restarts]
+        unknown = torch.full_like(self.adversarial_loss[image], -torch.inf)
+        zero = torch.zeros_like(unknown)
         return APGDState(
-            image=image, step=torch.zeros_like(image), misclassified=zero.bool(), images=images,
-            labels=self.labels[image],
-            targets=self.goals[image, rank], x=x, previous=x.clone(), gradient=torch.zeros_like(x), loss=none,
-            best_x=x.clone(), best_gradient=torch.zeros_like(x), best_loss=none.clone(), found=images.clone(),
-            found_loss=none.clone(), size=zero.clone(), risen=zero.clone(), checked_loss=none.clone(),
-            shortened=~zero.bool(), dense=zero.clone(), moved=zero.clone(),
+            **vars(self.initial_state(image, x)), target=target, previous=x.clone(), gradient=torch.zeros_like(x),
+            loss=unknown, best_x=x.clone(), best_gradient=torch.zeros_like(x), best_loss=unknown.clone(),
+            step_size=zero.clone(), rises=zero.clone(), checkpoint_loss=unknown.clone(), halved=~zero.bool(),
+            density=zero.clone(), changed=zero.clone(),
         )  # fmt: skip
 
-    def look(self, rows: APGDState, at: int | None, fresh: Tensor | None) -> None:
-        """One pass: note what the points now are worth, shorten steps where it is time, and step."""
-        s, now, before = rows, self.schedule.at(rows.step), rows.loss
-        misclassified = self._ask(s)
+    def step(self, state: APGDState, step: int | None, new: Tensor | None) -> None:
+        """Evaluate the iterates, adapt the step size at checkpoints, and step."""
+        s, now, previous_loss = state, self.schedule.at(state.step), state.loss
+        misclassified = self._evaluate(s)
         with torch.no_grad():
-            self._begin_stage(s, now)
-            s.risen = torch.where(now.begins, 0.0, s.risen + (s.loss > before))
-            better = now.begins | (s.loss > s.best_loss)
-            s.best_x = torch.where(_column(better), s.x, s.best_x)
-            s.best_gradient = torch.where(_column(better), s.gradient, s.best_gradient)
+            self._start_stage(s, now)
+            s.rises = torch.where(now.first, 0.0, s.rises + (s.loss > previous_loss))
+            better = now.first | (s.loss > s.best_loss)
+            s.best_x = torch.where(per_image(better), s.x, s.best_x)
+            s.best_gradient = torch.where(per_image(better), s.gradient, s.best_gradient)
             s.best_loss = torch.where(better, s.loss, s.best_loss)
-            s.checked_loss = torch.where(now.begins, s.loss, s.checked_loss)
-            self._note(s, misclassified & now.counts, now.counts)
-            if self.schedule.checks(at):
-                (self._resize_sparse if self.sparse else self._resize)(s, now)
-            if at != self.length - 1:
-                self._move(s, now, at)
+            s.checkpoint_loss = torch.where(now.first, s.loss, s.checkpoint_loss)
+            counted = torch.where(now.final, s.loss, -torch.inf)
+            s.record(misclassified & now.final, counted, early_stop=self.early_stop)
+            if step is None or self.schedule.passes[step].checkpoint:
+                (self._adapt_l1 if self.l1 else self._adapt)(s, now)
+            if step != self.passes - 1:
+                self._move(s, now, step)
 
-    def end(self, rows: APGDState, places: Tensor) -> None:
-        """Keep what is better than what earlier starts found."""
-        image, misclassified, loss = rows.image[places], rows.misclassified[places], rows.found_loss[places]
-        gained = misclassified | (loss > self.found_loss[image])
-        self.found[image] = torch.where(_column(gained), rows.found[places], self.found[image])
-        self.found_loss[image] = torch.where(gained, loss, self.found_loss[image])
-
-    def _ask(self, s: APGDState) -> Tensor:
-        """Loss and gradient at the points now, averaged over `eot` answers; whether these misclassify on average."""
+    def _evaluate(self, s: APGDState) -> Tensor:
+        """Set loss and gradient to their means over `eot` passes; return whether the mean logits misclassify."""
         x = s.x.detach().requires_grad_()
-        gradient, answer, value = torch.zeros_like(x), torch.zeros(()), torch.zeros(())
+        gradient, mean_logits, loss = torch.zeros_like(x), torch.zeros(()), torch.zeros(())
         for _ in range(self.eot):
             with torch.enable_grad():
                 logits = self.classifier(x)
-                losses = self.objective(logits, s.labels, s.targets)
+                losses = self.objective(logits, s.labels, s.target)
                 total = losses.sum()
-            if not total.requires_grad:
-                raise InputError(
-                    "the classifier's logits do not depend differentiably on the images; use a black-box attack"
-                )
-            (one,) = torch.autograd.grad(total, x)
-            gradient = gradient + one.nan_to_num(0, 0, 0) / self.eot
-            answer = answer + logits.detach() / self.eot
-            value = value + losses.detach().float() / self.eot
-        s.gradient = gradient.detach()
-        s.loss = value.nan_to_num(-torch.inf, neginf=-torch.inf, posinf=torch.inf)
-        return (answer.argmax(dim=1) != s.labels) & answer.isfinite().all(dim=1)
+            check_differentiable(total)
+            (sample,) = torch.autograd.grad(total, x)
+            gradient = gradient + sample.nan_to_num(0, 0, 0) / self.eot
+            mean_logits = mean_logits + logits.detach() / self.eot
+            loss = loss + losses.detach().float() / self.eot
+        s.gradient, s.loss = gradient, loss.nan_to_num(-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+        return (mean_logits.argmax(dim=1) != s.labels) & mean_logits.isfinite().all(dim=1)
 
-    def _begin_stage(self, s: APGDState, now: Due) -> None:
-        """Steps of full length where this pass is the first in its ball."""
-        s.size = torch.where(now.begins, now.radius * (1 if self.sparse else 2), s.size)
-        s.shortened = s.shortened | now.begins
-        if self.sparse:
-            pixels, changed = s.images[0].numel(), _changed(s.x, s.images)
-            widest = now.radius > 2.5 * self.eps
-            s.dense = torch.where(now.begins, torch.where(widest, 0.2, changed / pixels / 1.5), s.dense)
-            s.moved = torch.where(now.begins, torch.where(widest, float(pixels), changed), s.moved)
+    def _start_stage(self, s: APGDState, now: Pass) -> None:
+        """Reset the step size in the first pass of a ball."""
+        s.step_size = torch.where(now.first, now.radius * (1 if self.l1 else 2), s.step_size)
+        s.halved = s.halved | now.first
+        if self.l1:
+            pixels, changed = s.images[0].numel(), _count_changed(s.x, s.images)
+            largest = now.radius > 2.5 * self.eps
+            s.density = torch.where(now.first, torch.where(largest, 0.2, changed / pixels / 1.5), s.density)
+            s.changed = torch.where(now.first, torch.where(largest, float(pixels), changed), s.changed)
 
-    def _note(self, s: APGDState, misclassified: Tensor, counts: Tensor) -> None:
-        """Keep the first misclassified point, or the one with the largest loss; those of wider balls do not count."""
-        gained = ~s.misclassified & counts & (misclassified | (s.loss > s.found_loss))
-        s.found = torch.where(_column(gained), s.x, s.found)
-        s.found_loss = torch.where(gained, s.loss, s.found_loss)
-        s.misclassified = s.misclassified | misclassified
-
-    def _move(self, s: APGDState, now: Due, at: int | None) -> None:
-        """The next points: a step further, or the best ones on the way into a smaller ball."""
-        x = self._sparse_step(s, _column(now.radius)) if self.sparse else self._step(s, now)
-        if self.sparse and self.schedule.ends(at):
-            into = self.schedule.at(s.step + 1).radius
-            inside = s.images + self.space.project(s.best_x - s.images, s.images, _column(into))
-            x = torch.where(_column(now.ends), inside, x)
-            s.x = torch.where(_column(now.ends), inside, s.x)
+    def _move(self, s: APGDState, now: Pass, step: int | None) -> None:
+        """Step, or project the best iterate onto the next, smaller ball."""
+        x = self._l1_step(s, per_image(now.radius)) if self.l1 else self._step(s, now)
+        if self.l1 and (step is None or self.schedule.passes[step].last):
+            radius = self.schedule.at(s.step + 1).radius
+            inside = s.images + self.ball.project(s.best_x - s.images, s.images, per_image(radius))
+            x = torch.where(per_image(now.last), inside, x)
+            s.x = torch.where(per_image(now.last), inside, s.x)
         s.previous, s.x = s.x, x
 
-    def _step(self, s: APGDState, now: Due) -> Tensor:
-        """A projected step with inertia."""
-        ahead = self.space.project(
-            s.x + _column(s.size) * self.space.normalize(s.gradient) - s.images, s.images, self.eps
-        )  # fmt: skip
-        keep = _column(torch.where(now.begins, 0.0, INERTIA))
-        moved = (1 - keep) * (s.images + ahead - s.x) + keep * (s.x - s.previous)
+    def _step(self, s: APGDState, now: Pass) -> Tensor:
+        """z = Π(x + η·normalize(g)); return Π(x + α(z - x) + (1 - α)(x - x_previous))."""
+        ahead = s.x + per_image(s.step_size) * self.ball.normalize(s.gradient) - s.images
+        ahead = self.ball.project(ahead, s.images, self.eps)
+        momentum = per_image(torch.where(now.first, 0.0, MOMENTUM))
+        moved = (1 - momentum) * (s.images + ahead - s.x) + momentum * (s.x - s.previous)
         delta = (s.x + moved - s.images).to(s.images.dtype)
-        return (s.images + self.space.project(delta, s.images, self.eps)).clamp(0, 1)
+        return (s.images + self.ball.project(delta, s.images, self.eps)).clamp(0, 1)
 
-    def _resize(self, s: APGDState, now: Due) -> None:
-        """Halve the steps of images whose loss rises too seldom, and return them to their best points."""
-        stuck = (s.risen <= RISING * now.window) | (~s.shortened & (s.best_loss <= s.checked_loss))
-        stuck &= now.checks
-        s.size = torch.where(stuck, s.size / 2, s.size)
-        s.x = torch.where(_column(stuck), s.best_x, s.x)
-        s.gradient = torch.where(_column(stuck), s.best_gradient, s.gradient)
-        s.shortened = torch.where(now.checks, stuck, s.shortened)
-        s.checked_loss = torch.where(now.checks, s.best_loss, s.checked_loss)
-        s.risen = torch.where(now.checks, 0.0, s.risen)
+    def _adapt(self, s: APGDState, now: Pass) -> None:
+        """Halve the step size and return to the best iterate where the loss rose too seldom."""
+        stuck = (s.rises <= RISING * now.window) | (~s.halved & (s.best_loss <= s.checkpoint_loss))
+        stuck &= now.checkpoint
+        s.step_size = torch.where(stuck, s.step_size / 2, s.step_size)
+        s.x = torch.where(per_image(stuck), s.best_x, s.x)
+        s.gradient = torch.where(per_image(stuck), s.best_gradient, s.gradient)
+        s.halved = torch.where(now.checkpoint, stuck, s.halved)
+        s.checkpoint_loss = torch.where(now.checkpoint, s.best_loss, s.checkpoint_loss)
+        s.rises = torch.where(now.checkpoint, 0.0, s.rises)
 
-    def _sparse_step(self, s: APGDState, eps: Radius) -> Tensor:
-        """A step in equal parts along the pixels with the steepest slopes."""
-        slopes = s.gradient.flatten(1).abs()
+    def _l1_step(self, s: APGDState, radius: Radius) -> Tensor:
+        """Step by equal amounts along the pixels with the largest gradients."""
+        slopes = s.gradient.flatten(1).abs()  # N D
         pixels = slopes.shape[1]
-        rank = ((1 - s.dense) * pixels).clamp(0, pixels - 1).long()
-        least = slopes.sort(dim=1).values.gather(1, rank.unsqueeze(1))
-        direction = torch.where(slopes >= least, s.gradient.flatten(1).sign(), 0.0).reshape_as(s.gradient)
-        share = direction.flatten(1).abs().sum(dim=1).clamp_min(1)
-        delta = (s.x + direction * _column(s.size / share) - s.images).to(s.images.dtype)
-        return (s.images + self.space.project(delta, s.images, eps)).clamp(0, 1)
+        rank = ((1 - s.density) * pixels).clamp(0, pixels - 1).long()
+        smallest = slopes.sort(dim=1).values.gather(1, rank.unsqueeze(1))
+        direction = torch.where(slopes >= smallest, s.gradient.flatten(1).sign(), 0.0).reshape_as(s.gradient)
+        count = direction.flatten(1).abs().sum(dim=1).clamp_min(1)
+        delta = (s.x + direction * per_image(s.step_size / count) - s.images).to(s.images.dtype)
+        return (s.images + self.ball.project(delta, s.images, radius)).clamp(0, 1)
 
-    def _resize_sparse(self, s: APGDState, now: Due) -> None:
-        """Follow the sparsity of the best point: longest steps where it grew sparser, shorter ones elsewhere."""
-        changed = _changed(s.best_x, s.images)
-        sparser = now.checks & (changed / s.moved < 0.95)
-        size = torch.where(sparser, now.radius, s.size / 1.5)
-        size = torch.minimum(torch.maximum(size, now.radius / 10), now.radius)
-        s.size = torch.where(now.checks, size, s.size)
-        s.dense = torch.where(now.checks, changed / s.images.shape[1:].numel() / 1.5, s.dense)
-        s.x = torch.where(_column(sparser), s.best_x, s.x)
-        s.gradient = torch.where(_column(sparser), s.best_gradient, s.gradient)
-        s.moved = torch.where(now.checks, changed.clamp_min(1), s.moved)
+    def _adapt_l1(self, s: APGDState, now: Pass) -> None:
+        """Follow the sparsity of the best iterate: the longest steps where it grew sparser, shorter ones elsewhere."""
+        changed = _count_changed(s.best_x, s.images)
+        sparser = now.checkpoint & (changed / s.changed < 0.95)
+        step_size = torch.where(sparser, now.radius, s.step_size / 1.5)
+        step_size = torch.minimum(torch.maximum(step_size, now.radius / 10), now.radius)
+        s.step_size = torch.where(now.checkpoint, step_size, s.step_size)
+        s.density = torch.where(now.checkpoint, changed / s.images.shape[1:].numel() / 1.5, s.density)
+        s.x = torch.where(per_image(sparser), s.best_x, s.x)
+        s.gradient = torch.where(per_image(sparser), s.best_gradient, s.gradient)
+        s.changed = torch.where(now.checkpoint, changed.clamp_min(1), s.changed)
 
 
-def _changed(x: Tensor, images: Tensor) -> Tensor:
-    """How many pixels differ, N."""
+def _count_changed(x: Tensor, images: Tensor) -> Tensor:
+    """Return the number of changed pixels, N."""
     return (x - images).flatten(1).ne(0).sum(dim=1).float()
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)  # N 1 1 1

@@ -1,4 +1,4 @@
-"""AutoAttack: the ensemble that leaderboards ask for (Croce & Hein, ICML 2020)."""
+"""AutoAttack, the ensemble of standard leaderboards (Croce & Hein, ICML 2020)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adapters.pyautoattack import fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from robustfpd.attacks.base import attack
+from robustfpd.attacks.base import attack, record_queries
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.attacks.query_counter import record_queries
 from robustfpd.config import Norm
 
 EOT_SAMPLES = 20
-ROUNDING = 1e-6
+TOLERANCE = 1e-6
+"""Rounding by which a perturbation may exceed eps."""
 
 
 @attack("autoattack", library="pyautoattack")
@@ -23,18 +23,18 @@ def autoattack(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """AutoAttack `standard`: APGD-CE, targeted APGD, targeted FAB, Square, each on what still stands.
+    """AutoAttack `standard`: APGD-CE, APGD-T, FAB-T and Square in turn, each on the images that survived the others.
 
-    Arguments, result and errors as in `pgd`; as in AutoAttack, L1 has 5 restarts of APGD-CE and 5 targets of APGD-T.
+    As in AutoAttack, L1 has 5 restarts of APGD-CE and 5 targets of APGD-T. Arguments, result and errors as in `pgd`.
     """
-    first, targets = (5, 5) if norm == "l1" else (1, 9)
+    restarts, targets = (5, 5) if norm == "l1" else (1, 9)
     members = [
-        lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, restarts=first, generator=generator),
+        lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, restarts=restarts, generator=generator),
         lambda x, y: apgd_t(classifier, x, y, eps=eps, norm=norm, targets=targets, generator=generator),
         lambda x, y: fab_t(classifier, x, y, eps=eps, norm=norm, generator=generator),
         lambda x, y: square(classifier, x, y, eps=eps, norm=norm, generator=generator),
     ]
-    return _in_turn(classifier, images, labels, eps, norm, members)
+    return _ensemble(classifier, images, labels, eps, norm, members)
 
 
 @attack("autoattack-rand")
@@ -42,7 +42,7 @@ def autoattack_rand(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """AutoAttack `rand`, for random classifiers: APGD-CE and APGD-DLR with gradients averaged over 20 draws.
+    """AutoAttack `rand`, for random classifiers: APGD-CE and APGD-DLR with gradients averaged over 20 samples.
 
     Arguments, result and errors as in `pgd`.
     """
@@ -50,25 +50,25 @@ def autoattack_rand(
         lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, eot=EOT_SAMPLES, generator=generator),
         lambda x, y: apgd_dlr(classifier, x, y, eps=eps, norm=norm, eot=EOT_SAMPLES, generator=generator),
     ]
-    return _in_turn(classifier, images, labels, eps, norm, members)
+    return _ensemble(classifier, images, labels, eps, norm, members)
 
 
-def _in_turn(
+def _ensemble(
     classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm,
     members: list[Callable[[Tensor, Tensor], Tensor]],
 ) -> Tensor:  # fmt: skip
-    """Run attacks one after the other on the images that still stand; the first one's points where none fall."""
-    best, standing = images.clone(), torch.arange(len(images), device=images.device)
+    """Run attacks in turn on the surviving images; images that survive all keep the first attack's result."""
+    result, surviving = images.clone(), torch.arange(len(images), device=images.device)
     for turn, member in enumerate(members):
-        x, y = images[standing], labels[standing]
-        found = member(x, y)
-        inside = lp_ball(norm).norm(found - x) <= eps * (1 + ROUNDING) + ROUNDING
+        x, y = images[surviving], labels[surviving]
+        adversarial = member(x, y)
+        inside = lp_ball(norm).norm(adversarial - x) <= eps * (1 + TOLERANCE) + TOLERANCE
         with torch.no_grad():
-            fell = inside & (classifier(found).argmax(dim=1) != y)
-        kept = fell | inside if turn == 0 else fell
-        best[standing[kept]] = found[kept]
-        standing = standing[~fell]
-        if len(standing) == 0:
+            success = inside & (classifier(adversarial).argmax(dim=1) != y)
+        keep = inside if turn == 0 else success
+        result[surviving[keep]] = adversarial[keep]
+        surviving = surviving[~success]
+        if len(surviving) == 0:
             break
     record_queries(classifier, None)
-    return best
+    return result

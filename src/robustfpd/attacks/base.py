@@ -1,4 +1,4 @@
-"""What all attacks share: one signature, its checks, and a classifier that is left as it was."""
+"""The attack interface: one signature, checked inputs, preserved classifier state, counted passes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ LIBRARIES = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "pya
 
 @dataclass(eq=False)
 class Attack(Generic[P]):
-    """An attack: `attack(classifier, images, labels, *, eps, norm="linf", generator=None, …)` → adversarial images.
+    """An attack: `attack(classifier, images, labels, *, eps, norm="linf", generator=None, ...)` → adversarial images.
 
-    The classifier is attacked in evaluation mode with frozen parameters; afterwards modes, parameters, gradients and
-    the global random states are what they were. Randomness, the classifier's own included, follows `generator`.
+    The classifier runs in evaluation mode with frozen parameters. Afterwards its training flags, parameters and
+    gradients and the global random states are unchanged. All randomness, the classifier's own included, depends on
+    `generator` only.
 
     Raises on a call:
-        InputError: images that are not N×C×H×W in [0, 1], labels that are not N classes, a radius that is none, a norm
-            that the attack does not offer, a library that is not installed.
+        InputError: `images` are not N×C×H×W in [0, 1]; `labels` are not N class indices; `eps` is not a valid radius;
+            the attack does not offer `norm`; a required library is not installed.
     """
 
     name: str
@@ -44,44 +45,43 @@ class Attack(Generic[P]):
     norms: tuple[Norm, ...]
     """Norms it offers."""
     minimal: bool
-    """It looks for the smallest perturbation: what it returns may lie outside eps, and is the image itself where it
-    found nothing."""
+    """It minimizes the perturbation: results may lie outside eps, and are the clean image where nothing was found."""
     access: Access
-    """What it needs of the classifier: gradients, logits, or predicted classes."""
+    """What it needs: gradients, logits (`scores`) or predicted classes (`decisions`)."""
     library: str | Mapping[str, str] | None
-    """The package, an extra, that does the work; by norm where it differs."""
+    """The optional package it runs on, or a mapping from norm to package."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        """Return adversarial images N×C×H×W in [0, 1]."""
+        """Return adversarial images, N×C×H×W in [0, 1]."""
         bound = inspect.signature(self.function).bind(*args, **kwargs)
         bound.apply_defaults()
-        given: dict[str, Any] = bound.arguments
-        lp_ball(given["norm"], self.norms, self.name)
-        given["eps"] = check_eps(given["eps"], given["norm"])
+        arguments: dict[str, Any] = bound.arguments
+        lp_ball(arguments["norm"], self.norms, self.name)
+        arguments["eps"] = check_eps(arguments["eps"], arguments["norm"])
         # A copy: a classifier that normalises in place would overwrite the caller's images.
-        given["images"] = images = check_images(given["images"]).detach().clone()
-        given["labels"] = check_labels(given["labels"], len(images)).to(images.device)
-        if given["generator"] is None:
-            given["generator"] = torch.Generator().manual_seed(0)
-        self.check_library(given["norm"])
+        arguments["images"] = images = check_images(arguments["images"]).detach().clone()
+        arguments["labels"] = check_labels(arguments["labels"], len(images)).to(images.device)
+        if arguments["generator"] is None:
+            arguments["generator"] = torch.Generator().manual_seed(0)
+        self.check_library(arguments["norm"])
         if self.access == "gradients" and torch.is_inference_mode_enabled():
             raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")
-        with preserve_state(given["classifier"]), reproducible(given["generator"]):
-            found = self.function(*bound.args, **bound.kwargs)
-        if bool(((found < 0) | (found > 1)).any()):
+        with preserve_state(arguments["classifier"]), reproducible(arguments["generator"]):
+            adversarial = self.function(*bound.args, **bound.kwargs)
+        if bool(((adversarial < 0) | (adversarial > 1)).any()):
             raise InputError(
                 f"attack {self.name} ended outside [0, 1]; does the classifier change its input in place? "
                 "Let it work on a copy"
             )
-        return found
+        return adversarial
 
     @property
     def options(self) -> frozenset[str]:
-        """Names of what it may be given by keyword."""
+        """Names of the parameters."""
         return frozenset(inspect.signature(self.function).parameters)
 
     def check_library(self, norm: str) -> None:
-        """Raise an InputError, which names the command that installs it, where the package is missing."""
+        """Raise an InputError with the install command if the package for `norm` is not installed."""
         library = self.library if self.library is None or isinstance(self.library, str) else self.library.get(norm)
         if library is not None and importlib.util.find_spec(library) is None:
             raise InputError(
@@ -94,42 +94,41 @@ def attack(
     name: str, *, norms: tuple[Norm, ...] = ALL_NORMS, minimal: bool = False, access: Access = "gradients",
     library: str | Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, Tensor]], Attack[P]]:  # fmt: skip
-    """Make an `Attack` of a function with the one signature; what it is given is checked before it is called."""
+    """Decorate a function with the common signature as an `Attack`; see there for the arguments."""
 
-    def wrap(function: Callable[P, Tensor]) -> Attack[P]:
-        made = Attack(name, function, norms, minimal, access, library)
-        functools.update_wrapper(made, function)
-        return made
+    def decorate(function: Callable[P, Tensor]) -> Attack[P]:
+        decorated = Attack(name, function, norms, minimal, access, library)
+        functools.update_wrapper(decorated, function)
+        return decorated
 
-    return wrap
+    return decorate
 
 
 @contextmanager
 def preserve_state(classifier: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters for a while; then every flag and gradient is what it was.
+    """Put the classifier in evaluation mode with frozen parameters; restore flags and gradients on exit.
 
-    Libraries leave gradients behind, or zero those that they find.
+    Attack libraries leave gradients behind or zero existing ones.
     """
-    parameters = list(classifier.parameters())
-    before = [(p, p.requires_grad, p.grad) for p in parameters]
-    for p in parameters:
+    before = [(p, p.requires_grad, p.grad) for p in classifier.parameters()]
+    for p, _, _ in before:
         p.grad = None
         p.requires_grad_(False)
     try:
         with evaluating(classifier):
             yield
     finally:
-        for p, trains, grad in before:
-            p.requires_grad_(trains)
+        for p, requires_grad, grad in before:
+            p.requires_grad_(requires_grad)
             p.grad = grad
 
 
 @contextmanager
 def reproducible(generator: torch.Generator) -> Iterator[None]:
-    """Seed the global random states from the generator's, without drawing from it; then put them back.
+    """Seed the global random states from the state of `generator`, without drawing from it; restore them on exit.
 
-    Libraries draw from them, and so does a classifier that is random. They are the process's: run attacks in one
-    thread at a time.
+    Attack libraries and random classifiers draw from the global states. These belong to the process, so run attacks
+    in one thread at a time.
     """
     import numpy as np
 
@@ -145,3 +144,48 @@ def reproducible(generator: torch.Generator) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+class QueryCounter(nn.Module):
+    """Wrap a classifier and count the images that pass through it."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.forward_passes = 0
+        """Images that went forward."""
+        self.backward_passes = 0
+        """Images whose gradient was computed."""
+        self.per_image: Tensor | None = None
+        """Forward passes of each image in the last attack, N, if the attack recorded them; see `record_queries`."""
+        self.low_precision = False
+        """Run the classifier in bfloat16 (autocast); logits are converted to float32."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits N×K of images N×C×H×W."""
+        self.forward_passes += len(images)
+        if self.low_precision:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                output = self.classifier(images)
+            logits: Tensor = output.float() if isinstance(output, Tensor) else output
+        else:
+            logits = self.classifier(images)
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            logits.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward_passes += len(gradient)
+
+    def reset(self) -> None:
+        """Set all counts to zero."""
+        self.forward_passes, self.backward_passes, self.per_image = 0, 0, None
+
+
+def record_queries(classifier: nn.Module, queries: Tensor | None) -> None:
+    """Store an attack's forward passes per image, N, in a `QueryCounter`; other classifiers ignore them.
+
+    None discards what a member of an ensemble recorded for some of the images.
+    """
+    if isinstance(classifier, QueryCounter):
+        classifier.per_image = None if queries is None else queries.detach().to("cpu", torch.long)

@@ -1,7 +1,8 @@
-"""Batches kept full: as images fall or finish, those that wait take their places.
+"""Iterative attacks in full batches: waiting images replace those that are misclassified or finished.
 
-A search sees rows, each an image at work. An image has several starts, one after the other, until it is misclassified;
-each start takes the same number of passes. Nothing drawn or decided for an image depends on the others in its batch.
+A batch state has one row per image under attack. An image has several restarts, one after the other, until it is
+misclassified; each takes the same number of passes through the classifier. No random draw and no decision for an image
+depends on the other images in its batch, so the batch size changes results by rounding only.
 """
 
 from __future__ import annotations
@@ -9,133 +10,184 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustfpd.attacks.norms import LpBall, per_image
 from robustfpd.rng import generator as seeded
 
-LOOK_EVERY = 8
-"""Passes between two looks at what has misclassified, on a GPU, which must finish all that waits for it to tell."""
+GPU_SYNC_INTERVAL = 8
+"""Passes between two checks for misclassified images on a GPU, where each check waits for all queued work."""
 
 
 @dataclass
 class BatchState:
-    """What is known of each image at work; every field of a subclass is a tensor with a row per image."""
+    """Tensors with one row per image under attack."""
 
     image: Tensor
-    """Its place among the images of the attack."""
+    """Index among the images of the attack."""
     step: Tensor
-    """Passes that it has had."""
+    """Passes so far in this restart."""
     misclassified: Tensor
-    """Whether a misclassified point was found."""
+    """An adversarial example was found."""
+    images: Tensor
+    """The clean images, N×C×H×W."""
+    labels: Tensor
+    x: Tensor
+    """The current iterate, in ball and box."""
+    adversarial: Tensor
+    """The best iterate: misclassified ones first, then by loss."""
+    adversarial_loss: Tensor
 
-    def put(self, places: Tensor, rows: BatchState) -> None:
-        """Let other images take the places of these."""
-        for field in fields(self):
-            getattr(self, field.name)[places] = getattr(rows, field.name)
+    def replace(self, rows: Tensor, other: BatchState) -> None:
+        """Overwrite these rows with those of another state."""
+        for name in (f.name for f in fields(self)):
+            getattr(self, name)[rows] = getattr(other, name)
 
-    def keep(self, places: Tensor) -> None:
-        """Drop all images but these."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[places])
+    def select(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        for name in (f.name for f in fields(self)):
+            setattr(self, name, getattr(self, name)[rows])
 
-
-R = TypeVar("R", bound=BatchState)
-
-
-class IterativeAttack(ABC, Generic[R]):
-    """An attack that looks at one point of each image in every pass."""
-
-    length: int
-    """Passes of each start."""
-    early: bool
-    """An image leaves as soon as it has misclassified."""
-
-    @abstractmethod
-    def begin(self, image: Tensor, start: Sequence[int]) -> R:
-        """BatchState of images, by place, at their starts, by number."""
-
-    @abstractmethod
-    def look(self, rows: R, at: int | None, fresh: Tensor | None) -> None:
-        """Ask the classifier about the points of all rows, note what was found, and move on.
+    def record(self, misclassified: Tensor, loss: Tensor, *, early_stop: bool) -> None:
+        """Keep `x` where it is better than the best iterate so far.
 
         Args:
-            rows: images at work.
-            at: passes that all of them have had; None where they differ.
-            fresh: places of those that have had none.
+            misclassified: whether `x` is misclassified, N.
+            loss: the loss at `x`, N; NaN and -∞ are never better.
+            early_stop: keep the first misclassified iterate, not the one with the largest loss.
         """
+        better = (misclassified == self.misclassified) & (loss > self.adversarial_loss)
+        if early_stop:
+            better &= ~self.misclassified
+        better |= misclassified & ~self.misclassified
+        torch.where(per_image(better), self.x, self.adversarial, out=self.adversarial)
+        torch.where(better, loss, self.adversarial_loss, out=self.adversarial_loss)
+        self.misclassified |= misclassified
+
+
+S = TypeVar("S", bound=BatchState)
+
+
+@dataclass(eq=False)
+class IterativeAttack(ABC, Generic[S]):
+    """An attack that evaluates one point of each image per pass."""
+
+    classifier: nn.Module
+    images: Tensor
+    """N×C×H×W in [0, 1]."""
+    labels: Tensor
+    ball: LpBall
+    eps: float
+    early_stop: bool
+    """Stop attacking an image at its first misclassified iterate."""
+
+    passes: int = field(init=False)
+    """Passes of each restart."""
+
+    def __post_init__(self) -> None:
+        self.adversarial = self.images.clone()
+        """Result, N×C×H×W: the best iterate over all restarts."""
+        self.adversarial_loss = torch.full((len(self.images),), -torch.inf, device=self.images.device)
 
     @abstractmethod
-    def end(self, rows: R, places: Tensor) -> None:
-        """Keep what was found of the rows at these places: they leave."""
+    def start(self, image: Tensor, restart: Sequence[int]) -> S:
+        """Return the state of images, by index, at the starting points of these restarts."""
+
+    @abstractmethod
+    def step(self, state: S, step: int | None, new: Tensor | None) -> None:
+        """Evaluate the current iterates, record the best ones and compute the next.
+
+        Args:
+            state: the batch.
+            step: passes so far, if that is the same for all rows.
+            new: rows that have had no pass yet.
+        """
+
+    def initial_state(self, image: Tensor, x: Tensor) -> BatchState:
+        """Return the state of images, by index, at starting points `x`."""
+        return BatchState(
+            image=image, step=torch.zeros_like(image), misclassified=torch.zeros_like(image, dtype=torch.bool),
+            images=self.images[image], labels=self.labels[image], x=x, adversarial=x.clone(),
+            adversarial_loss=torch.full_like(self.adversarial_loss[image], -torch.inf),
+        )  # fmt: skip
+
+    def finish(self, state: S, rows: Tensor) -> None:
+        """Store the best iterates of these rows where they are better than those of earlier restarts."""
+        image, loss = state.image[rows], state.adversarial_loss[rows]
+        better = state.misclassified[rows] | (loss > self.adversarial_loss[image])
+        self.adversarial[image] = torch.where(per_image(better), state.adversarial[rows], self.adversarial[image])
+        self.adversarial_loss[image] = torch.where(better, loss, self.adversarial_loss[image])
 
 
-def run(search: IterativeAttack[R], images: Tensor, starts: int, batch_size: int | None) -> None:
-    """IterativeAttack from `starts` starts of each image until it has misclassified, `batch_size` images at a time.
+def run(attack: IterativeAttack[S], images: Tensor, restarts: int, batch_size: int | None) -> None:
+    """Attack images from `restarts` starting points each, until they are misclassified.
 
     Args:
-        search: what is done.
-        images: places of the images, N.
-        starts: how many starts each has.
-        batch_size: images that go through the classifier at once; None takes all.
+        attack: holds the result.
+        images: indices of the images, N.
+        restarts: starting points of each image.
+        batch_size: images per pass through the classifier; None takes all.
     """
-    waiting = deque((image, 0) for image in images.tolist())
-    work = [waiting.popleft() for _ in range(min(batch_size or len(waiting), len(waiting)))]
+    queue = deque((image, 0) for image in images.tolist())
+    work = [queue.popleft() for _ in range(min(batch_size or len(queue), len(queue)))]  # (image, restart) of each row
     if not work:
         return
-    rows, passed = _rows(search, work, images), [0] * len(work)
-    fresh: Tensor | None = torch.arange(len(work), device=images.device)
-    every, since = _look_every(images.device), 0
-    while True:
-        search.look(rows, passed[0] if min(passed) == max(passed) else None, fresh)
-        rows.step += 1
-        passed, since, fresh = [p + 1 for p in passed], since + 1, None
-        if max(passed) < search.length and (not search.early or since < every):
+    state, steps = _start(attack, work, images.device), [0] * len(work)
+    new: Tensor | None = torch.arange(len(work), device=images.device)
+    interval, since_sync = _sync_interval(images.device), 0
+    while work:
+        attack.step(state, steps[0] if min(steps) == max(steps) else None, new)
+        state.step += 1
+        steps, since_sync, new = [s + 1 for s in steps], since_sync + 1, None
+        if max(steps) < attack.passes and (not attack.early_stop or since_sync < interval):
             continue
-        fell, since = rows.misclassified.tolist(), 0
-        left = [
-            i for i, (p, f) in enumerate(zip(passed, fell, strict=True)) if p == search.length or (f and search.early)
-        ]
-        if not left:
+        misclassified, since_sync = state.misclassified.tolist(), 0
+        done = [
+            row for row, step in enumerate(steps)
+            if step == attack.passes or (attack.early_stop and misclassified[row])
+        ]  # fmt: skip
+        if not done:
             continue
-        search.end(rows, torch.tensor(left, device=images.device))
-        waiting.extend((work[i][0], work[i][1] + 1) for i in left if not fell[i] and work[i][1] + 1 < starts)
-        filled = left[: len(waiting)]
-        for place in filled:
-            work[place], passed[place] = waiting.popleft(), 0
-        if filled:
-            fresh = torch.tensor(filled, device=images.device)
-            rows.put(fresh, _rows(search, [work[i] for i in filled], images))
-        if len(filled) < len(left):
-            stay = sorted({*range(len(work))} - {*left[len(filled) :]})
-            if not stay:
-                return
-            rows.keep(torch.tensor(stay, device=images.device))
-            work, passed = [work[i] for i in stay], [passed[i] for i in stay]
-            fresh = None if fresh is None else torch.tensor(
-                [i for i, p in enumerate(passed) if p == 0], device=images.device
-            )  # fmt: skip
+        attack.finish(state, torch.tensor(done, device=images.device))
+        for image, restart in (work[row] for row in done if not misclassified[row]):
+            if restart + 1 < restarts:
+                queue.append((image, restart + 1))
+        refilled, removed = done[: len(queue)], set(done[len(queue) :])
+        if refilled:
+            for row in refilled:
+                work[row], steps[row] = queue.popleft(), 0
+            rows = torch.tensor(refilled, device=images.device)
+            state.replace(rows, _start(attack, [work[row] for row in refilled], images.device))
+        if removed:
+            kept = [row for row in range(len(work)) if row not in removed]
+            work, steps = [work[row] for row in kept], [steps[row] for row in kept]
+            state.select(torch.tensor(kept, dtype=torch.long, device=images.device))
+        new = (
+            torch.tensor([row for row, step in enumerate(steps) if step == 0], device=images.device)
+            if refilled
+            else None
+        )
 
 
-def _look_every(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else LOOK_EVERY
+def _start(attack: IterativeAttack[S], work: Sequence[tuple[int, int]], device: torch.device) -> S:
+    images, restarts = zip(*work, strict=True)
+    return attack.start(torch.tensor(images, device=device), restarts)
 
 
-def _rows(search: IterativeAttack[R], work: Sequence[tuple[int, int]], like: Tensor) -> R:
-    places, starts = zip(*work, strict=True)
-    return search.begin(torch.tensor(places, device=like.device), starts)
+def _sync_interval(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else GPU_SYNC_INTERVAL
 
 
 class SampleRNG:
-    """A source of random numbers for each image and start, whatever else is drawn."""
+    """Random generators, one per image and restart, so that no draw depends on the batch."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        drawn = torch.randint(2**62, (1,), generator=generator, device=generator.device)
-        self.root = int(drawn)
+        self.root = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
-    def of(self, image: Tensor, start: Sequence[int]) -> list[torch.Generator]:
-        """Generators of images, by place, at their starts, by number."""
-        return [seeded(self.root, i, s) for i, s in zip(image.tolist(), start, strict=True)]
+    def generators(self, image: Tensor, restart: Sequence[int]) -> list[torch.Generator]:
+        """Return the generators of images, by index, at these restarts."""
+        return [seeded(self.root, i, r) for i, r in zip(image.tolist(), restart, strict=True)]

@@ -1,11 +1,12 @@
-"""Straight-through gradients (BPDA with the identity) past submodules that stop them.
+"""Straight-through gradients past submodules that stop them: BPDA with the identity.
 
 Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018, section 4.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,95 +14,98 @@ from torch import Tensor, nn
 
 
 class BPDA(nn.Module):
-    """A classifier whose gradients pass some of its submodules as if these were the identity; forward is the same."""
+    """Wrap a classifier: equal outputs, but gradients pass `submodules` as if these were the identity."""
 
     def __init__(self, classifier: nn.Module, submodules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.classifier = classifier
-        self.submodules = tuple(submodules)  # a tuple: they are the classifier's own and must not be listed twice
+        self.submodules = tuple(submodules)  # a tuple, so that the classifier's own modules are not registered twice
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images N×C×H×W: logits N×K."""
-        given: list[Tensor] = []
+        """Return the logits N×K of images N×C×H×W."""
+        inputs: list[Tensor] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-            given.append(arguments[0])
-            return (arguments[0].clone(), *arguments[1:])  # a module in place would overwrite it
+            inputs.append(arguments[0])
+            return (arguments[0].clone(), *arguments[1:])  # an in-place module would overwrite it
 
-        def after(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
-            return straight_through(given.pop(), out)
+        def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+            return straight_through(inputs.pop(), output)
 
-        hooks: list[Any] = [m.register_forward_pre_hook(before) for m in self.submodules]
-        hooks += [m.register_forward_hook(after) for m in self.submodules]
-        try:
+        with _hooks(self.submodules, before, after):
             logits: Tensor = self.classifier(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return logits
 
 
 def non_differentiable_modules(classifier: nn.Module, images: Tensor) -> list[nn.Module]:
     """Return the outermost submodules that map a tensor to one of the same shape and pass no gradient.
 
-    Rounding, binarising, compressing and detaching modules are such; ones in training mode are asked as they are.
+    These are modules that round, binarise, compress or detach. Training flags do not change.
+
+    Args:
+        classifier: the module to search, called once.
+        images: a few images, N×C×H×W.
     """
-    given: dict[nn.Module, Tensor] = {}
-    seen: dict[nn.Module, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    candidates: dict[nn.Module, Tensor] = {}
 
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].is_floating_point():
-            given.setdefault(module, arguments[0].detach().clone())  # a module in place would overwrite it
+            inputs.setdefault(module, arguments[0].detach().clone())  # an in-place module would overwrite it
 
-    def after(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
-        if module in given and isinstance(out, Tensor) and given[module].shape == out.shape:
-            seen[module] = given[module]
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if module in inputs and isinstance(output, Tensor) and inputs[module].shape == output.shape:
+            candidates[module] = inputs[module]
 
-    inner = [m for m in classifier.modules() if m is not classifier and not isinstance(m, torch.jit.ScriptModule)]
-    hooks: list[Any] = [m.register_forward_pre_hook(before) for m in inner]
-    hooks += [m.register_forward_hook(after) for m in inner]
-    try:
-        with torch.no_grad():
-            classifier(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    dead = [m for m, x in seen.items() if _stops(m, x)]
-    covered = {id(part) for m in dead for part in m.modules() if part is not m}
-    return [m for m in dead if id(m) not in covered]
+    submodules = [m for m in classifier.modules() if m is not classifier and not isinstance(m, torch.jit.ScriptModule)]
+    with _hooks(submodules, before, after), torch.no_grad():
+        classifier(images)
+    blocking = [m for m, x in candidates.items() if _blocks_gradient(m, x)]
+    inner = {id(part) for m in blocking for part in m.modules() if part is not m}
+    return [m for m in blocking if id(m) not in inner]
 
 
-def _stops(module: nn.Module, x: Tensor) -> bool:
-    """Whether no gradient comes back through a module although its output varies."""
-    with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        try:
-            out = module(x * 1)  # a leaf cannot be changed in place
-        except Exception:
-            return False  # it works only inside the whole: whether it passes gradients cannot be told
-        if not bool(out.detach().ne(out.detach().flatten()[0]).any()):
-            return False  # a constant has no gradient to hide
-        if not out.requires_grad:
-            return True
-        # Not the sum: what a softmax or a normalisation sums to does not vary.
-        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
-        (gradient,) = torch.autograd.grad((out * weights).sum(), x, allow_unused=True)
-    return gradient is None or not bool(gradient.ne(0).any())
+def straight_through(x: Tensor, output: Tensor) -> Tensor:
+    """Return `output`, with its gradient passed to `x` unchanged; both have one shape."""
+    result: Tensor = _StraightThrough.apply(x, output.detach())
+    return result
 
 
-class _Identity(torch.autograd.Function):
-    """Gives `out`, with the gradient of `x`."""
-
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
-        return out.clone()
+    def forward(ctx: Any, x: Tensor, output: Tensor) -> Tensor:
+        return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
-def straight_through(x: Tensor, out: Tensor) -> Tensor:
-    """Return `out`, whose gradient goes to `x` as it is; both have one shape."""
-    passed: Tensor = _Identity.apply(x, out.detach())
-    return passed
+@contextmanager
+def _hooks(modules: Sequence[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """Register forward hooks and remove them on exit."""
+    handles: list[Any] = [m.register_forward_pre_hook(before) for m in modules]
+    handles += [m.register_forward_hook(after) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _blocks_gradient(module: nn.Module, x: Tensor) -> bool:
+    """Return whether a module's output varies with its input but has no gradient."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        try:
+            output = module(x * 1)  # a leaf cannot be changed in place
+        except Exception:
+            return False  # it works inside the classifier only, so its gradient cannot be checked
+        if not bool(output.detach().ne(output.detach().flatten()[0]).any()):
+            return False  # constant
+        if not output.requires_grad:
+            return True
+        # Unequal weights: the plain sum of a softmax or a normalisation does not vary.
+        weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype, device=output.device)
+        (gradient,) = torch.autograd.grad((output * weights.reshape(output.shape)).sum(), x, allow_unused=True)
+    return gradient is None or not bool(gradient.ne(0).any())

@@ -1,4 +1,4 @@
-"""What an attack or an evaluation refuses before it starts."""
+"""Checks of what a user passes to an attack or an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robustfpd.errors import InputError
 
 
 def check_images(images: Any, name: str = "images") -> Tensor:
-    """Return `images` if they are N×C×H×W, floating point, in [0, 1]; else an InputError naming what was found."""
+    """Return `images` if they are an N×C×H×W floating-point tensor in [0, 1]; raise an InputError otherwise."""
     if not isinstance(images, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, found {type(images).__name__}")
     if images.ndim != 4 or images.numel() == 0:
@@ -29,7 +29,7 @@ def check_images(images: Any, name: str = "images") -> Tensor:
 
 
 def check_labels(labels: Any, count: int, name: str = "labels") -> Tensor:
-    """Return `labels` if they are `count` non-negative integers."""
+    """Return `labels` as int64 if they are `count` non-negative integers; raise an InputError otherwise."""
     if not isinstance(labels, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, found {type(labels).__name__}")
     if labels.shape != (count,):
@@ -41,27 +41,33 @@ def check_labels(labels: Any, count: int, name: str = "labels") -> Tensor:
     return labels.long()
 
 
-def check_shape(logits: Any, labels: Tensor) -> Tensor:
-    """Return a classifier's output if it is N×K."""
-    if not isinstance(logits, Tensor):
-        hint = "; attack model.classifier()" if hasattr(logits, "logits") else ""
-        raise InputError(f"classifier must return logits N×K, found {type(logits).__name__}{hint}")
-    if logits.ndim != 2 or len(logits) != len(labels):
-        raise InputError(f"classifier must return logits N×K with N={len(labels)}, found {tuple(logits.shape)}")
-    if logits.is_complex() or logits.layout != torch.strided:
-        raise InputError(f"classifier must return real, dense logits, found {logits.dtype}, {logits.layout}")
-    found: Tensor = logits
-    return found
+def check_shape(output: Any, labels: Tensor) -> Tensor:
+    """Return a classifier's output if it is a dense, real N×K tensor; raise an InputError otherwise."""
+    if not isinstance(output, Tensor):
+        hint = "; attack model.classifier()" if hasattr(output, "logits") else ""
+        raise InputError(f"classifier must return logits N×K, found {type(output).__name__}{hint}")
+    if output.ndim != 2 or len(output) != len(labels):
+        raise InputError(f"classifier must return logits N×K with N={len(labels)}, found {tuple(output.shape)}")
+    if output.is_complex() or output.layout != torch.strided:
+        raise InputError(f"classifier must return real, dense logits, found {output.dtype}, {output.layout}")
+    logits: Tensor = output
+    return logits
 
 
-def check_logits(logits: Any, labels: Tensor) -> Tensor:
-    """Return a classifier's output if it is N×K, finite, and K covers the labels."""
-    found = check_shape(logits, labels)
-    if not bool(found.isfinite().all()):
+def check_logits(output: Any, labels: Tensor) -> Tensor:
+    """Return a classifier's output if it is N×K, finite, and K exceeds all labels; raise an InputError otherwise."""
+    logits = check_shape(output, labels)
+    if not bool(logits.isfinite().all()):
         raise InputError("classifier returned NaN or infinite logits")
-    if int(labels.max()) >= found.shape[1]:
-        raise InputError(f"labels must be below the classifier's {found.shape[1]} classes, found {int(labels.max())}")
-    return found
+    if int(labels.max()) >= logits.shape[1]:
+        raise InputError(f"labels must be below the classifier's {logits.shape[1]} classes, found {int(labels.max())}")
+    return logits
+
+
+def check_differentiable(value: Tensor) -> None:
+    """Raise an InputError if `value`, computed from images that require gradients, has no gradient."""
+    if not value.requires_grad:
+        raise InputError("the classifier's logits do not depend differentiably on the images; use a black-box attack")
 
 
 def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
@@ -78,23 +84,34 @@ def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
 
 
 def num_classes(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Return K, found by one forward pass of the first image; what `check_logits` refuses, and K = 1, are refused."""
+    """Return K, from one forward pass of the first image.
+
+    Raises:
+        InputError: the output fails `check_logits`, or K = 1.
+    """
     with torch.no_grad():
         logits = check_logits(classifier(images[:1]), labels[:1])
     check_logits(logits.expand(len(labels), -1), labels)
     if logits.shape[1] < 2:
-        raise InputError("classifier must tell at least two classes apart, found one")
+        raise InputError("classifier must have at least two classes, found one")
     return int(logits.shape[1])
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Refuse what is neither None nor a number of images."""
+    """Raise an InputError unless `batch_size` is None or a positive integer."""
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch_size must be None or a whole number of at least 1, found {batch_size!r}")
 
 
-def positive(**options: float) -> None:
-    """Refuse options that are not positive numbers."""
+def check_counts(**counts: int) -> None:
+    """Raise an InputError if an option is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} must be at least 1, found {count}")
+
+
+def check_positive(**options: float) -> None:
+    """Raise an InputError if an option is not a positive, finite number."""
     for name, value in options.items():
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name} must be a positive number, found {value!r}")

@@ -1,4 +1,4 @@
-"""Losses that gradient attacks raise: logits N×K, labels N → N, larger where the attack is nearer its goal."""
+"""Losses that attacks maximize: logits N×K and labels N → N, larger where an attack is closer to success."""
 
 from __future__ import annotations
 
@@ -15,51 +15,61 @@ LossName = Literal["ce", "margin", "dlr"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Loss = LossName | LossFunction
 
-SMALL = 1e-12
+EPSILON = 1e-12
+"""Added to denominators."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy; vanishes in float32 where logits are far apart."""
+    """Return the cross-entropy; its gradient vanishes in float32 where the logits are far apart."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest wrong logit minus the true one: positive exactly where the class is wrong."""
+    """Return max_{k≠y} z_k - z_y: positive exactly where the image is misclassified."""
     true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     return others.amax(dim=1) - true
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce & Hein, ICML 2020, section 4): the margin over (largest - third logit).
+    """Return the difference of logits ratio, margin / (z_π1 - z_π3) (Croce & Hein, ICML 2020, section 4).
 
-    Neither shifting nor scaling the logits changes it. Two classes have no third logit: the margin then.
+    It is invariant to shifts and scales of the logits. With two classes, which have no third logit, it is the margin.
     """
     if logits.shape[1] < 3:
         return margin(logits, labels)
     top = logits.topk(3, dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, 2] + SMALL)
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + EPSILON)
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """DLR towards `targets`, N wrong classes (Croce & Hein, ICML 2020, section 5).
+    """Return the targeted DLR, (z_t - z_y) / (z_π1 - (z_π3 + z_π4)/2) (Croce & Hein, ICML 2020, section 5).
 
-    Three classes have no fourth logit: the mean of the second and the third stands below then, because with the third
-    alone the ratio would be constant where that is the target. Two classes: the margin.
+    With three classes (z_π2 + z_π3)/2 is subtracted: with z_π3 alone the ratio would be constant where π3 is the
+    target. With two classes it is the margin.
+
+    Args:
+        logits: N×K.
+        labels: N, the true classes.
+        targets: N, wrong classes.
     """
     true, target = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (labels, targets))
     if logits.shape[1] < 3:
         return target - true
     top = logits.topk(min(4, logits.shape[1]), dim=1).values
-    below = top[:, 1:] if logits.shape[1] == 3 else top[:, 2:]
-    return (target - true) / (top[:, 0] - below.mean(dim=1) + SMALL)
+    subtracted = top[:, 1:] if logits.shape[1] == 3 else top[:, 2:]
+    return (target - true) / (top[:, 0] - subtracted.mean(dim=1) + EPSILON)
 
 
 _LOSSES: dict[str, LossFunction] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def loss_function(loss: Loss) -> LossFunction:
-    """Return a loss by name; a function is one already; an unknown name is an InputError."""
+    """Return the loss of that name, or `loss` itself if it is a function.
+
+    Raises:
+        InputError: the name is unknown.
+    """
     if callable(loss):
         return loss
     if loss not in _LOSSES:

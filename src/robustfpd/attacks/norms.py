@@ -1,8 +1,8 @@
-"""Three geometries, each with the three operations that gradient attacks need.
+"""Lp balls: norm, projection, gradient step and random sampling in L∞, L2 and L1.
 
-Perturbations live in the intersection of a norm ball around the image and the box [0, 1]. Projections
-onto that intersection are exact (not ball first, box second, which stops short of the nearest point):
-for L1 after Croce & Hein, "Mind the Box", ICML 2021; for L2 by the same argument.
+A perturbation is valid if it lies in the Lp ball of radius eps and image + perturbation lies in the box [0, 1].
+Projections onto this intersection are exact. Projecting onto the ball and then clamping to the box is not: it stops
+short of the nearest valid point. L1 after Croce & Hein, "Mind the Box", ICML 2021; L2 by the same argument.
 """
 
 from __future__ import annotations
@@ -16,270 +16,268 @@ from torch import Tensor
 from robustfpd.config import NORMS, Norm
 from robustfpd.errors import InputError, unknown_name
 
-Draws = torch.Generator | Sequence[torch.Generator]
-"""Where random numbers come from: one source, or one for each image, so that none depends on the others."""
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for the batch, or one per image, so that an image's draw does not depend on the other images."""
 Radius = float | Tensor
-"""One radius, or one for each image, N×1×1×1."""
-CERTAIN = 30
-"""Rounds after which a projection is exact to rounding on all but contrived images, where none may be looked at."""
-MOST_ROUNDS = 200
-CACHED = 50_000
-"""Values that are projected at once on a CPU."""
+"""One radius, or one per image, N×1×1×1."""
+GPU_ITERATIONS = 30
+"""Newton iterations where convergence is not checked; exact to rounding on all but contrived images."""
+MAX_ITERATIONS = 200
+CPU_CHUNK = 50_000
+"""Values projected at once on a CPU."""
 
 
 class LpBall(ABC):
-    """Operations in one norm. Perturbations are N×C×H×W, one ball per image."""
+    """Operations in one Lp norm. Images and perturbations are N×C×H×W, with one ball per image."""
 
     name: Norm
 
     @abstractmethod
     def norm(self, delta: Tensor) -> Tensor:
-        """Norm of each perturbation, N."""
+        """Return the norm of each perturbation, N."""
 
     @abstractmethod
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-        """Nearest perturbation (Euclidean) with norm ≤ eps and image + perturbation in [0, 1]."""
+        """Return the nearest perturbation (Euclidean) with norm at most eps and image + perturbation in [0, 1]."""
 
     @abstractmethod
     def normalize(self, gradient: Tensor) -> Tensor:
-        """Direction in which to raise a loss with this gradient; a step of size 1 in this norm."""
+        """Return an ascent direction for this gradient, of norm 1 in this ball; zero for a zero gradient."""
 
     @abstractmethod
-    def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
-        """Random perturbation, uniform in the ball, then projected onto the box."""
+    def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
+        """Return random perturbations, uniform in the ball, then projected onto the box."""
 
-    def step(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
-        """Move `x`, points of the balls around `images`, a step of `size` up the gradient and project them, in place.
+    def step(self, x: Tensor, gradient: Tensor, step_size: Radius, images: Tensor, eps: float) -> None:
+        """Move `x` by `step_size` along the normalized gradient and project it onto the ball around `images`, in place.
 
-        NaN in a gradient moves nothing.
+        NaN and infinite entries of the gradient count as zero.
         """
-        delta = self.normalize(gradient.nan_to_num(0, 0, 0)).mul_(size).add_(x).sub_(images)
+        delta = self.normalize(gradient.nan_to_num(0, 0, 0)).mul_(step_size).add_(x).sub_(images)
         torch.add(images, self.project(delta, images, eps), out=x)
         x.clamp_(0, 1)
 
-    def step_scale(self, pixels: int) -> float:
-        """How many times longer than in other norms a step must be to lead as far."""
+    def step_scale(self, dimension: int) -> float:
+        """Return the factor by which default step sizes are multiplied, for images of C·H·W = `dimension` values."""
         return 1.0
 
 
 class Linf(LpBall):
-    """Largest change of any pixel."""
+    """L∞: the largest change of a pixel."""
 
     name = "linf"
 
     def norm(self, delta: Tensor) -> Tensor:
-        """Largest magnitude."""
+        """max |δ_i|."""
         return delta.abs().flatten(1).amax(dim=1)
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-        """Ball and box are both boxes: clamping to each is exact."""
+        """Clamp to the ball and to the box; both are boxes, so this is exact."""
         return (images + delta.clamp(-eps, eps)).clamp(0, 1) - images  # type: ignore[arg-type]  # numbers or tensors
 
     def normalize(self, gradient: Tensor) -> Tensor:
-        """Sign of the gradient."""
+        """sign(g)."""
         sign: Tensor = gradient.sign()
         return sign
 
-    def step(self, x: Tensor, gradient: Tensor, size: Radius, images: Tensor, eps: float) -> None:
-        """As elsewhere, with one temporary: cheap networks take hardly longer than passes over their images."""
-        x.add_(gradient.nan_to_num(0, 0, 0).sign_().mul_(size))
+    def step(self, x: Tensor, gradient: Tensor, step_size: Radius, images: Tensor, eps: float) -> None:
+        """Step and project as the base class does, with one temporary tensor: small networks are memory-bound."""
+        x.add_(gradient.nan_to_num(0, 0, 0).sign_().mul_(step_size))
         x.sub_(images).clamp_(-eps, eps).add_(images).clamp_(0, 1)
 
-    def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
+    def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
         """Uniform in [-eps, eps] per pixel."""
-        return self.project(eps * (2 * _uniform(images, generator) - 1), images, eps)
+        return self.project(eps * (2 * _random(torch.rand, images, generator) - 1), images, eps)
 
 
 class L2(LpBall):
-    """Euclidean length."""
+    """L2: the Euclidean norm."""
 
     name = "l2"
 
     def norm(self, delta: Tensor) -> Tensor:
-        """Root of the sum of squares."""
+        """sqrt(Σ δ_i²)."""
         length: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         return length
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-        """Shrink all coordinates by one factor s, each stopped at the box: |δ_i| = min(s·|d_i|, room_i)."""
-        return _in_parts(_shrunk, delta, images, eps)
+        """Scale all coordinates by one factor s, each cut off at the box: |δ_i| = min(s·|d_i|, room_i)."""
+        return _in_chunks(_project_l2, delta, images, eps)
 
     def normalize(self, gradient: Tensor) -> Tensor:
-        """Gradient over its length."""
-        gradient = _scaled(gradient)
-        return gradient / _per_image(self.norm(gradient).clamp_min(1e-6))
+        """g / ‖g‖₂."""
+        return _normalized(self, gradient)
 
-    def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
+    def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
         """Gaussian direction, radius ∝ u^(1/d)."""
-        direction = self.normalize(_normal(images, generator))
-        u = _uniform(images[:, :1, :1, :1], generator)
-        return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
+        direction = self.normalize(_random(torch.randn, images, generator))
+        return self.project(direction * _random_radius(images, eps, generator), images, eps)
 
 
 class L1(LpBall):
-    """Sum of all changes."""
+    """L1: the sum of all changes."""
 
     name = "l1"
 
     def norm(self, delta: Tensor) -> Tensor:
-        """Sum of magnitudes."""
+        """Σ |δ_i|."""
         return delta.abs().flatten(1).sum(dim=1)
 
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-        """Lower all magnitudes by one λ, each kept within zero and the box: |δ_i| = clip(|d_i| - λ, 0, room_i)."""
-        return _in_parts(_lowered, delta, images, eps)
+        """Lower all magnitudes by one λ, each kept between zero and the box: |δ_i| = clip(|d_i| - λ, 0, room_i)."""
+        return _in_chunks(_project_l1, delta, images, eps)
 
     def normalize(self, gradient: Tensor) -> Tensor:
-        """Gradient over its L1 norm: dense, so that the projection decides which pixels change.
+        """g / ‖g‖₁, which is dense: the projection decides which pixels change.
 
-        The steepest step changes one pixel alone and needs hundreds of iterations. The dense step's fixed
-        points on a linear loss are exactly the optima: the projection lowers all pixels alike, so only
-        those with the steepest slopes, up to the box, survive.
+        The steepest L1 step changes a single pixel and needs hundreds of iterations. The dense step has the same
+        optima on a linear loss: the projection lowers all pixels alike, so only those with the largest slopes remain.
         """
-        gradient = _scaled(gradient)
-        return gradient / _per_image(self.norm(gradient).clamp_min(1e-6))
+        return _normalized(self, gradient)
 
-    def step_scale(self, pixels: int) -> float:
+    def step_scale(self, dimension: int) -> float:
         """4·√d: the dense step moves each pixel by about 1/d only, and the projection takes most of that back."""
-        return float(4 * pixels**0.5)
+        return float(4 * dimension**0.5)
 
-    def sample(self, images: Tensor, eps: float, generator: Draws) -> Tensor:
-        """Exponential magnitudes with random signs, normalised: uniform on the sphere; radius ∝ u^(1/d)."""
-        magnitudes = -_uniform(images, generator).clamp_min(1e-12).log()
-        signs = (2 * _uniform(images, generator) - 1).sign()
-        direction = magnitudes / _per_image(self.norm(magnitudes)) * signs
-        u = _uniform(images[:, :1, :1, :1], generator)
-        return self.project(direction * (eps * u ** (1 / images[0].numel())), images, eps)
-
-
-_BALLS: dict[str, LpBall] = {g.name: g for g in (Linf(), L2(), L1())}
+    def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
+        """Exponential magnitudes with random signs, normalized (uniform on the sphere); radius ∝ u^(1/d)."""
+        magnitudes = -_random(torch.rand, images, generator).clamp_min(1e-12).log()
+        signs = (2 * _random(torch.rand, images, generator) - 1).sign()
+        direction = magnitudes / per_image(self.norm(magnitudes)) * signs
+        return self.project(direction * _random_radius(images, eps, generator), images, eps)
 
 
-def lp_ball(norm: str, offered: tuple[str, ...] = NORMS, attack: str = "this attack") -> LpBall:
-    """Return the geometry of a norm; one that is unknown or not among `offered` is an InputError."""
+_BALLS: dict[str, LpBall] = {"linf": Linf(), "l2": L2(), "l1": L1()}
+
+
+def lp_ball(norm: str, supported: tuple[str, ...] = NORMS, attack: str = "this attack") -> LpBall:
+    """Return the Lp ball of a norm.
+
+    Args:
+        norm: `linf`, `l2` or `l1`.
+        supported: norms that the caller supports.
+        attack: the caller's name, for the message.
+
+    Raises:
+        InputError: the norm is unknown, or not among `supported`.
+    """
     if norm not in _BALLS:
-        raise unknown_name("norm", norm, offered)
-    if norm not in offered:
-        raise InputError(f"{attack} does not offer norm {norm!r}; it offers {', '.join(offered)}")
+        raise unknown_name("norm", norm, supported)
+    if norm not in supported:
+        raise InputError(f"{attack} does not offer norm {norm!r}; it offers {', '.join(supported)}")
     return _BALLS[norm]
 
 
-def _in_parts(
+def _in_chunks(
     project: Callable[[Tensor, Tensor, Radius], Tensor], delta: Tensor, images: Tensor, eps: Radius
 ) -> Tensor:
-    """Project a few images at a time on a CPU: what is computed of them on the way stays in its cache."""
-    few = max(CACHED // max(images.shape[1:].numel(), 1), 1)
-    if delta.device.type != "cpu" or len(delta) <= few:
+    """Project a few images at a time on a CPU, so that intermediate results stay in its cache."""
+    count = max(CPU_CHUNK // max(images.shape[1:].numel(), 1), 1)
+    if delta.device.type != "cpu" or len(delta) <= count:
         return project(delta, images, eps)
-    radii: Sequence[Radius] = torch.split(eps, few) if isinstance(eps, Tensor) else [eps] * len(delta)
-    parts = zip(torch.split(delta, few), torch.split(images, few), radii, strict=False)
-    return torch.cat([project(*part) for part in parts])
+    radii: Sequence[Radius] = torch.split(eps, count) if isinstance(eps, Tensor) else [eps] * len(delta)
+    chunks = zip(torch.split(delta, count), torch.split(images, count), radii, strict=False)
+    return torch.cat([project(*chunk) for chunk in chunks])
 
 
-def _shrunk(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-    a, room = _magnitudes(delta, images)
-    s = _shrinkage(a.square(), torch.minimum(a, room).square_(), _column(eps))
-    return (delta * _per_image(s.to(delta.dtype))).clamp(-images, 1 - images)
+def _project_l2(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
+    magnitude, room = _magnitude_and_room(delta, images)
+    scale = _l2_scale(magnitude.square(), torch.minimum(magnitude, room).square_(), _column(eps))
+    return (delta * per_image(scale.to(delta.dtype))).clamp(-images, 1 - images)
 
 
-def _lowered(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
-    a, room = _magnitudes(delta, images)
-    lowered = (a - _lowering(a, room, _column(eps))).clamp_min_(0)
-    return _signed(torch.minimum(lowered, room), delta)
+def _project_l1(delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
+    magnitude, room = _magnitude_and_room(delta, images)
+    lowered = torch.minimum((magnitude - _l1_threshold(magnitude, room, _column(eps))).clamp_min_(0), room)
+    return lowered.to(delta.dtype).reshape(delta.shape).copysign(delta)
 
 
-def _magnitudes(delta: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitude of each coordinate and how far it may go before the pixel leaves [0, 1]; both N×D, float64."""
+def _magnitude_and_room(delta: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |delta| and how far each pixel may move in that direction within [0, 1]; both N×D in float64."""
     flat = delta.flatten(1).double()
     room = (0.5 - images.flatten(1).double()).mul_(flat.sign()).add_(0.5)  # 1 - x upwards, x downwards
     return flat.abs(), room.clamp_min_(0)
 
 
-def _signed(magnitude: Tensor, delta: Tensor) -> Tensor:
-    return magnitude.to(delta.dtype).reshape(delta.shape).copysign(delta)
+def _l2_scale(squared: Tensor, cap: Tensor, eps: Radius) -> Tensor:
+    """Return factors s ≤ 1, N×1, with Σ min(s²·squared_i, cap_i) = eps², or 1 where that sum stays below.
 
-
-def _shrinkage(a2: Tensor, cap2: Tensor, eps: Radius) -> Tensor:
-    """N×1 factors s ≤ 1 with Σ min(s²·a_i², cap_i²) = eps², or 1 where that sum stays below.
-
-    Newton's steps on s²: the sum is concave and piecewise linear in it, so that steps from the left never go too far
-    and the last one, in the piece of the solution, is exact.
+    Newton's method on s²: the sum is concave and piecewise linear in it, so steps from the left never overshoot, and
+    the step within the solution's piece is exact.
     """
-    s2 = (eps**2 / a2.sum(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max_(1)
-    grown, free = torch.empty_like(a2), torch.empty_like(a2)
-    for _ in range(_rounds(a2)):
-        torch.mul(a2, s2, out=grown)
-        torch.lt(grown, cap2, out=free)
-        missing = eps**2 - torch.minimum(grown, cap2, out=grown).sum(dim=1, keepdim=True)
-        if _may_look(a2) and bool(((missing <= 1e-14 * eps**2) | (s2 >= 1)).all()):
+    s2 = (eps**2 / squared.sum(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max_(1)
+    scaled, free = torch.empty_like(squared), torch.empty_like(squared)
+    for _ in range(_max_iterations(squared)):
+        torch.mul(squared, s2, out=scaled)
+        torch.lt(scaled, cap, out=free)
+        missing = eps**2 - torch.minimum(scaled, cap, out=scaled).sum(dim=1, keepdim=True)
+        if _can_synchronize(squared) and bool(((missing <= 1e-14 * eps**2) | (s2 >= 1)).all()):
             break
-        s2 = (s2 + missing.clamp_min_(0) / _dot(free, a2).clamp_min_(1e-300)).clamp_max_(1)
+        slope: Tensor = torch.linalg.vecdot(free, squared).unsqueeze(1)
+        s2 = (s2 + missing.clamp_min_(0) / slope.clamp_min(1e-300)).clamp_max_(1)
     return s2.sqrt_()
 
 
-def _lowering(a: Tensor, room: Tensor, eps: Radius) -> Tensor:
-    """N×1 amounts λ ≥ 0 with Σ clip(a_i - λ, 0, room_i) = eps, or 0 where that sum stays below.
+def _l1_threshold(magnitude: Tensor, room: Tensor, eps: Radius) -> Tensor:
+    """Return λ ≥ 0, N×1, with Σ clip(magnitude_i - λ, 0, room_i) = eps, or 0 where that sum stays below.
 
-    Newton's steps between bounds that close in: the sum falls piecewise linearly, so that the last one is exact. Where
-    a step leaves the bounds, and every tenth time, they are halved.
+    Newton's method between bounds that close in: the sum falls piecewise linearly, so the last step is exact. Where a
+    step leaves the bounds, and every tenth time, they are halved instead.
     """
-    late = (a - room).clamp_min_(0)  # where a coordinate that the box holds back starts to fall
-    low, high = torch.zeros_like(a[:, :1]), a.amax(dim=1, keepdim=True)
-    amount, rounding = low, 1e-13 * eps + 1e-15 * a.sum(dim=1, keepdim=True)
-    buffer = torch.empty_like(a)
-    for turn in range(_rounds(a)):
-        over = falling = torch.zeros_like(amount)
-        for points, sign in ((a, 1), (late, -1)):
-            left = torch.sub(points, amount, out=buffer).clamp_min_(0)
-            over = over + sign * left.sum(dim=1, keepdim=True)
-            falling = falling + sign * left.sign_().sum(dim=1, keepdim=True)
-        over = over - eps
-        low, high = torch.where(over > 0, amount, low), torch.where(over > 0, high, amount)
-        found = over.abs() <= rounding
-        if _may_look(a) and bool((found | (high <= low)).all()):
+    leaves_box = (magnitude - room).clamp_min_(0)  # the λ from which a coordinate at the box starts to fall
+    low, high = torch.zeros_like(magnitude[:, :1]), magnitude.amax(dim=1, keepdim=True)
+    threshold, rounding = low, 1e-13 * eps + 1e-15 * magnitude.sum(dim=1, keepdim=True)
+    buffer = torch.empty_like(magnitude)
+    for iteration in range(_max_iterations(magnitude)):
+        excess = slope = torch.zeros_like(threshold)
+        for kink, sign in ((magnitude, 1), (leaves_box, -1)):
+            above = torch.sub(kink, threshold, out=buffer).clamp_min_(0)
+            excess = excess + sign * above.sum(dim=1, keepdim=True)
+            slope = slope + sign * above.sign_().sum(dim=1, keepdim=True)
+        excess = excess - eps
+        low, high = torch.where(excess > 0, threshold, low), torch.where(excess > 0, high, threshold)
+        converged = excess.abs() <= rounding
+        if _can_synchronize(magnitude) and bool((converged | (high <= low)).all()):
             break
-        step = amount + over / falling.clamp_min(1)
-        inside = (step > low) & (step < high) & (turn % 10 < 9)
-        amount = torch.where(found, amount, torch.where(inside, step, (low + high) / 2))
-    return torch.where(found, amount, high)  # where rounds did not suffice, the side that stays in the ball
+        newton = threshold + excess / slope.clamp_min(1)
+        inside = (newton > low) & (newton < high) & (iteration % 10 < 9)
+        threshold = torch.where(converged, threshold, torch.where(inside, newton, (low + high) / 2))
+    return torch.where(converged, threshold, high)  # not converged: the bound that stays in the ball
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return product.unsqueeze(1)
-
-
-def _may_look(values: Tensor) -> bool:
-    """Whether it costs nothing to ask how far a computation is; a GPU would have to finish all that waits first."""
+def _can_synchronize(values: Tensor) -> bool:
+    """Whether a convergence check is cheap; on a GPU it waits for all queued work."""
     return values.device.type == "cpu"
 
 
-def _rounds(values: Tensor) -> int:
-    return MOST_ROUNDS if _may_look(values) else CERTAIN
+def _max_iterations(values: Tensor) -> int:
+    return MAX_ITERATIONS if _can_synchronize(values) else GPU_ITERATIONS
 
 
-def _scaled(gradient: Tensor) -> Tensor:
-    """Gradient over its largest entry: squares of tiny gradients would underflow."""
-    return gradient / _per_image(gradient.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny))
+def _normalized(ball: LpBall, gradient: Tensor) -> Tensor:
+    """Return gradient / norm. Dividing by the largest entry first keeps squares of tiny gradients from underflowing."""
+    largest = gradient.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    gradient = gradient / per_image(largest)
+    return gradient / per_image(ball.norm(gradient).clamp_min(1e-6))
 
 
-def _per_image(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)  # N 1 1 1
+def per_image(values: Tensor) -> Tensor:
+    """Return N values as N×1×1×1, to multiply images by."""
+    return values.reshape(-1, 1, 1, 1)
 
 
 def _column(eps: Radius) -> Radius:
     return eps.reshape(-1, 1).double() if isinstance(eps, Tensor) else eps  # N 1
 
 
-def _uniform(like: Tensor, generator: Draws) -> Tensor:
-    return _drawn(torch.rand, like, generator)
+def _random_radius(images: Tensor, eps: float, generator: Generators) -> Tensor:
+    """Return eps·u^(1/d), N×1×1×1: the radius of a uniform point of a d-dimensional ball."""
+    u = _random(torch.rand, images[:, :1, :1, :1], generator)
+    return eps * u ** (1 / images[0].numel())
 
 
-def _normal(like: Tensor, generator: Draws) -> Tensor:
-    return _drawn(torch.randn, like, generator)
-
-
-def _drawn(draw: Callable[..., Tensor], like: Tensor, generator: Draws) -> Tensor:
+def _random(draw: Callable[..., Tensor], like: Tensor, generator: Generators) -> Tensor:
+    """Return draws of `torch.rand` or `torch.randn` with the shape, dtype and device of `like`."""
     if isinstance(generator, torch.Generator):
         return draw(like.shape, generator=generator, device=generator.device).to(like)
     return torch.stack([draw(like.shape[1:], generator=g, device=g.device) for g in generator]).to(like)

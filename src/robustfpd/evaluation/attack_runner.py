@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import PRE_SQUASH, View
-from robustfpd.attacks.base import reproducible
+from robustfpd.attacks.base import QueryCounter, reproducible
 from robustfpd.attacks.inputs import check_logits, check_shape
 from robustfpd.attacks.losses import dlr
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.attacks.query_counter import QueryCounter
 from robustfpd.config import Norm
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation.ledger import CLEAN, LedgerRow, Outcome

@@ -1,13 +1,14 @@
-"""The Adversarial Robustness Toolbox's attacks: C&W in L∞, JSMA, ZOO and HopSkipJump, each image by image.
+"""The Adversarial Robustness Toolbox's JSMA, ZOO, HopSkipJump and C&W (L∞), one image at a time.
 
-Carlini & Wagner, S&P 2017; Papernot et al., EuroS&P 2016; Chen et al., AISec 2017; Chen et al., S&P 2020.
+Papernot et al., EuroS&P 2016; Chen et al., AISec 2017; Chen et al., S&P 2020; Carlini & Wagner, S&P 2017.
 
-What is found is what the classifier was shown: see `BestAdversarial`.
+Results are the closest misclassified images that the classifier has seen, see `BestAdversarial`, not ART's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,271 +16,264 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.attacks.adapters.base import BestAdversarial, QueryBudgetExceeded, misclassified, search_each
+from robustfpd.attacks.adapters import BestAdversarial, QueryBudgetExceeded, minimize_each, misclassified
 from robustfpd.attacks.base import attack
-from robustfpd.attacks.inputs import positive
-from robustfpd.attacks.norms import lp_ball
+from robustfpd.attacks.inputs import check_positive
+from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
+
+ZOO_OPTIONS = {"learning_rate": 0.05, "binary_search_steps": 6, "initial_const": 0.1, "variable_h": 1e-2}
+"""Length of a pixel's step, constants tried per image, the first of them, half the width of a finite difference."""
+HOPSKIPJUMP_FIRST_QUERIES = 100
+"""Queries for the first estimate of the boundary's direction; the k-th takes √k times as many."""
+HOPSKIPJUMP_STARTS = 100
+"""Images of noise tried as starting points, before plain ones."""
+JSMA_SEARCH_STEPS = 8
+"""Bisections of the way back to the clean image."""
 
 
 @attack("jsma", norms=("l1", "l2"), minimal=True, library="art")
 def jsma(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "l1", theta: float = 0.1,
-    gamma: float = 1.0, targets: int = 9, generator: torch.Generator | None = None,
+    targets: int = 9, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Jacobian saliency map: change pixels two by two towards one class after the other (Papernot et al., 2016).
+    """Jacobian saliency map: change pixels in pairs towards one class after the other (Papernot et al., 2016).
 
     Unlike the original it lowers pixels as well as raising them. Few pixels change, and by much: small in L1, not in
     L2. Arguments, result and errors as in `pgd`; `eps` is not used.
 
     Options:
-        theta: how far a pixel moves in one step.
-        gamma: fraction of the pixels that may change, in (0, 1].
-        targets: wrong classes to try, likeliest first; at most K - 1 are.
+        theta: how far a pixel moves in one step, in (0, 1].
+        targets: wrong classes to try, most likely first, at most K - 1.
     """
     from art.attacks.evasion import SaliencyMapMethod
 
-    positive(theta=theta, gamma=gamma, targets=targets)
-    if theta > 1 or gamma > 1:
-        raise InputError(f"theta and gamma must be at most 1, found theta={theta}, gamma={gamma}")
+    check_positive(theta=theta, targets=targets)
+    if theta > 1:
+        raise InputError(f"theta must be at most 1, found {theta}")
     _, channels, height, width = images.shape
 
-    def search(view: BestAdversarial) -> None:
-        assert isinstance(view, _UpAndDown)
+    def search(adapter: BestAdversarial) -> None:
         start = np.zeros((1, 2 * channels, height, width), dtype=np.float32)
-        peer = SaliencyMapMethod(_estimator(view, start.shape[1:]), theta=theta, gamma=gamma / 2, verbose=False)
-        likeliest = classifier(view.image)[0].argsort(descending=True).tolist()
-        order = [k for k in likeliest if k != int(view.label)]
-        for target in order[:targets]:
+        # Half of its channels: all pixels of the image may change.
+        library_attack = SaliencyMapMethod(_estimator(adapter, start.shape[1:]), theta=theta, gamma=0.5, verbose=False)
+        ranking = classifier(adapter.image)[0].argsort(descending=True).tolist()
+        for target in [k for k in ranking if k != int(adapter.label)][:targets]:
             try:
-                peer.generate(start, np.array([target]))
-            except _TooFarError:
+                library_attack.generate(start, np.array([target]))
+            except _NotCloser:
                 continue
 
-    found = search_each(classifier, images, labels, lp_ball(norm), search, watch=_UpAndDown)
-    return _shortened(classifier, images, labels, found)
+    adversarial = minimize_each(classifier, images, labels, lp_ball(norm), search, adapter=_RaiseAndLower)
+    return _shorten(classifier, images, labels, adversarial)
 
 
 @attack("zoo", norms=("l2",), minimal=True, access="scores", library="art")
 def zoo(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "l2", steps: int = 100,
-    step_size: float = 0.05, binary_search_steps: int = 6, initial_const: float = 0.1, confidence: float = 0.0,
-    coordinates: int = 128, difference: float = 1e-2, generator: torch.Generator | None = None,
+    coordinates: int = 128, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Zeroth-order optimisation: C&W with gradients from finite differences (Chen et al., AISec 2017).
 
-    Takes about 2·coordinates·steps·binary_search_steps queries per image; counting classifiers are told how many.
-    Arguments, result and errors as in `pgd`; `eps` is not used.
+    Takes about 2·coordinates·steps·6 queries per image and records them. Arguments, result and errors as in `pgd`;
+    `eps` is not used.
 
     Options:
-        steps: steps per constant.
-        step_size: how far a pixel moves in one step (Adam's learning rate).
-        binary_search_steps: constants tried per image.
-        initial_const: first weight of misclassification against distance.
-        confidence: margin by which the wrong class must win.
-        coordinates: pixels that move in one step; at most all do.
-        difference: half the distance between the two points of a finite difference.
+        steps: steps per constant; six constants are tried.
+        coordinates: pixels that move in one step, at most all.
     """
     from art.attacks.evasion import ZooAttack
 
-    positive(
-        steps=steps, step_size=step_size, binary_search_steps=binary_search_steps, initial_const=initial_const,
-        coordinates=coordinates, difference=difference,
-    )  # fmt: skip
+    check_positive(steps=steps, coordinates=coordinates)
 
-    def search(view: BestAdversarial) -> None:
-        x = view.image.float().cpu().numpy()
-        # Theirs clips the perturbation, not the image, to the box: without bounds pixels can fall as well as rise.
-        peer = ZooAttack(
-            _estimator(view, x.shape[1:], bounds=None), confidence=confidence, learning_rate=step_size, max_iter=steps,
-            binary_search_steps=binary_search_steps, initial_const=initial_const, abort_early=False, use_resize=False,
-            use_importance=False, nb_parallel=min(coordinates, x.size), variable_h=difference, verbose=False,
+    def search(adapter: BestAdversarial) -> None:
+        x = adapter.image.float().cpu().numpy()
+        # ART clips the perturbation instead of the image to the bounds: without bounds pixels can also become darker.
+        library_attack = ZooAttack(
+            _estimator(adapter, x.shape[1:], bounds=None), confidence=0.0, max_iter=steps, abort_early=False,
+            use_resize=False, use_importance=False, nb_parallel=min(coordinates, x.size), verbose=False, **ZOO_OPTIONS,
         )  # fmt: skip
-        # Theirs adds the whole perturbation to the last iterate instead of the image, again in every step.
-        step = peer._optimizer
-        peer._optimizer = lambda _, targets, consts: step(x, targets, consts)
-        peer.batch_size = 2 * peer.nb_parallel  # this one is the classifier's
-        peer._generate_batch(x, _one_hot(view))
+        # ART adds the whole perturbation to the last iterate, in every step, instead of to the image.
+        optimize = library_attack._optimizer
+        library_attack._optimizer = lambda _, targets, consts: optimize(x, targets, consts)
+        library_attack.batch_size = 2 * library_attack.nb_parallel  # of the classifier
+        library_attack._generate_batch(x, _one_hot(adapter))
 
-    return search_each(classifier, images, labels, lp_ball(norm), search, watch=_Clamped)
+    return minimize_each(classifier, images, labels, lp_ball(norm), search, adapter=_Clamped)
 
 
 @attack("hopskipjump", norms=("linf", "l2"), minimal=True, access="decisions", library="art")
 def hopskipjump(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", queries: int = 25000,
-    steps: int = 64, init_queries: int = 100, init_tries: int = 100, generator: torch.Generator | None = None,
+    steps: int = 64, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """HopSkipJump: along the boundary, by predicted classes alone (Chen et al., S&P 2020).
+    """HopSkipJump: walk along the decision boundary by predicted classes alone (Chen et al., S&P 2020).
 
-    Counting classifiers are told the queries of each image. Arguments, result and errors as in `pgd`; `eps` is not
-    used.
+    Records the queries per image. Arguments, result and errors as in `pgd`; `eps` is not used.
 
     Options:
-        queries: forward passes per image at most.
+        queries: forward passes per image, at most.
         steps: steps along the boundary.
-        init_queries: queries for the first estimate of the boundary's direction; the k-th takes √k times as many.
-        init_tries: images of noise tried as starting points, before plain ones.
     """
     from art.attacks.evasion import HopSkipJump
 
-    positive(queries=queries, steps=steps, init_queries=init_queries, init_tries=init_tries)
+    check_positive(queries=queries, steps=steps)
 
-    def search(view: BestAdversarial) -> None:
-        start = _start(view, init_tries)
+    def search(adapter: BestAdversarial) -> None:
+        start = _starting_point(adapter)
         if start is None:
             return
-        peer = HopSkipJump(
-            _estimator(view, start.shape[1:]), batch_size=512, norm=2 if norm == "l2" else np.inf, max_iter=steps,
-            max_eval=max(10000, init_queries), init_eval=init_queries, verbose=False,
+        library_attack = HopSkipJump(
+            _estimator(adapter, start.shape[1:]), batch_size=512, norm=2 if norm == "l2" else np.inf, max_iter=steps,
+            max_eval=10000, init_eval=HOPSKIPJUMP_FIRST_QUERIES, verbose=False,
         )  # fmt: skip
-        # Theirs tests a float64 point and returns its float32 neighbour, which may be on the other side; then it
-        # halves its step for ever.
-        blend = peer._interpolate
-        peer._interpolate = lambda current_sample, original_sample, alpha, norm: np.asarray(
-            blend(current_sample, original_sample, float(alpha), norm), dtype=np.float32
+        # ART tests a float64 point and returns its float32 neighbour, which may lie on the other side of the boundary;
+        # then it halves its step for ever.
+        interpolate = library_attack._interpolate
+        library_attack._interpolate = lambda current_sample, original_sample, alpha, norm: np.asarray(
+            interpolate(current_sample, original_sample, float(alpha), norm), dtype=np.float32
         )
-        peer.generate(view.image.float().cpu().numpy(), x_adv_init=start)
+        library_attack.generate(adapter.image.float().cpu().numpy(), x_adv_init=start)
 
-    return search_each(classifier, images, labels, lp_ball(norm), search, queries=queries)
+    return minimize_each(classifier, images, labels, lp_ball(norm), search, max_queries=queries)
 
 
 def cw_linf(
-    classifier: nn.Module, images: Tensor, labels: Tensor, *, steps: int, step_size: float, confidence: float,
-    initial_const: float, largest_const: float, decrease_factor: float,
-) -> Tensor:  # fmt: skip
-    """Carlini & Wagner in L∞; see `cw`."""
+    classifier: nn.Module, images: Tensor, labels: Tensor, step_size: float, options: Mapping[str, Any]
+) -> Tensor:
+    """Carlini & Wagner in L∞, see `cw`; `options` are those of ART's `CarliniLInfMethod`."""
     from art.attacks.evasion import CarliniLInfMethod
 
-    def search(view: BestAdversarial) -> None:
-        assert isinstance(view, _Hinge)
-        view.confidence = confidence
-        x = view.image.float().cpu().numpy()
-        peer = CarliniLInfMethod(
-            _estimator(view, x.shape[1:], bounds=(-1.0, 2.0)), confidence=confidence, max_iter=steps,
-            decrease_factor=decrease_factor, initial_const=initial_const, largest_const=largest_const,
-            const_factor=10.0, verbose=False,
-        )  # fmt: skip
-        # Theirs leaves the constant out of the gradient; the view multiplies its logits by it instead. One length of
-        # steps for all limits would be too long for the small ones.
-        single = peer._generate_single
+    def search(adapter: BestAdversarial) -> None:
+        assert isinstance(adapter, _Hinge)
+        adapter.confidence = options["confidence"]
+        x = adapter.image.float().cpu().numpy()
+        library_attack = CarliniLInfMethod(
+            _estimator(adapter, x.shape[1:], bounds=(-1.0, 2.0)), const_factor=10.0, verbose=False, **options
+        )
+        # ART leaves the constant out of the gradient, so the adapter multiplies its logits by it. One step size for
+        # all limits would be too long for the small ones.
+        generate_single = library_attack._generate_single
 
         def generate(x: Any, y: Any, low: Any, high: Any, const: float, tau: float) -> Any:
-            view.const, peer.learning_rate = const, step_size * min(tau, 1.0)
+            adapter.const, library_attack.learning_rate = const, step_size * min(tau, 1.0)
             try:
-                return single(x, y, low, high, 1.0, tau)
+                return generate_single(x, y, low, high, 1.0, tau)
             finally:
-                view.const = 1.0
+                adapter.const = 1.0
 
-        peer._generate_single = generate
-        peer.generate(x, _one_hot(view))
+        library_attack._generate_single = generate
+        library_attack.generate(x, _one_hot(adapter))
 
-    return search_each(classifier, images, labels, lp_ball("linf"), search, watch=_Hinge)
-
-
-class _TooFarError(QueryBudgetExceeded):
-    """What JSMA has changed is more than what sufficed for another class."""
+    return minimize_each(classifier, images, labels, lp_ball("linf"), search, adapter=_Hinge)
 
 
-class _UpAndDown(BestAdversarial):
-    """JSMA's view: it raises 2C channels from zero, of which C raise and C lower the image's own.
+class _NotCloser(QueryBudgetExceeded):
+    """JSMA's perturbation exceeds the smallest one so far."""
 
-    Its saliency looks at the target's logit alone; as a log-probability that rises when the other logits fall.
+
+class _RaiseAndLower(BestAdversarial):
+    """JSMA's adapter: it raises 2C channels from zero, of which C raise and C lower the image's own.
+
+    Its saliency uses the target's logit alone; as a log-probability that also rises when the other logits fall.
     """
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Image + up - down."""
-        up, down = inputs.chunk(2, dim=1)
-        return (self.image.float() + up - down).clamp(0, 1)
+    def to_images(self, inputs: Tensor) -> Tensor:
+        """Return image + raised - lowered."""
+        raised, lowered = inputs.chunk(2, dim=1)  # 1 2C H W → two of 1 C H W
+        return (self.image.float() + raised - lowered).clamp(0, 1)
 
-    def answer(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Log-probabilities, unless a closer image is known."""
-        if float(self.space.norm(images.detach() - self.image).max()) > self.closest_size:
-            raise _TooFarError
+    def transform(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return log-probabilities; raise `_NotCloser` if a closer adversarial image is known."""
+        if float(self.ball.norm(images.detach() - self.image).max()) > self.best_norm:
+            raise _NotCloser
         return logits.log_softmax(dim=1)
 
 
 class _Clamped(BestAdversarial):
-    """Brings whatever it is given into the box."""
+    """Clamp to [0, 1]."""
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Nearest image."""
+    def to_images(self, inputs: Tensor) -> Tensor:
+        """Return the nearest image."""
         return inputs.clamp(0, 1)
 
 
 class _Hinge(BestAdversarial):
-    """C&W's view: logits times the constant, without gradient once the margin is reached.
+    """C&W's adapter: logits times the constant, without gradient once the margin is reached.
 
-    Theirs has the hinge in its loss but not in the gradient, and would push on for ever.
+    ART applies the hinge to the loss but not to the gradient, and would not stop moving.
     """
 
     const, confidence = 1.0, 0.0
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Nearest image, with the gradient of the identity.
+    def to_images(self, inputs: Tensor) -> Tensor:
+        """Return the nearest image, with the gradient of the identity.
 
-        In [0, 1] proper their tanh would hardly move pixels at 0 and 1.
+        With bounds of exactly [0, 1] ART's tanh would hardly move pixels at 0 and 1.
         """
         return inputs.detach().clamp(0, 1) + (inputs - inputs.detach())
 
-    def answer(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Logits that pull only as long as the wrong class does not win by the confidence."""
+    def transform(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return const·logits; their gradient is zero where the wrong class wins by more than the confidence."""
         true = logits[:, self.label].flatten()
         others = logits.index_fill(1, self.label, -math.inf).amax(dim=1)
         done = (others - true).detach() > self.confidence
-        # A zero times the logits, not a detached copy: theirs differentiates in any case.
+        # Zero times the logits, not a detached copy: ART differentiates in any case.
         return logits * self.const * torch.where(done, 0.0, 1.0)[:, None] + torch.where(
             done[:, None], logits.detach() * self.const, 0.0
         )
 
 
-def _estimator(view: BestAdversarial, shape: tuple[int, ...], bounds: tuple[float, float] | None = (0.0, 1.0)) -> Any:
-    """ART's classifier around a view.
+def _estimator(
+    adapter: BestAdversarial, shape: tuple[int, ...], bounds: tuple[float, float] | None = (0.0, 1.0)
+) -> Any:
+    """Return ART's classifier around an adapter.
 
-    It would move a module to the device that it is told; the view has none to move, and moves the images itself.
+    ART moves a module to the device it is given; the adapter has no parameters, and moves the images itself.
     """
     from art.estimators.classification import PyTorchClassifier
 
     return PyTorchClassifier(
-        view, nn.CrossEntropyLoss(), input_shape=tuple(shape), nb_classes=view.classes, clip_values=bounds,
+        adapter, nn.CrossEntropyLoss(), input_shape=tuple(shape), nb_classes=adapter.classes, clip_values=bounds,
         device_type="cpu",
     )  # fmt: skip
 
 
-def _one_hot(view: BestAdversarial) -> Any:
-    return F.one_hot(view.label, view.classes).float().cpu().numpy()
+def _one_hot(adapter: BestAdversarial) -> Any:
+    return F.one_hot(adapter.label, adapter.classes).float().cpu().numpy()
 
 
-def _start(view: BestAdversarial, tries: int) -> Any:
-    """A misclassified image: noise, else the image reversed, black, white or halves of these; None if all are right.
+def _starting_point(adapter: BestAdversarial) -> Any:
+    """Return a misclassified image, or None: noise, else the inverted image, black, white or binary noise.
 
-    Theirs draws it from a state that no seed reaches.
+    ART draws its own from a random state that no seed reaches.
     """
-    x = view.image.float()
-    for _ in range(tries):
+    x = adapter.image.float()
+    for _ in range(HOPSKIPJUMP_STARTS):
         noise = torch.rand(x.shape).to(x)
-        if _wrong(view, noise):
+        if _misclassifies(adapter, noise):
             return noise.cpu().numpy()
     for plain in (1 - x, torch.zeros_like(x), torch.ones_like(x), torch.rand(x.shape).to(x).round()):
-        if _wrong(view, plain):
+        if _misclassifies(adapter, plain):
             return plain.cpu().numpy()
     return None
 
 
-def _wrong(view: BestAdversarial, image: Tensor) -> bool:
+def _misclassifies(adapter: BestAdversarial, image: Tensor) -> bool:
     with torch.no_grad():
-        return bool(view(image).argmax(dim=1) != view.label)
+        return bool(adapter(image).argmax(dim=1) != adapter.label)
 
 
-def _shortened(classifier: nn.Module, images: Tensor, labels: Tensor, found: Tensor) -> Tensor:
-    """Go back towards the images as far as the class stays wrong; steps of theta overshoot."""
+def _shorten(classifier: nn.Module, images: Tensor, labels: Tensor, adversarial: Tensor) -> Tensor:
+    """Shorten perturbations by bisection while the images stay misclassified; JSMA's steps of theta overshoot."""
     low = torch.zeros(len(images), dtype=images.dtype, device=images.device)
     high = torch.ones_like(low)
-    for _ in range(8):
+    delta = adversarial - images
+    for _ in range(JSMA_SEARCH_STEPS):
         middle = (low + high) / 2
-        candidates = images + middle.reshape(-1, 1, 1, 1) * (found - images)
-        wrong = misclassified(classifier, candidates, labels)
-        low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
-    shorter = (images + high.reshape(-1, 1, 1, 1) * (found - images)).clamp(0, 1)
-    better = misclassified(classifier, shorter, labels) & (found != images).flatten(1).any(dim=1)
-    return torch.where(better.reshape(-1, 1, 1, 1), shorter, found)
+        success = misclassified(classifier, images + per_image(middle) * delta, labels)
+        low, high = torch.where(success, low, middle), torch.where(success, middle, high)
+    shorter = (images + per_image(high) * delta).clamp(0, 1)
+    better = misclassified(classifier, shorter, labels) & (delta != 0).flatten(1).any(dim=1)
+    return torch.where(per_image(better), shorter, adversarial)

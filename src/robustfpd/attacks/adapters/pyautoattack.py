@@ -1,4 +1,4 @@
-"""AutoAttack's black-box and boundary attacks: Square, FAB and targeted FAB.
+"""AutoAttack's black-box and boundary attacks from pyautoattack: Square, FAB and targeted FAB.
 
 Andriushchenko et al., ECCV 2020 (Square); Croce & Hein, ICML 2020 (FAB) and "Mind the Box", ICML 2021 (L1).
 """
@@ -9,57 +9,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.attacks.adapters.base import ClassifierAdapter, closer, misclassified, search_batch
-from robustfpd.attacks.base import attack
-from robustfpd.attacks.inputs import num_classes, positive
+from robustfpd.attacks.adapters import ClassifierAdapter, closer, minimize_batch, misclassified
+from robustfpd.attacks.base import attack, record_queries
+from robustfpd.attacks.inputs import check_positive, num_classes
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.attacks.query_counter import record_queries
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
-_THEIR_NAMES: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+SQUARE_FRACTION = 0.8
+"""Fraction of the pixels that Square's first squares cover (p_init)."""
+_LIBRARY_NORMS: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 @attack("square", access="scores", library="pyautoattack")
 def square(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", queries: int = 5000,
-    restarts: int = 1, p_init: float = 0.8, generator: torch.Generator | None = None,
+    restarts: int = 1, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Square Attack: random search with squares of pixels (Andriushchenko et al., ECCV 2020); needs logits only.
+    """Square Attack: random search over squares of pixels, by logits alone (Andriushchenko et al., ECCV 2020).
 
-    Arguments, result and errors as in `pgd`. Counting classifiers are told the queries of each image.
+    Arguments, result and errors as in `pgd`. Records the queries per image.
 
     Options:
         queries: forward passes per image and restart.
-        restarts: random searches per image; an image that has fallen is not attacked again.
-        p_init: fraction of the pixels that the first squares cover.
+        restarts: random searches per image; an image is not attacked again once it is misclassified.
     """
     from pyautoattack.square import SquareAttack
 
-    positive(queries=queries, restarts=restarts)
+    check_positive(queries=queries, restarts=restarts)
     if norm != "linf" and min(images.shape[2:]) < 5:
         raise InputError(f"square in {norm} needs images of at least 5×5 pixels, found {tuple(images.shape[2:])}")
-    space, classes, best = lp_ball(norm), num_classes(classifier, images, labels), images.clone()
-    fallen = misclassified(classifier, images, labels)
-    spent = torch.ones(len(images), dtype=torch.long, device=images.device)
+    ball, classes, result = lp_ball(norm), num_classes(classifier, images, labels), images.clone()
+    done = misclassified(classifier, images, labels)
+    used = torch.ones(len(images), dtype=torch.long, device=images.device)
     for _ in range(restarts):
-        standing = (~fallen).nonzero().flatten()
-        if len(standing) == 0:
+        surviving = (~done).nonzero().flatten()
+        if len(surviving) == 0:
             break
-        x, y = images[standing], labels[standing]
-        # One query, the first random stripes, comes before those that theirs counts.
-        peer = SquareAttack(
-            _Untied(classifier, x, classes), _THEIR_NAMES[norm], queries - 1, eps, p_init, device=images.device
-        )
-        peer.random_int = _up_to_and_with
-        peer.init_hyperparam(x.float())
-        used, found = peer.attack_single_run(x.float(), y)
-        delta = (found.to(x) - x).nan_to_num(0, 0, 0)
-        best[standing] = (x + space.project(delta, x, eps)).clamp(0, 1)
-        spent[standing] += used.long()
-        fallen[standing] = misclassified(classifier, best[standing], y)
-    record_queries(classifier, spent)
-    return best
+        x, y = images[surviving], labels[surviving]
+        # The library does not count the first query, the random stripes.
+        library_attack = SquareAttack(
+            _WithoutTies(classifier, x, classes), _LIBRARY_NORMS[norm], queries - 1, eps, SQUARE_FRACTION,
+            device=images.device,
+        )  # fmt: skip
+        library_attack.random_int = _random_position
+        library_attack.init_hyperparam(x.float())
+        queries_used, candidates = library_attack.attack_single_run(x.float(), y)
+        delta = (candidates.to(x) - x).nan_to_num(0, 0, 0)
+        result[surviving] = (x + ball.project(delta, x, eps)).clamp(0, 1)
+        used[surviving] += queries_used.long()
+        done[surviving] = misclassified(classifier, result[surviving], y)
+    record_queries(classifier, used)
+    return result
 
 
 @attack("fab", minimal=True, library="pyautoattack")
@@ -67,61 +68,62 @@ def fab(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
     restarts: int = 1, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fast Adaptive Boundary attack (Croce & Hein, ICML 2020): smallest perturbation over all classes at once.
+    """Fast Adaptive Boundary attack: smallest perturbation over all classes at once (Croce & Hein, ICML 2020).
 
-    Holds N×K×C×H×W gradients; with many classes take `fab_t`. Arguments, result and errors as in `pgd`.
+    Holds N×K×C×H×W gradients; with many classes use `fab_t`. Arguments, result and errors as in `pgd`.
 
     Options:
-        steps: linearisations per start, each K backward passes.
-        restarts: starts per image, the first from the image itself, others from up to eps/2 around it.
+        steps: linearisations per restart, each K backward passes.
+        restarts: starting points per image: the image, then random points within eps/2.
     """
-    return _fab(classifier, images, labels, eps, norm, steps, restarts, targeted=False)
+    return _fab(classifier, images, labels, eps, norm, steps, restarts=restarts)
 
 
 @attack("fab-t", minimal=True, library="pyautoattack")
 def fab_t(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
-    restarts: int = 1, targets: int = 9, generator: torch.Generator | None = None,
+    targets: int = 9, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Targeted FAB (Croce & Hein, ICML 2020): one class after the other, likeliest first; cheap with many classes.
+    """Targeted FAB: one target class after the other, most likely first (Croce & Hein, ICML 2020).
 
-    Arguments, result and errors as in `pgd`.
+    Cheap with many classes. Arguments, result and errors as in `pgd`.
 
     Options:
-        steps: linearisations per start and target, each one backward pass.
-        restarts: starts per image and target, the first from the image itself, others from up to eps/2 around it.
-        targets: wrong classes to try; at most K - 1 are.
+        steps: linearisations per target, each one backward pass.
+        targets: wrong classes to try, at most K - 1.
     """
-    positive(targets=targets)
-    return _fab(classifier, images, labels, eps, norm, steps, restarts, targeted=True, targets=targets)
+    check_positive(targets=targets)
+    return _fab(classifier, images, labels, eps, norm, steps, targets=targets)
 
 
 def _fab(
-    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm, steps: int, restarts: int, *,
-    targeted: bool, targets: int = 1,
+    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm, steps: int, *, restarts: int = 1,
+    targets: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Keep the closest over targets and restarts; their own `perturb` forgets what lies outside eps."""
+    """Keep the closest result over targets and restarts; the library's `perturb` discards those outside eps."""
     from pyautoattack.fab_pt import FABAttack_PT
 
-    positive(steps=steps, restarts=restarts)
-    space = lp_ball(norm)
+    check_positive(steps=steps, restarts=restarts)
+    ball = lp_ball(norm)
 
-    def search(view: ClassifierAdapter, x: Tensor, y: Tensor) -> Tensor:
-        peer = FABAttack_PT(view, _THEIR_NAMES[norm], n_iter=steps, eps=eps, device=x.device)
+    def search(adapter: ClassifierAdapter, x: Tensor, y: Tensor) -> Tensor:
+        library_attack = FABAttack_PT(adapter, _LIBRARY_NORMS[norm], n_iter=steps, eps=eps, device=x.device)
         best = x.clone()
-        # The image's own class is theirs number one.
-        for target in range(2, 2 + (min(targets, view.classes - 1) if targeted else 1)):
-            peer.target_class = target
+        # The library counts classes by rank, from 1 for the image's own.
+        for rank in range(2, 2 + (1 if targets is None else min(targets, adapter.classes - 1))):
+            library_attack.target_class = rank
             for restart in range(restarts):
-                found = peer.attack_single_run(x, y, use_rand_start=restart > 0, is_targeted=targeted)
-                best = closer(space, x, best, found)
+                candidates = library_attack.attack_single_run(
+                    x, y, use_rand_start=restart > 0, is_targeted=targets is not None
+                )
+                best = closer(ball, x, best, candidates)
         return best
 
-    return search_batch(classifier, images, labels, search)
+    return minimize_batch(classifier, images, labels, search)
 
 
-class _Untied(ClassifierAdapter):
-    """Logits without ties: Square takes a margin of zero for a success, and saturated logits have many."""
+class _WithoutTies(ClassifierAdapter):
+    """Break ties between logits: Square counts a margin of zero as success, and saturated logits have many ties."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -129,6 +131,6 @@ class _Untied(ClassifierAdapter):
         return logits + winner * 1e-6 * logits.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
 
 
-def _up_to_and_with(low: int, high: int) -> Tensor:
-    """Random place of a square; theirs leaves out the highest, so that no square reaches the last row and column."""
+def _random_position(low: int, high: int) -> Tensor:
+    """Return a square's position, `high` included; the library excludes it and never changes the last row or column."""
     return torch.randint(low, high + 1, (1,))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import PRE_SQUASH
-from robustfpd.attacks.query_counter import QueryCounter
+from robustfpd.attacks.base import QueryCounter
 from robustfpd.errors import first_line
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.ledger import LedgerRow
