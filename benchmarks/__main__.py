@@ -30,9 +30,10 @@ from benchmarks.scaling import scaling_workloads
 from benchmarks.sizes import FULL, SMOKE, BenchmarkSizes
 from benchmarks.suites import suite_workload
 from benchmarks.timing import RoundLimits
+from robustfpd.device import supports_bf16
 from robustfpd.errors import InputError, unknown_name
-from robustfpd.models.precision import multiplies_bf16
-from robustfpd.provenance import environment, write_json
+from robustfpd.io import write_json
+from robustfpd.provenance import environment
 
 
 def main(
@@ -132,7 +133,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Return versions, revision, processor, number of cores, and whether the device multiplies in bfloat16."""
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        **environment(device), "processor": processor, "cores": os.cpu_count(), "bfloat16": multiplies_bf16(device),
+        **environment(device), "processor": processor, "cores": os.cpu_count(), "bfloat16": supports_bf16(device),
     }  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from benchmarks.results import Bar, ImplementationResult, Measure, Quartiles, Wo
 from benchmarks.sizes import BenchmarkSizes, NetworkSize
 from benchmarks.timing import Implementation, RoundLimits, Timing, interleave, quartiles, synchronizer
 from benchmarks.training_step import JOINT, OPEN, VARIANTS, TrainableNetwork
+from robustfpd.device import supports_bf16
 from robustfpd.models.mode import evaluating
-from robustfpd.models.precision import multiplies_bf16
 from robustfpd.rng import generator
 
 BASELINE, TWO_PHASE, JOINED, BF16 = "baseline", "FPD", "FPD, joint", "FPD, bf16"
@@ -38,7 +38,7 @@ def training_step(
 ) -> Workload:
     """Time training steps in turns with a large matmul, which measures the device's peak."""
     device = baseline.images.device
-    bf16 = multiplies_bf16(device)
+    bf16 = supports_bf16(device)
     implementations = [
         Implementation(BASELINE, baseline.step),
         Implementation(TWO_PHASE, fpd.step),

@@ -139,7 +139,7 @@ def write_table() -> None:
 
 def main() -> None:
     """Measure and write."""
-    from robustfpd.provenance import write_json
+    from robustfpd.io import write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", default="data")

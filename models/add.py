@@ -21,9 +21,10 @@ import tyro
 from robustfpd.config import RunConfig, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
+from robustfpd.io import readable_folder, replace_folder, write_json
 from robustfpd.models import FPD, Baseline, load, zoo
-from robustfpd.models.checkpoint import CONFIG, WEIGHTS, replacing, whole
-from robustfpd.provenance import weights_sha256, write_json
+from robustfpd.models.checkpoint import CONFIG, WEIGHTS
+from robustfpd.provenance import weights_sha256
 from robustfpd.report.model_card import Card, StageCost, training_in_words
 from robustfpd.training import RunFolder
 
@@ -60,9 +61,9 @@ def add(
     source = RunFolder(run)
     config = _published(source.config())
     _check_names(name, description, config, record)
-    if not whole(source.best).is_dir():
+    if not readable_folder(source.best).is_dir():
         raise MissingDataError(f"{run} holds no checkpoints/best; train it first")
-    weights = whole(source.best) / WEIGHTS
+    weights = readable_folder(source.best) / WEIGHTS
     size = weights.stat().st_size
     if size > zoo.LARGEST:
         raise InputError(f"{weights} has {size:,} bytes; models/ takes networks of up to {zoo.LARGEST:,}")
@@ -74,9 +75,9 @@ def add(
     ).markdown()
     _check_paths({"config.yaml": config.model_dump_json(), "README.md": card})
     _check_paths({stem: found.model_dump_json(exclude={"ledger"}) for stem, found in records.items()})
-    with replacing(folder / name) as new:
+    with replace_folder(folder / name) as new:
         for file in (WEIGHTS, CONFIG):
-            shutil.copyfile(whole(source.best) / file, new / file)
+            shutil.copyfile(readable_folder(source.best) / file, new / file)
         config.save(new / zoo.SETTINGS)
         for stem, found in records.items():
             found.save(new / "results" / f"{stem}.json")

@@ -59,8 +59,9 @@ def make_run() -> Callable[..., Path]:
     """Makes a run's folder as training leaves it, with weights that never learned, and an evaluation of 20 images."""
     from robustfpd import data, evaluation
     from robustfpd.config import RunConfig
+    from robustfpd.io import write_json
     from robustfpd.models import build
-    from robustfpd.provenance import environment, write_json
+    from robustfpd.provenance import environment
 
     def make(folder: Path, config: RunConfig, seed: int = 0) -> Path:
         splits = data.load(config.data)

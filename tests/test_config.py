@@ -207,7 +207,7 @@ def test_numbers_survive_yaml_exactly(seed: int, eps: list[float], lr: float, sm
         "seed": seed,
         "evaluation": {"eps": eps},
         "model": {"small_stem": small_stem},
-        "training": {"clip": clip, "optimizer": {"lr": lr}},
+        "training": {"clip_grad_norm": clip, "optimizer": {"lr": lr}},
     }
     run = parse(RunConfig, values)
     again = parse(RunConfig, yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json"))))
@@ -242,7 +242,7 @@ def test_a_setting_cannot_be_changed_in_place() -> None:
 
 @pytest.mark.parametrize("second_pass", ["detached", "joint"])
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_twin_sees_the_same_images_and_takes_the_same_steps(name: str, second_pass: str) -> None:
+def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, second_pass: str) -> None:
     run = recipe(name, [f"training.second_pass={second_pass}"])
     baseline = run.baseline()
     assert baseline.data == run.data
@@ -255,14 +255,14 @@ def test_the_twin_sees_the_same_images_and_takes_the_same_steps(name: str, secon
     assert baseline.training.schedule.name == run.training.schedule.name
 
 
-def test_the_twins_patience_is_as_long_in_steps() -> None:
+def test_the_baseline_has_the_same_patience_in_steps() -> None:
     training = {"early_stop_patience": 7, "schedule": {"name": "plateau", "patience": 3}}
     baseline = parse(RunConfig, {"training": training}).baseline()
     assert (baseline.training.early_stop_patience, baseline.training.schedule.patience) == (14, 6)
     assert parse(RunConfig, {"training": {"early_stop_patience": None}}).baseline().training.early_stop_patience is None
 
 
-def test_the_twins_model_differs_in_the_defence_only() -> None:
+def test_the_baseline_model_differs_in_the_defence_only() -> None:
     model = ModelConfig(backbone="resnet18", small_stem=True, dropout=0.5, pyramid_channels=8)
     baseline = model.baseline()
     assert (baseline.defence, baseline.activation) == ("none", "keep")
@@ -272,9 +272,10 @@ def test_the_twins_model_differs_in_the_defence_only() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"evaluation": {"eps": []}}, "evaluation: eps must hold positive radii"),
-        ({"evaluation": {"eps": [-0.1]}}, "evaluation: eps must hold positive radii"),
-        ({"evaluation": {"eps": [2]}}, "in linf at most 1"),
+        ({"evaluation": {"eps": []}}, "evaluation: eps must hold at least one radius"),
+        ({"evaluation": {"eps": [-0.1]}}, "evaluation: eps must be a positive number, found -0.1"),
+        ({"evaluation": {"eps": [2]}}, "evaluation: eps must be at most 1 in linf .*8/255 is eight grey levels"),
+        ({"adversarial": {"eps": 8}}, "adversarial: eps must be at most 1 in linf"),
         ({"training": {"noise": float("inf")}}, "training.noise: .* finite"),
         ({"training": {"optimizer": {"lr": float("nan")}}}, "training.optimizer.lr: .* finite"),
     ],

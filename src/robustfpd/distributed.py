@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from robustfpd.device import device_name
 from robustfpd.errors import InputError, ReportedByOtherRank, first_line
 
 if TYPE_CHECKING:
@@ -221,12 +222,7 @@ def _backend(environment: LaunchEnvironment, device: str) -> str:
     """Return the backend for a device, and take this rank's GPU."""
     import torch
 
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind not in ("cpu", "cuda"):
-        raise InputError(
-            f"{environment.world_size} processes run on cpu, or on a GPU each with cuda, found device {device!r}; "
-            "leave out --device, or start one process"
-        )
+    kind = device_name(device, environment.world_size)
     if kind == "cpu":
         return "gloo"
     if torch.cuda.device_count() < environment.local_world_size:

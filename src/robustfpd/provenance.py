@@ -1,9 +1,8 @@
-"""What one needs to repeat a result, and files that are replaced as a whole."""
+"""What a result depends on: weights, package versions, machine, revision, command."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shlex
 import subprocess
@@ -19,14 +18,6 @@ PACKAGES = (
     "robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pyautoattack", "foolbox",
     "adversarial-robustness-toolbox",
 )  # fmt: skip
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON, replacing the file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def weights_sha256(module: nn.Module) -> str | None:

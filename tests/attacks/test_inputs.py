@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.attacks import bim, fgsm, pgd
-from robustfpd.attacks.inputs import check_eps, check_images, check_labels, check_logits
+from robustfpd.attacks.inputs import check_images, check_labels, check_logits
+from robustfpd.config import check_eps
 from robustfpd.errors import InputError
 
 GOOD = torch.full((2, 1, 8, 8), 0.5)

@@ -49,7 +49,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["train", "digits/../digits/mini"], "unknown recipe"),
         (["train", "digits/mini", "--device", "cdua"], "unknown device 'cdua'; did you mean 'cuda'"),
-        (["train", "digits/mini", "--device", "cuda:x"], "--device takes .* found 'cuda:x'"),
+        (["train", "digits/mini", "--device", "cuda:x"], "device takes .* found 'cuda:x'"),
         (["train", "digits/mini", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["train", "digits/mini", "--protocol", "publishd"], "unknown --protocol 'publishd'; did you mean 'published'"),
         (["train", "digits/mini", "--protocl=published"], "unknown flag .*'--protocl'; did you mean '--protocol'"),
@@ -108,7 +108,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
     assert "--num-images must be at least 1" in _fails(capsys, "evaluate", str(run), "--num-images", "0")
     assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
-    assert "in linf at most 1 (8/255 is 0.0314), found 8" in _fails(capsys, "evaluate", str(run), "--eps", "8")
+    assert "at most 1 in linf (pixels lie in [0, 1]), found 8" in _fails(capsys, "evaluate", str(run), "--eps", "8")
     assert "eps must hold numbers such as 0.03 or 8/255" in _fails(capsys, "evaluate", str(run), "--eps", "8/x")
     assert "say with --eps which in l2" in _fails(capsys, "evaluate", str(run), "--norm", "l2")
     assert "unknown norm 'l3'" in _fails(capsys, "evaluate", str(run), "--norm", "l3")

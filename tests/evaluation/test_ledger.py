@@ -292,20 +292,20 @@ def test_a_full_disk_loses_nothing_that_was_written(
 def test_a_disk_that_is_full_from_the_start_or_at_the_end_is_told_in_plain_words(
     monkeypatch: pytest.MonkeyPatch, images: Data, tmp_path: Path
 ) -> None:
-    real = Path.write_text
-    broken = "record.ledger.csv.new"
+    real = Path.write_bytes
+    broken = ".record.ledger.csv.partial"
 
     def full(self: Path, *args: Any, **kwargs: Any) -> int:
         if self.name == broken:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     net = Net()
     with pytest.raises(InputError, match="cannot be written"):
         evaluate(net, images, out_dir=tmp_path, **SETTINGS)
     assert net.calls == 1  # the first look
-    broken = "record.json.new"
+    broken = ".record.json.partial"
     with pytest.raises(InputError, match=r"record.json cannot be written: \[Errno 28\] No space left"):
         evaluate(net, images, out_dir=tmp_path, **SETTINGS)
     broken = ""

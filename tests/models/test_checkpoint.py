@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS, replacing, whole
+from robustfpd.io import readable_folder, replace_folder
+from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS
 
 TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
 
@@ -307,14 +308,14 @@ def test_an_interruption_while_writing_leaves_the_old_files(tmp_path: Path) -> N
     (folder / "a").write_text("old")
 
     def cut_off() -> None:
-        with replacing(folder) as new:
+        with replace_folder(folder) as new:
             (new / "a").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cut_off()
     assert (folder / "a").read_text() == "old"
-    with replacing(folder) as new:
+    with replace_folder(folder) as new:
         assert not list(new.iterdir())
         (new / "b").write_text("new")
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"b": "new"}
@@ -325,7 +326,7 @@ def test_a_reader_between_the_writers_two_renames_finds_the_old_and_moves_nothin
     old = tmp_path / ".kept.old"
     old.mkdir()
     (old / "a").write_text("old")
-    assert (whole(tmp_path / "kept") / "a").read_text() == "old"
+    assert (readable_folder(tmp_path / "kept") / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [old]
 
 
@@ -334,7 +335,7 @@ def test_what_was_set_aside_does_not_hide_a_folder_that_is_there(tmp_path: Path)
     for path, text in ((folder, "new"), (old, "old")):
         path.mkdir()
         (path / "a").write_text(text)
-    assert (whole(folder) / "a").read_text() == "new"
+    assert (readable_folder(folder) / "a").read_text() == "new"
 
 
 @pytest.mark.parametrize("defence", ["fpd", "none"])

@@ -384,3 +384,19 @@ def test_a_network_that_is_nan_until_its_norms_are_trained_says_so() -> None:
     with pytest.warns(UserWarning, match="in evaluation mode until its batch norms have seen training images"):
         model = rf.enhance("densenet121", num_classes=4, in_channels=1, image_size=28, pyramid_channels=8)
     assert bool(model.train()(torch.rand(4, 1, 28, 28)).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("denoise", ["dot", "softmax", "gaussian", "bottleneck"])
+def test_under_autocast_an_fpd_stays_near_itself(denoise: str) -> None:
+    model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=16, denoise=denoise).train()
+    images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    model(images)
+    model.eval()
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images)
+    assert found.restored.dtype == torch.float32  # eight bits are too few for a picture
+    assert torch.allclose(found.restored, expected.restored, atol=0.05)
+    assert torch.allclose(found.logits.float(), expected.logits, atol=0.05)
+    found.restored.square().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())

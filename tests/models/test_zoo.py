@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import robustfpd as rf
+from robustfpd import io
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.models import fetch, zoo
+from robustfpd.models import zoo
 
 NAME = "tiny/plain"
 FILES = (*zoo.VERIFIED, "README.md", "results/a.json")
@@ -349,6 +350,6 @@ def test_the_package_knows_its_checkout() -> None:
 
 
 def test_an_unknown_kind_of_address_says_what_fits() -> None:
-    fetch.check_address("https://example.org/models", "X")
+    io.check_url("https://example.org/models", "X")
     with pytest.raises(InputError, match="a folder is file:///"):
-        fetch.check_address("C:/models", "X")
+        io.check_url("C:/models", "X")

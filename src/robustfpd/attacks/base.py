@@ -15,9 +15,9 @@ from typing import Any, Generic, Literal, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.inputs import check_eps, check_images, check_labels
+from robustfpd.attacks.inputs import check_images, check_labels
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.config import Norm
+from robustfpd.config import Norm, check_eps
 from robustfpd.errors import InputError
 from robustfpd.models.mode import evaluating
 

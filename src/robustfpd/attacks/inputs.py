@@ -70,19 +70,6 @@ def check_differentiable(value: Tensor) -> None:
         raise InputError("the classifier's logits do not depend differentiably on the images; use a black-box attack")
 
 
-def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
-    """Return `eps` if it is a positive radius, at most 1 in L∞."""
-    if getattr(eps, "ndim", None) == 0:  # numbers of torch and numpy
-        eps = eps.item()
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps <= 0:
-        raise InputError(f"{name} must be a positive number, found {eps!r}")
-    if norm == "linf" and eps > 1:
-        raise InputError(
-            f"{name} must be at most 1 in linf (pixels lie in [0, 1]), found {eps}; 8/255 is eight grey levels"
-        )
-    return float(eps)
-
-
 def num_classes(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
     """Return K, from one forward pass of the first image.
 

@@ -74,31 +74,6 @@ def check_folder(data: DataConfig) -> None:
         )
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is none; whether it is there, `torch_device` finds out."""
-    from robustfpd.config import DEVICES
-
-    kind, separator, number = name.partition(":")
-    known("device", kind, DEVICES)
-    if separator and not number.isdecimal():
-        raise InputError(f"--device takes {', '.join(DEVICES)}, or one of several as cuda:1; found {name!r}")
-
-
-def torch_device(name: str) -> torch.device:
-    """Return a device that works here; `auto` takes a GPU when there is one."""
-    import torch
-
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.device(chosen)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use --device cpu, or leave it out"
-        ) from None
-    return device
-
-
 TIMED_SECONDS = 0.5
 """How long `timed` repeats."""
 

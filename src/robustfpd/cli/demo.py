@@ -94,7 +94,7 @@ def _check(out: Path) -> None:
 
 def _claim(out: Path, seed: int) -> None:
     """Empty the folder of an earlier demo."""
-    from robustfpd.provenance import write_json
+    from robustfpd.io import write_json
 
     for earlier in FOLDERS:
         shutil.rmtree(out / earlier, ignore_errors=True)

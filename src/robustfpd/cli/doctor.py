@@ -69,14 +69,14 @@ def doctor(
         raise InputError(f"--image-size must be at least 1, found {image_size}")
     if model is not None and dataset is None:
         raise InputError(f"say with --dataset which images {model} is for")
-    from robustfpd.cli.common import torch_device
     from robustfpd.cli.output import Output
     from robustfpd.cli.targets import subject
+    from robustfpd.device import resolve_device
 
     output = Output(json=json, quiet=quiet)
     target = subject(run, model, trust_code)
     config = _settings(target, dataset, data_root, image_size)
-    chosen = torch_device(device)
+    chosen = resolve_device(device)
     from robustfpd import data
     from robustfpd.evaluation import diagnose
 

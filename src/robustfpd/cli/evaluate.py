@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,13 +100,14 @@ def evaluate(
         json: tell the result as JSON.
         quiet: tell nothing but errors and warnings.
     """
-    from robustfpd.cli.common import check_device, check_settings, configured, program, torch_device
+    from robustfpd.cli.common import check_settings, configured, program
     from robustfpd.cli.targets import subject, surrogates
+    from robustfpd.device import check_device_name, resolve_device
 
     group = init_process_group(device, TIMEOUT)
     with shared_errors():
         output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
-        check_device(device)
+        check_device_name(device)
         _check_names(norm, suite, dataset, num_images, image_size, batch_size)
         found = subject(run, model, trust_code)
         config = configured(_settings(found, dataset, image_size), data_root, download, seed)
@@ -116,7 +116,7 @@ def evaluate(
         if surrogate and plan.space == "normalised":
             raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
         others = surrogates(surrogate, found.baseline if plan.space == "pixels" else None, trust_code)
-        chosen = torch_device(device)
+        chosen = resolve_device(device, group.world_size)
         if dry_run:
             if group.is_main:
                 _dry_run(output, found, config, plan, split, list(others), chosen, batch_size)
@@ -378,13 +378,13 @@ def _settings(found: Subject, dataset: str | None, image_size: int | None) -> Ru
 
 
 def _radius(text: str, norm: str) -> float:
+    from robustfpd.config import check_eps
+
     try:
         radius = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise InputError(f"eps must hold numbers such as 0.03 or 8/255, found {text!r}") from None
-    if not math.isfinite(radius) or radius <= 0 or (norm == "linf" and radius > 1):
-        raise InputError(f"eps must be positive, in linf at most 1 (8/255 is 0.0314), found {text}")
-    return radius
+    return check_eps(radius, norm)
 
 
 def _as_divided(record: EvaluationRecord, count: int) -> str:

@@ -74,14 +74,14 @@ def predict(
         raise InputError("name at least one image, folder or pattern after the run")
     if restored is not None and restored.exists() and not restored.is_dir():
         raise InputError(f"--restored {restored} is a file; give a folder")
-    from robustfpd.cli.common import torch_device
     from robustfpd.cli.networks import network
     from robustfpd.cli.output import Output
+    from robustfpd.device import resolve_device
 
     output = Output(json=json, quiet=quiet or csv)
     found = network(run, trust_code)
     _check(found, restored)
-    found.model.to(torch_device(device))
+    found.model.to(resolve_device(device))
     rows = _rows(found, images, restored, top, output)
     if csv and not quiet:
         rows = _as_csv(rows, top)

@@ -90,13 +90,14 @@ def trained(given: Path, trust_code: bool = False) -> Subject:
 
 def _model_in(folder: Path) -> Path:
     """Where the model of a run or of a saved model lies; an InputError that says what else there is."""
+    from robustfpd.io import readable_folder
     from robustfpd.models import zoo
-    from robustfpd.models.checkpoint import CONFIG, whole
+    from robustfpd.models.checkpoint import CONFIG
 
-    best = whole(folder / "checkpoints" / "best")
+    best = readable_folder(folder / "checkpoints" / "best")
     if best.is_dir():
         return best
-    if (whole(folder) / CONFIG).is_file():
+    if (readable_folder(folder) / CONFIG).is_file():
         return folder
     if (folder / zoo.SETTINGS).is_file():
         raise MissingDataError(f"no model in {folder}: no epoch of this run was whole yet; go on with train --resume")

@@ -72,7 +72,8 @@ def train(
         quiet: tell nothing but errors and warnings.
     """
     from robustfpd import config as configuration
-    from robustfpd.cli.common import check_device, check_settings, configured, program, torch_device
+    from robustfpd.cli.common import check_settings, configured, program
+    from robustfpd.device import check_device_name, resolve_device
 
     group = init_process_group(device)
     with shared_errors():
@@ -82,10 +83,10 @@ def train(
         folder = out or Path("runs") / (recipe_slug(recipe) + variant)
         names = _stage_names(stages)
         check_settings(run)
-        check_device(device)
+        check_device_name(device)
         planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
         output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
-        chosen = torch_device(device)
+        chosen = resolve_device(device, group.world_size)
     if dry_run:
         _dry_run(planned, chosen, precision, output)
         return
@@ -137,7 +138,7 @@ def _stage_names(text: str) -> list[StageName]:
 
 def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) -> list[StagePlan]:
     """The stages with their folders; the adversarial one begins with what lies, or will lie, in the folder above."""
-    from robustfpd.models.checkpoint import whole
+    from robustfpd.io import readable_folder
 
     planned = []
     for name in stages:
@@ -146,7 +147,8 @@ def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) ->
             planned.append(StagePlan(stage_run, folder, None))
             continue
         begins = folder if run.adversarial.start == "best" else None
-        if begins is not None and "two-phase" not in stages and not whole(folder / "checkpoints" / "best").is_dir():
+        best = readable_folder(folder / "checkpoints" / "best")
+        if begins is not None and "two-phase" not in stages and not best.is_dir():
             raise InputError(
                 f"the adversarial stage begins with the two-phase run in {folder}, which holds no checkpoint; "
                 "train both with --stages two-phase,adversarial"
@@ -192,8 +194,8 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     """Print each stage and an estimate of its time; train and write nothing."""
     from robustfpd import data
     from robustfpd.cli.display import duration
+    from robustfpd.device import resolve_precision
     from robustfpd.models import build
-    from robustfpd.models.precision import chosen
 
     run = stages[0].run
     counts = data.count(run.data)
@@ -209,7 +211,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     )
     estimates = []
     for stage in stages:
-        step, seconds = _stage_seconds(model, stage.run, counts, device, chosen(precision, device))
+        step, seconds = _stage_seconds(model, stage.run, counts, device, resolve_precision(precision, device))
         output.say(
             f"stage {stage.run.stage}, into {stage.folder}", *_stage_lines(stage),
             f"  time      at most about {duration(seconds)}, {1000 * step:.3g} ms a batch timed now on {device};",
@@ -222,7 +224,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     output.say("dry run: nothing was trained or written")
     output.result({
         "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
-        "precision": chosen(precision, device), "settings": run.model_dump(mode="json"),
+        "precision": resolve_precision(precision, device), "settings": run.model_dump(mode="json"),
         "images": {"train": counts.train, "validation": counts.validation, "test": counts.test},
         "stages": estimates,
     })  # fmt: skip

@@ -28,11 +28,13 @@ from robustfpd.config.schema import (
     StageName,
     TaskConfig,
     TrainingConfig,
+    check_eps,
 )
 
 __all__ = [
     "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
     "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle",
     "ModelConfig", "Norm", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
-    "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "load_run", "parse", "recipe", "recipe_names",
+    "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "check_eps", "load_run", "parse", "recipe",
+    "recipe_names",
 ]  # fmt: skip

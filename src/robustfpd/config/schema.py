@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from robustfpd.errors import InputError
+from robustfpd.io import write_text
 
 Norm = Literal["linf", "l2", "l1"]
 Denoise = Literal["dot", "bottleneck", "softmax", "gaussian", "none"]
@@ -28,6 +32,23 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 """Kinds of devices; `cuda:1` is one of several."""
 CUSTOM_BACKBONE = "custom"
 """`ModelConfig.backbone` of a network that the user handed over as a module."""
+
+
+def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
+    """Return the radius `eps` of an Lp ball as a float.
+
+    Raises:
+        InputError: it is not a positive number, or above 1 in linf, where pixels lie in [0, 1].
+    """
+    if getattr(eps, "ndim", None) == 0:  # numbers of torch and numpy
+        eps = eps.item()
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps <= 0:
+        raise InputError(f"{name} must be a positive number, found {eps!r}")
+    if norm == "linf" and eps > 1:
+        raise InputError(
+            f"{name} must be at most 1 in linf (pixels lie in [0, 1]), found {eps}; 8/255 is eight grey levels"
+        )
+    return float(eps)
 
 
 class Config(BaseModel):
@@ -133,7 +154,7 @@ class AdversarialConfig(ProcedureConfig):
     """Begin with the best two-phase checkpoint, or (published MNIST code) with new weights."""
     attack: Literal["pgd", "fgsm"] = "pgd"
     """What makes the adversarial images."""
-    eps: float = Field(default=8 / 255, gt=0)
+    eps: float = 8 / 255
     """Radius of the perturbation, in pixels of [0, 1]."""
     norm: Norm = "linf"
     """Norm of the perturbation."""
@@ -166,9 +187,8 @@ class AdversarialConfig(ProcedureConfig):
     """robust: how many validation images are attacked after each epoch."""
 
     @model_validator(mode="after")
-    def _radius(self) -> AdversarialConfig:
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps must be at most 1 in linf (8/255 is 0.0314), found {self.eps}")
+    def _check(self) -> AdversarialConfig:
+        check_eps(self.eps, self.norm)
         if self.start_epoch >= self.epochs:
             raise ValueError(
                 f"start_epoch {self.start_epoch} leaves none of {self.epochs} epochs for adversarial images; "
@@ -350,9 +370,11 @@ class EvaluationConfig(Config):
     """Count that the published evaluation divides by, whatever it attacked; shown beside the true accuracy."""
 
     @model_validator(mode="after")
-    def _radii(self) -> EvaluationConfig:
-        if not self.eps or min(self.eps) <= 0 or (self.norm == "linf" and max(self.eps) > 1):
-            raise ValueError(f"eps must hold positive radii, in linf at most 1 (8/255 is 0.0314), found {self.eps}")
+    def _check(self) -> EvaluationConfig:
+        if not self.eps:
+            raise ValueError("eps must hold at least one radius")
+        for eps in self.eps:
+            check_eps(eps, self.norm)
         return self
 
 
@@ -410,9 +432,7 @@ class RunConfig(Config):
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML."""
-        partial = path.with_name(path.name + ".new")
-        partial.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-        partial.replace(path)
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 P = TypeVar("P", bound=ProcedureConfig)

@@ -19,11 +19,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from robustfpd.cache import VARIABLE, cache_folder
 from robustfpd.data.decode import Pixels
 from robustfpd.data.described import OnProgress
 from robustfpd.data.mapped import mapped
 from robustfpd.errors import InputError, first_line
+from robustfpd.io import CACHE_VARIABLE, atomic_path, cache_folder
 
 MARK = b"robustfpd/images"
 SUFFIX = ".images"
@@ -79,7 +79,7 @@ def kept(
     except OSError as error:
         raise InputError(
             f"decoded images of {dataset} ({math.prod(shape) / 1e6:,.0f} MB) cannot be kept in {folder} "
-            f"({error.strerror or first_line(error)}); give another folder with data.cache=FOLDER or {VARIABLE}"
+            f"({error.strerror or first_line(error)}); give another folder with data.cache=FOLDER or {CACHE_VARIABLE}"
         ) from None
     found = _read(path, key, shape)
     if found is None:
@@ -116,21 +116,16 @@ def _write(
     path: Path, key: str, shape: tuple[int, int, int, int], pictures: Iterator[Pixels | str], on_progress: OnProgress
 ) -> None:
     """Write a file of the cache under another name, and rename it when it is whole."""
-    partial, bad = path.with_suffix(".partial"), {}
-    try:
-        with partial.open("wb") as file:
-            for place, picture in enumerate(pictures):
-                if isinstance(picture, str):
-                    bad[place] = picture
-                else:
-                    assert picture.shape == shape[1:], picture.shape
-                    file.write(picture.data)
-                on_progress(place + 1, shape[0])
-            facts = json.dumps({"key": key, "bad": bad}).encode()
-            file.write(facts + len(facts).to_bytes(8, "big") + MARK)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    bad = {}
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        for place, picture in enumerate(pictures):
+            if isinstance(picture, str):
+                bad[place] = picture
+            else:
+                assert picture.shape == shape[1:], picture.shape
+                file.write(picture.data)
+            on_progress(place + 1, shape[0])
+        facts = json.dumps({"key": key, "bad": bad}).encode()
+        file.write(facts + len(facts).to_bytes(8, "big") + MARK)
+        file.flush()
+        os.fsync(file.fileno())

@@ -23,8 +23,8 @@ from robustfpd.evaluation.attack_runner import OUTSIDE, AttackRunner
 from robustfpd.evaluation.ledger import LedgerRow, Outcome, writing
 from robustfpd.evaluation.loss_landscape import LossLandscape, loss_landscape
 from robustfpd.evaluation.suites import AttackSpec
+from robustfpd.io import write_json
 from robustfpd.models import FPD
-from robustfpd.provenance import write_json
 from robustfpd.rng import generator
 
 FORMAT = 1

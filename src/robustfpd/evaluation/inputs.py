@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks.base import reproducible
-from robustfpd.attacks.inputs import check_eps, check_images, check_labels
+from robustfpd.attacks.inputs import check_images, check_labels
 from robustfpd.attacks.norms import lp_ball
-from robustfpd.config import Norm
+from robustfpd.config import Norm, check_eps
 from robustfpd.data import ImageSet
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.mode import evaluating

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from robustfpd.config import Config
 from robustfpd.errors import InputError, first_line
-from robustfpd.provenance import write_json
+from robustfpd.io import write_json, write_text
 
 Outcome = Literal["misclassified", "robust", "failed"]
 CLEAN = "clean"
@@ -129,7 +129,6 @@ class Ledger:
 
     def _begin(self, path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path, [])
             write_json(_settings_file(path), settings)
         return []
@@ -150,11 +149,9 @@ def is_unfinished(path: Path) -> bool:
 
 
 def write_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
-    """Write a whole ledger, replacing the file as a whole."""
-    partial = path.with_name(path.name + ".new")
+    """Write a whole ledger atomically."""
     with writing(path):
-        partial.write_text(_header() + _lines(rows), newline="", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, _header() + _lines(rows))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows, writing
 from robustfpd.evaluation.verdict import Verdict
-from robustfpd.provenance import write_json
+from robustfpd.io import write_json
 
 FORMAT = 3
 LEDGER = ".ledger.csv"
@@ -138,7 +138,6 @@ class EvaluationRecord(Config):
     def save(self, path: Path) -> Path:
         """Write JSON, and the ledger as CSV beside it; return the JSON's path."""
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path.with_suffix(LEDGER), self.ledger)
             write_json(path, self.model_dump(mode="json", exclude={"ledger"}))
         return path

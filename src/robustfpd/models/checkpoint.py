@@ -1,20 +1,18 @@
 """A model on disk: `model.safetensors` and `config.json` in one folder. Never pickle.
 
-Folders are replaced as a whole: whoever is interrupted leaves the old one or the new one. Torch is imported where
-weights are read or written: to find a model takes none.
+Torch is imported where weights are read or written, so that a model can be found without it.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robustfpd.config import ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError, MissingDataError
+from robustfpd.io import readable_folder, replace_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +30,7 @@ def write_model(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, con
         raise InputError(f"{folder} is the working folder, which cannot be replaced; give a folder inside it")
     if folder.exists() and any(p.name not in (WEIGHTS, CONFIG) for p in folder.iterdir()):
         raise InputError(f"{folder} holds other files; give an empty or new folder to save a model into")
-    with replacing(folder) as new:
+    with replace_folder(folder) as new:
         write_model_files(new, state, task, config)
 
 
@@ -50,7 +48,7 @@ def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfi
 
 def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
     """Read what to build; a missing, damaged or foreign `config.json` is an InputError."""
-    path = whole(folder) / CONFIG
+    path = readable_folder(folder) / CONFIG
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {CONFIG} is not there (looked in {folder.resolve()})")
     try:
@@ -74,41 +72,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = whole(folder) / WEIGHTS
+    path = readable_folder(folder) / WEIGHTS
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {WEIGHTS} is not there")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that takes the place of `folder` when the block ends without an error."""
-    if whole(folder) != folder:
-        whole(folder).rename(folder.resolve())
-    folder = folder.resolve()  # a link stays, what it points to is replaced
-    new, old = folder.with_name(f".{folder.name}.new"), _set_aside(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def whole(folder: Path) -> Path:
-    """Return where to read `folder`: its set-aside predecessor while, or since, a replacement is between its renames.
-
-    A reader moves nothing: the writer may be at work.
-    """
-    old = _set_aside(folder)
-    return old if old.is_dir() and not folder.exists() else folder
-
-
-def _set_aside(folder: Path) -> Path:
-    target = folder.resolve()
-    return target.with_name(f".{target.name}.old")

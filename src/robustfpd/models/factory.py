@@ -13,8 +13,9 @@ from torch import nn
 
 from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
 from robustfpd.errors import InputError
+from robustfpd.io import readable_folder
 from robustfpd.models.backbones import from_module, from_timm
-from robustfpd.models.checkpoint import read_settings, read_weights, whole
+from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.models.fpd import FPD, Baseline
 from robustfpd.models.import_model import check_trusted, import_model, is_import_path
 from robustfpd.models.mode import evaluating
@@ -137,7 +138,7 @@ def _check_finite(model: FPD | Baseline) -> None:
 def saved_in(folder: str | Path) -> Path:
     """Return the folder of the model that `load` reads: a run's best checkpoint, or the folder itself."""
     path = locate(folder)
-    best = whole(path / "checkpoints" / "best")
+    best = readable_folder(path / "checkpoints" / "best")
     return best if best.is_dir() else path
 
 

@@ -14,11 +14,10 @@ from urllib.parse import quote
 
 from pydantic import Field
 
-from robustfpd.cache import cache_folder
 from robustfpd.config import Config, parse
 from robustfpd.errors import InputError, MissingDataError, unknown_name
-from robustfpd.models.checkpoint import CONFIG, WEIGHTS, whole
-from robustfpd.models.fetch import check_address, fetch
+from robustfpd.io import cache_folder, check_url, download, readable_folder
+from robustfpd.models.checkpoint import CONFIG, WEIGHTS
 
 VARIABLE = "ROBUSTFPD_MODELS_URL"
 """Address of a copy of the `models/` folder; there is none by default."""
@@ -161,8 +160,8 @@ def locate(given: str | Path) -> Path:
     A path that is neither comes back as it is, unless it looks like the name of a trained network.
     """
     path, name = Path(given), given if isinstance(given, str) else given.as_posix()
-    inside = whole(path)
-    signs = (whole(path / "checkpoints" / "best"), inside / CONFIG, inside / WEIGHTS, inside / SETTINGS)
+    inside = readable_folder(path)
+    signs = (readable_folder(path / "checkpoints" / "best"), inside / CONFIG, inside / WEIGHTS, inside / SETTINGS)
     if any(sign.exists() for sign in signs):
         return path
     known = names()
@@ -218,8 +217,8 @@ def _fetch(address: str, model: ZooModel) -> None:
 
     if all(right(model.file(name)) for name in VERIFIED):
         return
-    check_address(address, VARIABLE)
+    check_url(address, VARIABLE)
     last = [model.file(name) for name in VERIFIED]
     for file in (*(f for f in model.files if f not in last), *last):
         if not right(file):
-            fetch(f"{address.rstrip('/')}/{quote(file.path)}", cached() / file.path, file.sha256, file.size)
+            download(f"{address.rstrip('/')}/{quote(file.path)}", cached() / file.path, file.sha256, file.size)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from robustfpd.errors import InputError
 from robustfpd.evaluation.ledger import writing
+from robustfpd.io import write_text
 from robustfpd.report.html import render
 from robustfpd.report.page import Report
 from robustfpd.report.text import COLUMNS, MARK, markdown, table
@@ -28,8 +29,5 @@ def write_report(page: Path, report: Report) -> list[Path]:
     written = {page: render(report), page.with_suffix(".md"): markdown(report), page.with_suffix(".csv"): table(report)}
     for path, text in written.items():
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".new")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            write_text(path, text)
     return list(written)

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustfpd.config import Precision, RunConfig
+from robustfpd.device import resolve_device, resolve_precision
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup
-from robustfpd.errors import InputError
-from robustfpd.models.precision import chosen
+from robustfpd.errors import InputError, first_line
 from robustfpd.training.sharding import share_out
 
 _FABRICS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -32,33 +32,26 @@ def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -
         InputError: a device or a precision that is not there.
     """
     logger = TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
-    accelerator, _, index = device.partition(":")
-    if accelerator == "auto" and torch.cuda.is_available():
-        accelerator = "cuda"
     environment = LaunchEnvironment.read()
-    options: dict[str, Any] = {"devices": [int(index)] if index.isdecimal() else 1}
+    target = resolve_device(device, environment.world_size)
+    options: dict[str, Any] = {"devices": 1 if target.index is None else [target.index]}
     if environment.world_size > 1:
-        accelerator = "cpu" if accelerator == "auto" else accelerator
         strategy = _Sharded if config.procedure.strategy == "fsdp" else _Replicated
         options = {
             "devices": environment.local_world_size, "num_nodes": environment.num_nodes, "strategy": strategy(),
             "plugins": [TorchElasticEnvironment()],
         }  # fmt: skip
     try:
-        place = torch.device(_auto() if accelerator == "auto" else device)
-        arithmetic: Any = _FABRICS[chosen(precision, place)]
-        fabric = Fabric(accelerator=accelerator, precision=arithmetic, loggers=logger, **options)
+        fabric_precision: Any = _FABRICS[resolve_precision(precision, target)]
+        fabric = Fabric(accelerator=target.type, precision=fabric_precision, loggers=logger, **options)
         fabric.launch()
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None
+        raise InputError(
+            f"device {device!r} with precision {precision!r} cannot be used here: {first_line(error)}"
+        ) from None
     return fabric
-
-
-def _auto() -> str:
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def check(config: RunConfig, environment: LaunchEnvironment) -> None:

@@ -19,11 +19,11 @@ from robustfpd import data
 from robustfpd.config import Precision, RunConfig
 from robustfpd.data.batches import batches, batches_per_epoch
 from robustfpd.data.transforms import augment
+from robustfpd.device import resolve_precision
 from robustfpd.distributed import ProcessGroup, average_batch_norm_statistics, init_process_group, shared_errors
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
-from robustfpd.models.precision import chosen
 from robustfpd.rng import derive, generator
 from robustfpd.training.activation_checkpointing import checkpoint_blocks
 from robustfpd.training.adversarial import adversarial_step
@@ -83,7 +83,7 @@ def train(
             fabric = launch(config, device, precision, folder.path)
             splits, model = prepared(config, net, start)
             if fabric.is_global_zero:
-                folder.begin(config, resume, fabric.device, splits, start, chosen(precision, fabric.device))
+                folder.begin(config, resume, fabric.device, splits, start, resolve_precision(precision, fabric.device))
         return _Training(config, folder, splits, model, fabric, observer or Observer()).run(net, resume)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from robustfpd.config import RunConfig, load_run
 from robustfpd.data import Splits
 from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError, MissingDataError
+from robustfpd.io import readable_folder, replace_folder, write_csv, write_json
 from robustfpd.models import FPD, Baseline
-from robustfpd.models.checkpoint import replacing, whole, write_model_files
-from robustfpd.provenance import environment, write_json
+from robustfpd.models.checkpoint import write_model_files
+from robustfpd.provenance import environment
 
 STATE = "training.pt"
 STATE_KEYS = frozenset({"optimizer", "schedule", "stopping", "history"})
@@ -85,14 +85,14 @@ class RunFolder:
         self, folder: Path, model: FPD | Baseline, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None
     ) -> None:
         """Write a loadable model, with the training state beside it when given."""
-        with replacing(folder) as new:
+        with replace_folder(folder) as new:
             write_model_files(new, weights, model.task, model.config)
             if state is not None:
                 torch.save(dict(state), new / STATE)
 
     def training_state(self) -> dict[str, Any] | None:
         """The state beside the last checkpoint; None before the first epoch's end."""
-        path = whole(self.last) / STATE
+        path = readable_folder(self.last) / STATE
         if not path.is_file():
             return None
         try:
@@ -108,12 +108,7 @@ class RunFolder:
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write one row per epoch; rewritten whole, so that a resumed run has each epoch once."""
-        partial = self.metrics_file.with_suffix(".csv.new")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(history[0]))
-            writer.writeheader()
-            writer.writerows(history)
-        partial.replace(self.metrics_file)
+        write_csv(self.metrics_file, history)
 
 
 def _summary(splits: Splits) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Device and precision: what `auto` means, and errors for what this machine does not have.
+
+The module imports torch only where it is used, so that the command line can check a name without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from robustfpd.config import DEVICES, PRECISIONS, Precision
+from robustfpd.errors import InputError, first_line, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+BF16_CAPABILITY = (8, 0)
+"""Compute capability of the first GPUs with bfloat16 tensor cores (Ampere)."""
+
+
+def check_device_name(name: str) -> None:
+    """Raise an InputError unless `name` is auto, cpu, cuda, mps, or one of several such as cuda:1; needs no torch."""
+    kind, separator, index = name.partition(":")
+    if kind not in DEVICES:
+        raise unknown_name("device", kind, DEVICES)
+    if separator and not index.isdecimal():
+        raise InputError(f"device takes {', '.join(DEVICES)}, or one of several as cuda:1; found {name!r}")
+
+
+def device_name(name: str = "auto", world_size: int = 1) -> str:
+    """Return `name`, or for `auto` the best device type here: cuda, then mps, then cpu.
+
+    Args:
+        name: `auto`, `cpu`, `cuda`, `mps`, or one of several (`cuda:1`).
+        world_size: number of ranks; more than one run on cuda or cpu, each on the GPU of its local rank.
+
+    Raises:
+        InputError: an unknown device, or one that several ranks cannot use.
+    """
+    import torch
+
+    check_device_name(name)
+    if world_size > 1 and name not in ("auto", "cpu", "cuda"):
+        raise InputError(
+            f"{world_size} processes run on cpu, or on a GPU each with cuda, found device {name!r}; "
+            "leave out --device, or start one process"
+        )
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if world_size == 1 and torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_device(name: str = "auto", world_size: int = 1) -> torch.device:
+    """Return the device that `device_name` gives, after a test allocation on it.
+
+    Raises:
+        InputError: as `device_name`, or the device does not work here.
+    """
+    import torch
+
+    try:
+        device = torch.device(device_name(name, world_size))
+        torch.zeros(1, device=device).item()
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used here ({first_line(error)}); use --device cpu, or leave it out"
+        ) from None
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return `precision`, or for `auto` bf16 where the device supports it in hardware, else fp32.
+
+    Raises:
+        InputError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision != "auto":
+        return precision
+    return "bf16" if supports_bf16(device) else "fp32"
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16: AMX or AVX512-BF16 on CPUs, tensor cores on GPUs."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
