@@ -7,7 +7,7 @@ not hide the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import View, as_classifier, views
 from robustfpd.attacks.base import preserve_state, reproducible
-from robustfpd.errors import InputError, first_line
+from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
 from robustfpd.evaluation.checks.context import CheckContext, judge, run_check, skipped
-from robustfpd.evaluation.inputs import check_count, check_module, device_of
+from robustfpd.evaluation.inputs import check_count, check_module, concatenate, device_of
 from robustfpd.evaluation.verdict import Check
 from robustfpd.rng import generator
 
@@ -29,18 +29,13 @@ DOCTOR_CHECKS = (
     "channel-order", "label-order",
 )  # fmt: skip
 """Checks that only the doctor runs."""
-RADIUS = 8 / 255
-"""Of the L∞ balls in which logits and gradients are checked."""
-FEWEST_IMAGES = 20
-"""Below this, low accuracy is not explained."""
-SLOW = 0.25
-"""Seconds per image from which the speed is suspicious."""
-SECONDS = 2.0
-"""Of one pass over all images; slow classifiers are checked on fewer."""
-PASSES = 1000 * 40 * 3
-"""Of 1,000 images under PGD-40; a backward pass costs two forward passes."""
-OVERSHOOT = 0.25
-"""Distance outside [0, 1] that resizing with bicubic or Lanczos filters reaches at most."""
+RADIUS = 8 / 255  # of the L∞ balls in which logits and gradients are checked
+FEWEST_IMAGES = 20  # below this, low accuracy is not explained
+SLOW = 0.25  # seconds per image from which the speed is suspicious
+SECONDS = 2.0  # of one pass over all images; slow classifiers are checked on fewer
+PASSES = 1000 * 40 * 3  # of 1,000 images under PGD-40; a backward pass costs two forward passes
+OVERSHOOT = 0.25  # distance outside [0, 1] that resizing with bicubic or Lanczos filters reaches at most
+Function = Callable[[Any], Any]
 _BLINDING = ("finite-outputs", "constant-output")
 _REQUIRES: dict[str, tuple[str, ...]] = {
     "stays-in-evaluation-mode": (),
@@ -61,23 +56,22 @@ _OF_LOGITS: dict[str, Callable[[Tensor], Check | None]] = {
     "squashed-outputs": outputs.log_probabilities,
 }
 """Checks of the logits of all images, before those of an evaluation under the same name."""
-_STAYS_SUSPICIOUS = ("gradient-agreement",)
+
+
+def _identity(x: Any) -> Any:
+    return x
 
 
 class _Repaired(nn.Module):
     """A classifier with functions applied to its input and to its output."""
 
-    def __init__(
-        self, classifier: nn.Module, before: Callable[[Tensor], Tensor] | None = None,
-        after: Callable[[Any], Any] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, classifier: nn.Module, before: Function = _identity, after: Function = _identity) -> None:
         super().__init__()
         self.classifier, self.before, self.after = classifier, before, after
         self.training = classifier.training
 
     def forward(self, images: Tensor) -> Any:
-        output = self.classifier(images if self.before is None else self.before(images))
-        return output if self.after is None else self.after(output)
+        return self.after(self.classifier(self.before(images)))
 
 
 def diagnose(
@@ -103,43 +97,22 @@ def diagnose(
     check_count("num_images", num_images)
     if torch.is_inference_mode_enabled():
         raise InputError("gradients cannot be checked inside torch.inference_mode(); call diagnose outside of it")
-    images, labels = _concatenate(data)
+    images, labels = concatenate(data)
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.numel() == 0:
+        found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"images must be a tensor N×C×H×W with at least one image, found {found}")
     indices = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
-    if isinstance(labels, Tensor) and len(labels) == len(images):
-        labels = labels[indices]
-    check, images, to_given_scale = _check_pixels(images[indices])
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a scalar has no length
+        labels = labels[indices] if len(labels) == len(images) else labels
+    check, images, to_given_scale = _check_pixels(images.detach().cpu()[indices])
     if to_given_scale is not None:
         classifier = _Repaired(classifier, before=to_given_scale)
     return [check, *_check_classifier(classifier, images, labels, num_classes, seed)]
 
 
-def _concatenate(data: Any) -> tuple[Tensor, Any]:
-    """Return images N×C×H×W and labels in any form, on the CPU."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
-        images, labels = data
-    elif isinstance(data, Iterable):
-        batches = [batch for batch in data if isinstance(batch, (tuple, list)) and len(batch) == 2]
-        if not batches or not all(isinstance(part, Tensor) for batch in batches for part in batch):
-            raise InputError("data must be (images, labels) or batches of such, as tensors")
-        try:
-            images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        except RuntimeError as error:
-            raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
-    else:
-        raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
-    if images.ndim != 4 or images.numel() == 0:
-        raise InputError(f"images must be N×C×H×W with at least one image, found shape {tuple(images.shape)}")
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a scalar has no length to compare
-    return images.detach().cpu(), labels
-
-
-def _check_pixels(images: Tensor) -> tuple[Check, Tensor, Callable[[Tensor], Tensor] | None]:
-    """Check form and range of images.
-
-    Returns:
-        The check; the images in [0, 1]; and the function that maps them back, for a classifier of normalised images.
-    """
+def _check_pixels(images: Tensor) -> tuple[Check, Tensor, Function | None]:
+    """Check form and range; return also the images in [0, 1], and a function to the given scale if normalised."""
 
     def failed(evidence: str, fix: str) -> Check:
         return judge("images-in-range", True, evidence, fix, "failed")
@@ -205,7 +178,9 @@ def _check_classifier(
         logits = _logits(classifier, images, device)
         checks += [check, speed]
         checks += _checks_in_order(_context(classifier, images, logits, device, seed), logits, checks)
-        checks.append(_classes(classes, num_classes))
+        evidence = f"{classes} logits" + (f" for {num_classes} classes" if num_classes else "; classes not given")
+        fix = f"train a head of {num_classes} logits, or return those of the data's classes: model(images)[:, classes]"
+        checks.append(judge("classes", classes != (num_classes or classes), evidence, fix, "failed"))
         faults = [c.name for c in checks if c.name in ("labels", "classes", *_BLINDING) and c.outcome == "failed"]
         if labels is None or set(faults) - {"labels"}:
             return [*checks, _requires("clean-accuracy", faults)]
@@ -230,9 +205,7 @@ def _checks_in_order(context: CheckContext, logits: Tensor, earlier: list[Check]
     return made
 
 
-def _accuracy(
-    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, logits: Tensor
-) -> list[Check]:  # fmt: skip
+def _accuracy(classify: inputs.Classify, images: Tensor, labels: Tensor, logits: Tensor) -> list[Check]:
     """Check the accuracy, and explain it if other pixels or another order of the classes improve it clearly."""
     predictions, classes = logits.float().argmax(dim=1), logits.shape[1]
     correct = predictions == labels
@@ -254,14 +227,6 @@ def _accuracy(
     ]
 
 
-def _classes(logits: int, expected: int | None) -> Check:
-    """Check that there is one logit for each class of the data."""
-    if expected is None:
-        return judge("classes", False, f"{logits} logits; the number of classes of the data was not given")
-    fix = f"train a head of {expected} logits, or return those of the data's classes: model(images)[:, classes]"
-    return judge("classes", logits != expected, f"{logits} logits for {expected} classes", fix, "failed")
-
-
 @torch.no_grad()
 def _speed(classifier: nn.Module, images: Tensor) -> tuple[Check, int]:
     """Time the classifier; return also how many images it classifies in `SECONDS`, at least 8."""
@@ -275,9 +240,8 @@ def _speed(classifier: nn.Module, images: Tensor) -> tuple[Check, int]:
     seconds = seconds_per_image(images[:8])
     if seconds < SLOW / 5:  # overhead dominates in small batches
         seconds = min(seconds_per_image(images) for _ in range(2))
-    minutes = seconds * PASSES / 60
-    duration = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
-    evidence = f"{1000 * seconds:.3g} ms per image; 1,000 images under PGD-40 take about {duration}"
+    evidence = f"{1000 * seconds:.3g} ms per image; 1,000 images under PGD-40 take about "
+    evidence += f"{seconds * PASSES / 60:,.1f} minutes"
     fix = "evaluate on a GPU (--device cuda), fewer images (--num-images 200), and with suite quick first"
     return judge("speed", seconds > SLOW, evidence, fix), max(8, int(SECONDS / max(seconds, 1e-9)))
 
@@ -289,9 +253,7 @@ def _logits(classifier: nn.Module, images: Tensor, device: torch.device) -> Tens
     return torch.cat(parts)
 
 
-def _context(
-    classifier: nn.Module, images: Tensor, logits: Tensor, device: torch.device, seed: int
-) -> CheckContext:  # fmt: skip
+def _context(classifier: nn.Module, images: Tensor, logits: Tensor, device: torch.device, seed: int) -> CheckContext:
     """Return the context of an evaluation in which every prediction is correct: labels may be wrong."""
     predictions = logits.float().argmax(dim=1)
     runner = AttackRunner(
@@ -304,9 +266,8 @@ def _context(
 
 def _as_failed(check: Check) -> Check:
     """Return a check of an evaluation as failed where it is suspicious: before an evaluation it can be fixed."""
-    if check.outcome != "suspicious" or check.name in _STAYS_SUSPICIOUS:
-        return check
-    return check.model_copy(update={"outcome": "failed"})
+    failed = check.outcome == "suspicious" and check.name != "gradient-agreement"  # which attacks may overcome
+    return check.model_copy(update={"outcome": "failed"}) if failed else check
 
 
 def _requires(name: str, faults: list[str]) -> Check:

@@ -21,11 +21,11 @@ from robustfpd.rng import generator
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
-def gather(data: Data, num_images: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and their places in `data`, checked; `num_images` drawn by the seed, in their own order."""
+def concatenate(data: Any) -> tuple[Any, Any]:
+    """Return the images and labels of (images, labels) or of a loader of such batches, as they are."""
     if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list)):
-        images, labels = data
-    elif isinstance(data, Iterable):
+        return data[0], data[1]
+    if isinstance(data, Iterable):
         batches = list(data)
         if not batches:
             raise InputError("data must hold at least one image, found none")
@@ -36,9 +36,14 @@ def gather(data: Data, num_images: int | None, seed: int) -> tuple[Tensor, Tenso
         try:
             images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         except RuntimeError as error:
-            raise InputError(f"batches of data do not fit together: {first_line(error)}") from None
-    else:
-        raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
+            raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
+        return images, labels
+    raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
+
+
+def gather(data: Data, num_images: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return checked images and labels and their indices in `data`; `num_images` drawn by the seed, in order."""
+    images, labels = concatenate(data)
     images = check_images(images).detach().cpu()
     labels = check_labels(labels, len(images)).cpu()
     if num_images is not None:

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustfpd.attacks import apgd_ce, apgd_dlr, fgsm, noise, pgd
 from robustfpd.attacks.norms import lp_ball
@@ -15,12 +15,10 @@ from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, ju
 from robustfpd.evaluation.verdict import Check
 
 STEPS = 20
-TOLERATED = 0.05
-"""Share of the images that may contradict a check by chance; two images always may."""
+TOLERATED = 0.05  # share of the images that may contradict a check by chance; two images always may
 MORE_STEPS = 200
 SURVIVORS = 24
-GAINED = 0.04
-"""Share of the survivors that more steps may still find adversarial examples for."""
+GAINED = 0.04  # share of the survivors that more steps may still find adversarial examples for
 
 
 def misclassified_by_pgd(context: CheckContext) -> Tensor:
@@ -32,38 +30,30 @@ def single_step(context: CheckContext, by_pgd: Tensor) -> Check:
     """Check that a single step finds nothing that twenty do not."""
     by_fgsm = _misclassified(context, fgsm)
     only = int((by_fgsm & ~by_pgd).sum())
-    evidence = (
-        f"of {len(by_pgd)} images, {int(by_fgsm.sum())} are misclassified under FGSM and {int(by_pgd.sum())} under "
-        f"PGD-{STEPS}; {only} under FGSM only"
-    )
-    return judge("single-step", _exceeds_chance(only, by_pgd), evidence, fgsm=int(by_fgsm.sum()), pgd=int(by_pgd.sum()))
+    fgsm_count, pgd_count = int(by_fgsm.sum()), int(by_pgd.sum())
+    evidence = f"of {len(by_pgd)} images, {fgsm_count} are misclassified under FGSM and {pgd_count} under "
+    evidence += f"PGD-{STEPS}; {only} under FGSM only"
+    return judge("single-step", _exceeds_chance(only, by_pgd), evidence, fgsm=fgsm_count, pgd=pgd_count)
 
 
 def random_noise(context: CheckContext, by_pgd: Tensor) -> Check:
     """Check that random noise finds nothing that gradients do not."""
     by_noise = _misclassified(context, noise)
     only = int((by_noise & ~by_pgd).sum())
-    evidence = (
-        f"of {len(by_pgd)} images, {int(by_noise.sum())} are misclassified under random noise, {only} of them not "
-        f"under PGD-{STEPS}"
-    )
-    return judge("random-noise", _exceeds_chance(only, by_pgd), evidence, noise=int(by_noise.sum()), alone=only)
+    count = int(by_noise.sum())
+    evidence = f"of {len(by_pgd)} images, {count} are misclassified under random noise, {only} not under PGD-{STEPS}"
+    return judge("random-noise", _exceeds_chance(only, by_pgd), evidence, noise=count, alone=only)
 
 
 def monotone_in_eps(context: CheckContext, by_pgd: Tensor) -> Check:
     """Check that images misclassified in a ball are misclassified in a larger one."""
     eps = context.radii[-1]
     radii = [eps / 2, eps, min(2 * eps, _covering_radius(context))]
-    masks = [
-        _misclassified(context, pgd, eps=radii[0], steps=STEPS), by_pgd,
-        _misclassified(context, pgd, eps=radii[2], steps=STEPS),
-    ]  # fmt: skip
-    lost = max(int((smaller & ~larger).sum()) for smaller, larger in itertools.pairwise(masks))
+    smaller, larger = (_misclassified(context, pgd, eps=radius, steps=STEPS) for radius in (radii[0], radii[2]))
+    masks = smaller, by_pgd, larger
+    lost = max(int((a & ~b).sum()) for a, b in itertools.pairwise(masks))
     accuracies = ", ".join(f"{1 - float(m.float().mean()):.0%} at {e:.3g}" for m, e in zip(masks, radii, strict=True))
-    evidence = (
-        f"accuracy under PGD-{STEPS}: {accuracies}; {lost} images are misclassified at one radius and robust at the "
-        "next"
-    )
+    evidence = f"accuracy under PGD-{STEPS}: {accuracies}; {lost} images are misclassified at one radius only"
     return judge("monotone-in-eps", _exceeds_chance(lost, by_pgd), evidence, lost=lost)
 
 
@@ -75,19 +65,17 @@ def large_eps(context: CheckContext, by_pgd: Tensor) -> Check:
         classes = max(classes, context.classifier(images[:1]).shape[1])
     radii = _covering_radius(context) / 2, _covering_radius(context)
     robust = []
+    variants: tuple[dict[str, Any], ...] = ({}, {"loss": "margin"}, {"random_start": False})
     for eps in radii:
-        options: dict[str, Any] = {"eps": eps, "steps": 2 * STEPS, "early_stop": True}
-        misclassified = _misclassified(context, pgd, **options)
-        for variant in (dict[str, Any](loss="margin"), dict[str, Any](random_start=False)):
-            if not bool(misclassified.all()):
-                misclassified |= _misclassified(context, pgd, **options, **variant)
-        robust.append(int((~misclassified).sum()))
+        left = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        for variant in variants:
+            if bool(left.any()):
+                left &= ~_misclassified(context, pgd, eps=eps, steps=2 * STEPS, early_stop=True, **variant)
+        robust.append(int(left.sum()))
     count = len(images)
     chance = count / classes + 2 * (count / classes) ** 0.5  # two standard deviations of a Poisson count
-    evidence = (
-        f"under PGD-{2 * STEPS}, {robust[0]} of {count} images are robust at eps {radii[0]:.3g}, whose balls hold a "
-        f"grey image, and {robust[1]} at {radii[1]:.3g}, whose balls hold every image"
-    )
+    evidence = f"under PGD-{2 * STEPS}, {robust[0]} of {count} images are robust at eps {radii[0]:.3g}, whose balls "
+    evidence += f"hold a grey image, and {robust[1]} at {radii[1]:.3g}, whose balls hold every image"
     bad = robust[0] > chance or robust[1] > max(1, 0.02 * count)
     return judge("large-eps", bad, evidence, at_half=robust[0], at_whole=robust[1])
 
@@ -95,18 +83,18 @@ def large_eps(context: CheckContext, by_pgd: Tensor) -> Check:
 def earlier_iterate(context: CheckContext, by_pgd: Tensor) -> Check:
     """Check that the last iterate of PGD is not worse than an earlier one."""
     images, labels = context.probes
-    recorder = _Recorder(context.white_box, labels)
-    pgd(
-        recorder, images, labels, eps=context.radii[-1], norm=context.norm, steps=STEPS,
-        generator=context.generator("earlier-iterate"),
-    )  # fmt: skip
-    iterates = torch.stack(recorder.misclassified)[1:]  # steps, N; the first is the random start
+    masks: list[Tensor] = []
+    hook = context.white_box.register_forward_hook(lambda _, x, logits: masks.append(logits.argmax(dim=1) != labels))
+    try:
+        draws = context.generator("earlier-iterate")
+        pgd(context.white_box, images, labels, eps=context.radii[-1], norm=context.norm, steps=STEPS, generator=draws)
+    finally:
+        hook.remove()
+    iterates = torch.stack(masks)[1:]  # steps, N; the first is the random start
     at_any = iterates.any(dim=0)
     lost = int((at_any & ~iterates[-1]).sum())
-    evidence = (
-        f"of {len(labels)} images, {int(at_any.sum())} are misclassified at some step of PGD-{STEPS}, {lost} of them "
-        "not at the last"
-    )
+    evidence = f"of {len(labels)} images, {int(at_any.sum())} are misclassified at some step of PGD-{STEPS}, "
+    evidence += f"{lost} of them not at the last"
     return judge("earlier-iterate", lost > max(2, 2 * TOLERATED * len(labels)), evidence, lost=lost)
 
 
@@ -127,10 +115,8 @@ def more_steps(context: CheckContext, findings: AttackFindings) -> Check:
         except Exception as error:  # vanishing-gradients reports why
             return skipped(name, f"{attack.name} cannot be run: {first_line(error)}")
     gained, attacked = int(misclassified.sum()), len(misclassified)
-    evidence = (
-        f"of the {attacked} survivors with the largest margins, {gained} are misclassified under APGD with "
-        f"{MORE_STEPS} steps"
-    )
+    evidence = f"APGD with {MORE_STEPS} steps finds adversarial examples for {gained} of the {attacked} survivors "
+    evidence += "with the largest margins"
     return judge(name, gained > max(1, GAINED * attacked), evidence, gained=gained, attacked=attacked)
 
 
@@ -156,17 +142,3 @@ def _exceeds_chance(count: int, images: Tensor) -> bool:
 def _covering_radius(context: CheckContext) -> float:
     """Return the radius of a ball around any image that holds every image."""
     return float(lp_ball(context.norm).norm(torch.ones_like(context.probes[0][:1])))
-
-
-class _Recorder(nn.Module):
-    """Records at each forward pass which images are misclassified."""
-
-    def __init__(self, classifier: nn.Module, labels: Tensor) -> None:
-        super().__init__()
-        self.classifier, self.labels = classifier, labels
-        self.misclassified: list[Tensor] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(images)
-        self.misclassified.append(logits.detach().argmax(dim=1) != self.labels)
-        return logits

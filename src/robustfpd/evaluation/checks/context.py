@@ -18,26 +18,22 @@ from robustfpd.evaluation.suites import AttackSpec
 from robustfpd.evaluation.verdict import Check, CheckOutcome
 from robustfpd.rng import generator
 
-NUM_IMAGES = 32
-"""Images for the checks that run no attack."""
+NUM_IMAGES = 32  # images for the checks that run no attack
 FIXES = {
     "training-mode": "call model.eval() before the evaluation; dropout that is the defence belongs in forward",
     "images-in-range": "divide by 255 once; torchvision's ToTensor has done it already",
     "stays-in-evaluation-mode": "let train(mode) pass its mode on to all children, and self.training follow it",
-    "clean-accuracy": "check that the model is trained for these classes, and that its weights were loaded "
-    "(load_state_dict's missing keys)",
+    "clean-accuracy": "check that the model is trained for these classes and its weights are loaded (missing keys)",
     "eps-units": "give eps in pixels of [0, 1]: eight grey levels are eps=8/255",
-    "randomised-outputs": "turn off what draws: dropout by F.dropout(x, p, training=self.training), augmentation only "
-    "in training; if randomness is the defence, report the average over draws",
-    "finite-outputs": "find the layer (torch.autograd.set_detect_anomaly(True)): often a division by zero, a log of 0 "
-    "or half precision",
+    "randomised-outputs": "turn off what draws, as in F.dropout(x, p, training=self.training); if it is the "
+    "defence, report the average over draws",
+    "finite-outputs": "find the layer (torch.autograd.set_detect_anomaly(True)): often a division by zero or log of 0",
     "squashed-outputs": "return the logits, without the last softmax, sigmoid or tanh",
     "batch-composition": "use running statistics (F.batch_norm(..., training=self.training)) and no means over dim 0",
     "wrapper-accuracy": "make forward independent of torch.is_grad_enabled(), and correct the wrapper",
-    "vanishing-gradients": "remove torch.no_grad, detach, .data, numpy, argmax and round between images and logits; if "
-    "one is the defence, put it in a submodule that keeps the shape, so that BPDA attacks it",
-    "gradient-agreement": "look for a custom backward, quantisation or a very steep layer; also run attacks without "
-    "gradients (square)",
+    "vanishing-gradients": "remove no_grad, detach, numpy, argmax and round between images and logits; if one is the "
+    "defence, put it in a submodule that keeps the shape, so that BPDA attacks it",
+    "gradient-agreement": "look for a custom backward or a steep layer; also run attacks without gradients (square)",
     "gradient-stability": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
     "single-step": "find what misleads gradients, or attack a surrogate with useful gradients",
     "random-noise": "find what misleads gradients, or attack a surrogate with useful gradients",

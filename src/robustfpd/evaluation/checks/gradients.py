@@ -11,24 +11,16 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.evaluation.checks.context import NUM_IMAGES, AttackFindings, CheckContext, judge, skipped
 from robustfpd.evaluation.verdict import Check
 
-STEP = 1e-3
-"""Of the finite differences, in pixels: far above float32's rounding, a quarter of a grey level."""
-COARSE = 1e-5
-"""Relative rounding of a dtype above which finite differences of that step are lost."""
+STEP = 1e-3  # of the finite differences, in pixels: far above float32's rounding, a quarter of a grey level
+COARSE = 1e-5  # relative rounding of a dtype above which finite differences of that step are lost
 DIRECTIONS = 4
-VANISHED = 0.1
-"""Share of images without a gradient that is suspicious."""
-WORST = 0.15
-"""Share of the images that decides: a defence may hide the gradients of a few classes only."""
-DISAGREEMENT = 0.3
-"""Squared relative error of slopes that is suspicious; a smooth network stays under 0.01."""
-UNSTABLE = 0.3
-"""Cosine between gradients one grey level apart that is suspicious."""
-FURTHEST = 16 / 255
-"""Distance per pixel up to which gradients around an image are compared."""
+VANISHED = 0.1  # share of images without a gradient that is suspicious
+WORST = 0.15  # share of the images that decides: a defence may hide the gradients of a few classes only
+DISAGREEMENT = 0.3  # squared relative error of slopes that is suspicious; a smooth network stays under 0.01
+UNSTABLE = 0.3  # cosine between gradients one grey level apart that is suspicious
+FURTHEST = 16 / 255  # distance per pixel up to which gradients around an image are compared
 POINTS = 4
-RUGGED = 0.2
-"""Mean cosine of gradients around an image that is suspicious; undefended networks showed 0.78 and more."""
+RUGGED = 0.2  # mean cosine of gradients around an image that is suspicious; undefended networks showed 0.78 and more
 LEAST_SURVIVORS = 3
 
 
@@ -43,14 +35,12 @@ def vanishing_gradients(context: CheckContext) -> Check:
                 evidence = "the logits do not depend differentiably on the images: no attack can use gradients"
                 return judge(name, True, evidence, zero_ce=1, zero_margin=1)
             flat = gradient.flatten(1)  # N, C·H·W
-            zero = max(zero, _share((flat == 0).all(dim=1)))
-            nan = max(nan, _share(~flat.isfinite().all(dim=1)))
+            zero = max(zero, float((flat == 0).all(dim=1).float().mean()))
+            nan = max(nan, float((~flat.isfinite().all(dim=1)).float().mean()))
         shares |= {f"zero_{label}": zero, f"nan_{label}": nan}
     nan = max(shares["nan_ce"], shares["nan_margin"])
-    evidence = (
-        f"no gradient for {shares['zero_ce']:.0%} of the images in cross-entropy and {shares['zero_margin']:.0%} in "
-        f"the margin, NaN for {nan:.0%}, the larger of images and random points of their balls"
-    )
+    evidence = f"zero gradients of cross-entropy at {shares['zero_ce']:.0%} and of the margin at "
+    evidence += f"{shares['zero_margin']:.0%} of the images or of random points of their balls, NaN at {nan:.0%}"
     return judge(name, nan > 0 or max(shares["zero_ce"], shares["zero_margin"]) > VANISHED, evidence, **shares)
 
 
@@ -66,10 +56,8 @@ def gradient_agreement(context: CheckContext) -> Check:
         if gradient is None:
             return skipped(name, "there are no gradients")
         errors.append(_disagreement(context, x, gradient.nan_to_num(0, 0, 0), draws))
-    evidence = (
-        f"slopes from gradients and from finite differences differ by {errors[0]:.2g} at the images and "
-        f"{errors[1]:.2g} at random points of their balls (squared, relative) for the worst 15 % of them"
-    )
+    evidence = f"gradients and finite differences differ by {errors[0]:.2g} at the images and {errors[1]:.2g} at "
+    evidence += "random points of their balls (squared relative error, worst 15 % of the images)"
     return judge(name, max(errors) > DISAGREEMENT, evidence, error=errors[0], error_around=errors[1])
 
 
@@ -101,10 +89,8 @@ def gradient_stability(context: CheckContext) -> Check:
             return skipped(name, "there are no gradients")
         a, b = (gradient.flatten(1).nan_to_num(0, 0, 0) for gradient in (here, there))  # N, C·H·W
         cosines.append(float(torch.cosine_similarity(a, b, dim=1).quantile(WORST)))
-    evidence = (
-        f"gradients one grey level apart have a cosine of at most {cosines[0]:.2f} at the images and {cosines[1]:.2f} "
-        "at random points of their balls for the worst 15 % of them"
-    )
+    evidence = f"gradients one grey level apart have a cosine of {cosines[0]:.2f} at the images and {cosines[1]:.2f} "
+    evidence += "at random points of their balls (worst 15 % of the images)"
     return judge(name, min(cosines) < UNSTABLE, evidence, cosine=cosines[0], cosine_around=cosines[1])
 
 
@@ -125,10 +111,7 @@ def rugged_loss(context: CheckContext, findings: AttackFindings) -> Check:
         directions.append(F.normalize(gradient.flatten(1).nan_to_num(0, 0, 0), dim=1))
     length = torch.stack(directions).sum(dim=0).square().sum(dim=1)  # N; POINTS² where all directions are equal
     typical = float(((length - POINTS) / (POINTS * (POINTS - 1))).median())
-    evidence = (
-        f"gradients at random points up to {distance:.2g} per pixel around {len(x)} survivors have a mean cosine of "
-        f"{typical:.2f} (median over the images)"
-    )
+    evidence = f"gradients up to {distance:.2g} per pixel around {len(x)} survivors have a mean cosine of {typical:.2f}"
     return judge(name, typical < RUGGED, evidence, median_cosine=typical, distance=distance)
 
 
@@ -148,7 +131,3 @@ def _gradient(context: CheckContext, images: Tensor, labels: Tensor, loss: LossF
         return None
     (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
     return torch.zeros_like(x) if gradient is None else gradient
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.float().mean())

@@ -1,8 +1,4 @@
-"""Checks of modes, images, labels and eps, and of the accuracy without an attack.
-
-An evaluation refuses invalid images and labels, so that only the doctor checks labels, normalisation and the order of
-channels and classes.
-"""
+"""Checks of modes, images, eps and clean accuracy; for the doctor also of labels, normalisation, channels, classes."""
 
 from __future__ import annotations
 
@@ -25,12 +21,9 @@ from robustfpd.evaluation.verdict import Check
 from robustfpd.models.mode import evaluating
 
 GREY_LEVEL = 1 / 255
-SIGNIFICANT = 0.05
-"""Probability of as many correct guesses below which an accuracy counts as better than chance."""
-LEAST_GAIN = 0.05
-"""Share of the images that an explanation of a low accuracy must gain."""
-SIGMAS = 3
-"""Standard deviations that it must gain over chance."""
+SIGNIFICANT = 0.05  # probability of as many correct guesses below which an accuracy counts as better than chance
+LEAST_GAIN = 0.05  # share of the images that an explanation of a low accuracy must gain
+SIGMAS = 3  # standard deviations that it must gain over chance
 MAX_LISTED_CLASSES = 20
 STATISTICS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -39,10 +32,8 @@ STATISTICS = {
     "[-1, 1]": ((0.5,), (0.5,)),
 }
 """Mean and std that classifiers are often trained with."""
-Explanation = tuple[Check, int]
-"""A check, and how many more images are classified correctly when its fix is applied."""
-Classify = Callable[[Tensor], Tensor]
-"""Images N×C×H×W to predicted classes N."""
+Explanation = tuple[Check, int]  # with the count of images that are classified correctly with its fix only
+Classify = Callable[[Tensor], Tensor]  # images N×C×H×W to predicted classes N
 
 
 def training_mode(classifier: nn.Module, images: Tensor) -> Check:
@@ -54,30 +45,26 @@ def training_mode(classifier: nn.Module, images: Tensor) -> Check:
     counts = f"{len(training)} of {len(modules)} modules were given in training mode"
     state = {key: value.detach().clone() for key, value in tensors(classifier).items()}
     x = images[:8].to(device_of(classifier, images), copy=True)
+
+    def logits() -> Any:
+        try:
+            with reproducible(torch.Generator().manual_seed(0)), torch.no_grad():
+                return classifier(x)
+        finally:
+            for key, value in tensors(classifier).items():
+                value.copy_(state[key])
+
     try:
-        with reproducible(torch.Generator().manual_seed(0)), torch.no_grad():
-            as_given = classifier(x)
-        _restore(classifier, state)
-        with reproducible(torch.Generator().manual_seed(0)), evaluating(classifier), torch.no_grad():
-            evaluated = classifier(x)
-        same = bool(torch.isclose(as_given, evaluated, rtol=1e-4, atol=1e-5, equal_nan=True).all())
+        as_given = logits()
+        with evaluating(classifier):
+            same = bool(torch.isclose(as_given, logits(), rtol=1e-4, atol=1e-5, equal_nan=True).all())
     except Exception as error:  # if evaluation mode raises it too, the evaluation reports it
         return judge(name, True, f"{counts} and raise {type(error).__name__} there", training=len(training))
-    finally:
-        _restore(classifier, state)
     if same:
         return judge(name, False, f"{counts}; the logits are those of evaluation mode", training=len(training))
     kinds = sorted({type(m).__name__ for m in training if not list(m.children())})
-    evidence = (
-        f"{counts} ({', '.join(kinds[:4])}), with other logits than in evaluation mode, which is what attacks see: the "
-        "robust accuracy is not that of the classifier as given"
-    )
+    evidence = f"{counts} ({', '.join(kinds[:4])}), with other logits than in evaluation mode, which attacks see"
     return judge(name, True, evidence, training=len(training))
-
-
-def _restore(classifier: nn.Module, state: dict[str, Tensor]) -> None:
-    for key, value in tensors(classifier).items():
-        value.copy_(state[key])
 
 
 def images_in_range(classifier: nn.Module, images: Tensor) -> Check:
@@ -134,23 +121,25 @@ def label_values(labels: Any, count: int, classes: int) -> tuple[Check, Tensor |
     Returns:
         The check, and the labels as integers N after its fix; None if they cannot be repaired.
     """
-    one_each = "give one integer per image, from 0 to K-1"
-    if not isinstance(labels, Tensor):
-        return _labels([(f"labels must be a torch.Tensor, found {type(labels).__name__}", one_each)]), None
-    integers, faults = _as_integers(labels, count)
+    repaired, faults = _as_integers(labels, count) if isinstance(labels, Tensor) else (labels, [])
+    valid = ""
     try:
-        integers = check_labels(integers, count)
+        repaired = check_labels(repaired, count)
+        low, high = int(repaired.min()), int(repaired.max())
+        valid = f"{len(set(repaired.tolist()))} classes among {count} labels, {low} to {high}"
+        if high == classes and low >= 1:
+            evidence = f"labels run from {low} to {high}, but classes from 0 to {classes - 1}"
+            faults.append((evidence, "count classes from 0: labels = labels - 1"))
+            repaired = repaired - 1
+        elif high >= classes:
+            evidence = f"labels run up to {high}, but there are {classes} classes"
+            faults.append((evidence, "use the data set that the model was trained for"))
+            repaired = None
     except InputError as error:
-        return _labels([*faults, (str(error), one_each)]), None
-    low, high = int(integers.min()), int(integers.max())
-    if high == classes and low >= 1:
-        evidence = f"labels run from {low} to {high}, but classes from 0 to {classes - 1}"
-        return _labels([*faults, (evidence, "count classes from 0: labels = labels - 1")]), integers - 1
-    if high >= classes:
-        evidence = f"labels run up to {high}, but there are {classes} classes"
-        return _labels([*faults, (evidence, "use the data set that the model was trained for")]), None
-    valid = f"{len(set(integers.tolist()))} classes among {count} labels, {low} to {high}"
-    return (_labels(faults) if faults else judge("labels", False, valid)), integers
+        faults.append((str(error), "give one integer per image, from 0 to K-1"))
+        repaired = None
+    evidence, fix = ("; ".join(e for e, _ in faults), "; then ".join(f for _, f in faults))
+    return judge("labels", bool(faults), evidence or valid, fix, "failed"), repaired
 
 
 def _as_integers(labels: Tensor, count: int) -> tuple[Tensor, list[tuple[str, str]]]:
@@ -169,37 +158,30 @@ def _as_integers(labels: Tensor, count: int) -> tuple[Tensor, list[tuple[str, st
     return labels, faults
 
 
-def _labels(faults: Sequence[tuple[str, str]]) -> Check:
-    evidence, fixes = zip(*faults, strict=True)
-    return judge("labels", True, "; ".join(evidence), "; then ".join(fixes), "failed")
-
-
 def normalisation(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Explanation:
     """Check that images on another scale are not classified clearly better."""
     own = images.mean(dim=(0, 2, 3)).tolist(), images.std(dim=(0, 2, 3)).clamp_min(1e-4).tolist()  # C each
-    inside = "put it into the model: evaluate a module whose forward returns "
-    candidates = [
-        (images.sub(_per_channel(mean)).div(_per_channel(std)), f"normalised as {name}", inside + _code(mean, std))
-        for name, (mean, std) in STATISTICS.items()
-        if len(mean) in (1, images.shape[1])
-    ]
-    candidates += [
-        (images.sub(_per_channel(own[0])).div(_per_channel(own[1])), "normalised by their own mean and std",
-         inside + _code(*own)),
-        (255 * images, "in grey levels of 0 to 255", inside + "model(255 * images)"),
-        (1 - images, "inverted", inside + "model(1 - images)"),
-    ]  # fmt: skip
-    return _of_images("normalisation", classify, candidates, labels, correct)
+    candidates = []
+    for name, (mean, std) in {**STATISTICS, "the images' own mean and std": own}.items():
+        if len(mean) in (1, images.shape[1]):
+            m, s = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))  # 1 C 1 1
+            numbers = [", ".join(f"{v:.4g}" for v in values) for values in (mean, std)]
+            code = f"model((images - mean) / std) with mean {numbers[0]} and std {numbers[1]}"
+            candidates.append(((images - m) / s, f"normalised as {name}", code))
+    candidates.append((255 * images, "in grey levels of 0 to 255", "model(255 * images)"))
+    candidates.append((1 - images, "inverted", "model(1 - images)"))
+    advice = "put it into the model: evaluate a module whose forward returns "
+    return _of_images("normalisation", classify, [(x, d, advice + code) for x, d, code in candidates], labels, correct)
 
 
 def channel_order(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Explanation:
     """Check that images in BGR, as OpenCV reads them, or with columns for rows are not classified clearly better."""
-    swap, candidates = "swap them where images are read, or return ", []
+    advice, candidates = "swap them where images are read, or return ", []
     if images.shape[1] == 3:
-        candidates.append((images.flip(1), "with red and blue swapped (BGR)", swap + "model(images.flip(1))"))
+        candidates.append((images.flip(1), "with red and blue swapped (BGR)", advice + "model(images.flip(1))"))
     if images.shape[2] == images.shape[3]:
         code = "model(images.transpose(2, 3))"
-        candidates.append((images.transpose(2, 3), "with rows and columns swapped", swap + code))
+        candidates.append((images.transpose(2, 3), "with rows and columns swapped", advice + code))
     return _of_images("channel-order", classify, candidates, labels, correct)
 
 
@@ -264,12 +246,3 @@ def clearly_better(new: Tensor, old: Tensor) -> bool:
     """Return whether more images are correct than by chance (McNemar's test), and enough of them to matter."""
     gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
     return gained - lost >= max(LEAST_GAIN * len(new), SIGMAS * math.sqrt(gained + lost), 1)
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1)  # 1 C 1 1
-
-
-def _code(mean: Sequence[float], std: Sequence[float]) -> str:
-    numbers = [", ".join(f"{v:.4g}" for v in values) for values in (mean, std)]
-    return f"model((images - mean) / std) with mean {numbers[0]} and std {numbers[1]}"

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from robustfpd import attacks
-from robustfpd.attacks.adaptive import View
 from robustfpd.evaluation.attack_runner import CHANGED
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, judge, skipped
 from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.verdict import Check
 
-BLACK_BOX = 0.02
-"""Share of all images that attacks without gradients may misclassify after those with gradients failed."""
+BLACK_BOX = 0.02  # share of all images that attacks without gradients may misclassify after those with gradients failed
 
 
 def black_box(context: CheckContext, findings: AttackFindings) -> Check:
     """Check that attacks without the classifier's gradients find nothing that those with gradients missed."""
-    name, views = "black-box", context.runner.views
-    without = {s.label for s in findings.specs if _is_black_box(s.attack, views[s.view])}
+    name, views, specs = "black-box", context.runner.views, findings.specs
+    without = {s.label for s in specs if views[s.view].surrogate or attacks.get(s.attack).access != "gradients"}
     tried = [r for r in findings.rows if r.attack in without and r.eps > 0]
     if not tried:
         return skipped(name, "no attack without gradients was run on images that survived the others")
@@ -29,10 +27,8 @@ def black_box(context: CheckContext, findings: AttackFindings) -> Check:
     only = [r for r in tried if r.outcome == "misclassified" and _survived(r, white_box_rows.get(r.image, []))]
     labels = ", ".join(dict.fromkeys(r.attack for r in only))
     count = len({r.image for r in only})
-    evidence = (
-        f"of {len({r.image for r in tried})} images, {count} survived attacks that use the classifier's gradients and "
-        f"are misclassified under attacks that do not{f' ({labels})' if labels else ''}"
-    )
+    evidence = f"of {len({r.image for r in tried})} images, {count} survived attacks with the classifier's gradients "
+    evidence += f"and are misclassified under attacks without{f' ({labels})' if labels else ''}"
     return judge(name, count > max(1, BLACK_BOX * len(findings.robust)), evidence, turned=len(only))
 
 
@@ -78,10 +74,6 @@ def search_precision(context: CheckContext, findings: AttackFindings, more_steps
     if more_steps.outcome == "skipped":
         return judge(name, True, f"{evidence}, but no survivor was attacked in float32")
     return judge(name, more_steps.outcome != "passed", f"{evidence}. {more_steps.evidence}", **more_steps.values)
-
-
-def _is_black_box(attack: str, view: View) -> bool:
-    return view.surrogate or attacks.get(attack).access != "gradients"
 
 
 def _survived(row: LedgerRow, white_box_rows: Sequence[LedgerRow]) -> bool:
