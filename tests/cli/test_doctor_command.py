@@ -46,8 +46,8 @@ def run_doctor(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int
         code = 0
     except SystemExit as exit_:
         code = int(exit_.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    out, error = capsys.readouterr()
+    return code, out, error
 
 
 def test_exit_code_0_where_none_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

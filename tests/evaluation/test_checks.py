@@ -188,10 +188,10 @@ def test_training_mode_that_changes_nothing_passes_and_statistics_are_put_back()
 
 def test_images_in_range() -> None:
     images, _ = defences.sample(8)
-    dark = inputs.images_in_range(nn.Identity(), images / 255)
+    dark = inputs.images_in_range(images / 255)
     assert dark.outcome == "suspicious"
     assert dark.values["high"] == pytest.approx(1 / 255)
-    assert inputs.images_in_range(nn.Identity(), images).outcome == "passed"
+    assert inputs.images_in_range(images).outcome == "passed"
 
 
 def test_stays_in_evaluation_mode(honest: defences.Net, honest_context: CheckContext) -> None:

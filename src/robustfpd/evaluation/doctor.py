@@ -58,17 +58,13 @@ _OF_LOGITS: dict[str, Callable[[Tensor], Check | None]] = {
 """Checks of the logits of all images, before those of an evaluation under the same name."""
 
 
-def _identity(x: Any) -> Any:
-    return x
-
-
 class _Repaired(nn.Module):
     """A classifier with functions applied to its input and to its output."""
 
-    def __init__(self, classifier: nn.Module, before: Function = _identity, after: Function = _identity) -> None:
+    def __init__(self, classifier: nn.Module, before: Function | None = None, after: Function | None = None) -> None:
         super().__init__()
-        self.classifier, self.before, self.after = classifier, before, after
-        self.training = classifier.training
+        self.classifier, self.training = classifier, classifier.training
+        self.before, self.after = before or (lambda x: x), after or (lambda x: x)
 
     def forward(self, images: Tensor) -> Any:
         return self.after(self.classifier(self.before(images)))
@@ -132,7 +128,7 @@ def _check_pixels(images: Tensor) -> tuple[Check, Tensor, Function | None]:
         evidence = f"NaN or infinite pixels in {bad} of {len(images)} images"
         return failed(evidence, fix), images.nan_to_num(0, 1, 0).clamp(0, 1), None
     if low >= 0 and high <= 1:
-        check = _as_failed(inputs.images_in_range(nn.Identity(), images))
+        check = _as_failed(inputs.images_in_range(images))
         twice = 0 < high <= 1.001 * inputs.GREY_LEVEL
         return check, (255 * images).clamp(0, 1) if twice else images, None
     if low >= 0 and high > 2:
@@ -162,11 +158,11 @@ def _check_classifier(
     as_tensor = classifier if isinstance(output, Tensor) else _Repaired(classifier, after=outputs.logits_in)
     checks = [check, _as_failed(inputs.training_mode(as_tensor, images))]
     with preserve_state(classifier), reproducible(generator(seed, "doctor")):
-        checks.append(outputs.output_form(output, len(few)))
-        if checks[-1].outcome == "failed":
-            logits = outputs.logits_in(output)
-            if logits is None or logits.ndim != 2 or len(logits) != len(few) or logits.shape[1] < 2:
-                return checks
+        check, has_logits = outputs.output_form(output, len(few))
+        checks.append(check)
+        if not has_logits:
+            return checks
+        if check.outcome == "failed":
             classifier = _Repaired(classifier, after=outputs.logits_in)
         checks.append(outputs.input_kept(classifier, few))
         if checks[-1].outcome == "failed":
@@ -184,10 +180,7 @@ def _check_classifier(
         faults = [c.name for c in checks if c.name in ("labels", "classes", *_BLINDING) and c.outcome == "failed"]
         if labels is None or set(faults) - {"labels"}:
             return [*checks, _requires("clean-accuracy", faults)]
-        return [
-            *checks,
-            *_accuracy(lambda x: _logits(classifier, x, device).float().argmax(dim=1), images, labels, logits),
-        ]
+        return checks + _accuracy(lambda x: _logits(classifier, x, device).argmax(dim=1), images, labels, logits)
 
 
 def _checks_in_order(context: CheckContext, logits: Tensor, earlier: list[Check]) -> list[Check]:
@@ -207,7 +200,7 @@ def _checks_in_order(context: CheckContext, logits: Tensor, earlier: list[Check]
 
 def _accuracy(classify: inputs.Classify, images: Tensor, labels: Tensor, logits: Tensor) -> list[Check]:
     """Check the accuracy, and explain it if other pixels or another order of the classes improve it clearly."""
-    predictions, classes = logits.float().argmax(dim=1), logits.shape[1]
+    predictions, classes = logits.argmax(dim=1), logits.shape[1]
     correct = predictions == labels
     check = _as_failed(inputs.better_than_chance(predictions, labels, classes))
     if len(labels) < FEWEST_IMAGES:
@@ -233,7 +226,7 @@ def _speed(classifier: nn.Module, images: Tensor) -> tuple[Check, int]:
 
     def seconds_per_image(x: Tensor) -> float:
         start = time.perf_counter()
-        classifier(x.clone())
+        classifier(x.clone()).cpu()  # waits for the device
         return (time.perf_counter() - start) / len(x)
 
     seconds_per_image(images[:8])  # the first pass may allocate and compile
@@ -249,13 +242,12 @@ def _speed(classifier: nn.Module, images: Tensor) -> tuple[Check, int]:
 @torch.no_grad()
 def _logits(classifier: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """Return logits N×K on the CPU."""
-    parts = [classifier(batch.to(device, copy=True)).cpu() for batch in torch.split(images, 64)]
-    return torch.cat(parts)
+    return torch.cat([classifier(batch.to(device, copy=True)).cpu() for batch in torch.split(images, 64)])
 
 
 def _context(classifier: nn.Module, images: Tensor, logits: Tensor, device: torch.device, seed: int) -> CheckContext:
     """Return the context of an evaluation in which every prediction is correct: labels may be wrong."""
-    predictions = logits.float().argmax(dim=1)
+    predictions = logits.argmax(dim=1)
     runner = AttackRunner(
         classifier, images, predictions, torch.arange(len(images)), device, "linf", seed, 64, logits.shape[1]
     )  # fmt: skip

@@ -22,7 +22,7 @@ __all__ = ["NAMES", "AttackFindings", "CheckContext", "after_attacks", "before_a
 
 INPUT_CHECKS: dict[str, Callable[[nn.Module, Tensor], Check]] = {
     "training-mode": inputs.training_mode,
-    "images-in-range": inputs.images_in_range,
+    "images-in-range": lambda classifier, images: inputs.images_in_range(images),
 }
 """Of the classifier and the images as given, before evaluation mode."""
 SETTING_CHECKS: dict[str, Callable[[CheckContext], Check]] = {

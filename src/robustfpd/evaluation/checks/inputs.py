@@ -67,7 +67,7 @@ def training_mode(classifier: nn.Module, images: Tensor) -> Check:
     return judge(name, True, evidence, training=len(training))
 
 
-def images_in_range(classifier: nn.Module, images: Tensor) -> Check:
+def images_in_range(images: Tensor) -> Check:
     """Check that images in [0, 1] are not almost black."""
     low, high = (float(v) for v in images.aminmax())
     dark = high <= 4 * GREY_LEVEL

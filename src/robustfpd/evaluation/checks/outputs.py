@@ -127,15 +127,15 @@ def answers(classifier: nn.Module, images: Tensor) -> tuple[Check, Any]:
     return judge(name, True, evidence, fix, "failed"), None
 
 
-def output_form(output: Any, count: int) -> Check:
-    """Check that the output for `count` images is one tensor of logits N×K."""
+def output_form(output: Any, count: int) -> tuple[Check, bool]:
+    """Check that the output for `count` images is one tensor of logits N×K; return also if `logits_in` finds them."""
     name, logits = "output", logits_in(output)
     kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     if logits is None or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
         fix = "return one row of at least two logits per image; for one score s: torch.stack([-s / 2, s / 2], dim=1)"
-        return judge(name, True, f"{kind} for {count} images, not logits N×K", fix, "failed")
+        return judge(name, True, f"{kind} for {count} images, not logits N×K", fix, "failed"), False
     if isinstance(output, Tensor) and output.ndim == 2:
-        return judge(name, False, f"logits {tuple(output.shape)} for {count} images")
+        return judge(name, False, f"logits {tuple(output.shape)} for {count} images"), True
     if isinstance(output, Tensor):
         code = ".flatten(1)"
     elif isinstance(output, dict):
@@ -143,7 +143,7 @@ def output_form(output: Any, count: int) -> Check:
     else:
         code = ".logits" if hasattr(output, "logits") else "[0]"
     fix = f"wrap it in a module whose forward returns model(images){code}"
-    return judge(name, True, f"{kind} for {count} images, not a tensor of logits N×K", fix, "failed")
+    return judge(name, True, f"{kind} for {count} images, not a tensor of logits N×K", fix, "failed"), True
 
 
 def logits_in(output: Any) -> Tensor | None:
