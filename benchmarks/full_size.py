@@ -74,7 +74,7 @@ def two_steps(name: str, protocol: str, batch: int | None, shallow: bool, gate: 
         contextlib.suppress(_TwoStepsDone),
     ):
         rf.train(config, Path(folder) / "run", device="cpu", observer=Observer(on_batch=on_batch))
-    last = steps[1].step
+    last = steps[1].step.first
     assert last.restoration is not None
     return {
         "recipe": name, "protocol": protocol, "batch": config.training.batch_size, "backbone": config.model.backbone,

@@ -17,12 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from robustfpd.config import ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
-from robustfpd.models import build
+from robustfpd.models import FPD, build
 from robustfpd.training.optim import make_optimizer
-from robustfpd.training.steps import baseline_step, parameter_groups, two_phase_step
+from robustfpd.training.steps import OptimizerUpdate, baseline_step, parameter_groups, two_phase_step
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "optimizer": ("Optimizer.", "clip"),
+    "optimizer": ("Optimizer.", "foreach_norm", "linalg_vector_norm", "foreach_mul"),
     "convolutions": ("convolution", "conv2d"),
     "batch norm": ("batch_norm",),
     "denoising's products": ("bmm",),
@@ -57,21 +57,6 @@ def profiled(step: Callable[[], None], repeats: int) -> dict[str, float]:
     return dict(times)
 
 
-class PlainUpdate:
-    """Clears gradients, runs the backward pass, clips, steps the optimizer."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.optimizer = model, make_optimizer(parameter_groups(model), OptimizerConfig())  # type: ignore[arg-type]
-
-    def __call__(self, loss: torch.Tensor, **_: Any) -> None:
-        """Step on `loss`."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        with torch.profiler.record_function("clip"):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10)
-        self.optimizer.step()
-
-
 def main() -> None:
     """Profile both steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,13 +75,16 @@ def main() -> None:
     images = torch.rand(given.batch, given.channels, given.size, given.size, generator=draws)
     labels = torch.randint(0, 10, (given.batch,), generator=draws)
     report: dict[str, Any] = {"backbone": given.backbone, "size": given.size, "precision": given.precision}
-    for name, settings, make in (("fpd", config, two_phase_step), ("baseline", config.baseline(), baseline_step)):
+    for name, settings in (("fpd", config), ("baseline", config.baseline())):
         model = build(task, settings, seed=0).train()
-        step, update = make(training), PlainUpdate(model)
+        update = OptimizerUpdate(make_optimizer(parameter_groups(model), OptimizerConfig()), clip_grad_norm=10)
 
-        def once(model: Any = model, step: Any = step, update: PlainUpdate = update) -> None:
+        def once(model: Any = model, update: OptimizerUpdate = update) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
-                step(model, images, images, labels, update)
+                if isinstance(model, FPD):
+                    two_phase_step(model, images, images, labels, update, training)
+                else:
+                    baseline_step(model, images, labels, update, training)
 
         report[name] = {kind: round(ms, 1) for kind, ms in sorted(profiled(once, given.repeats).items())}
     print(json.dumps(report))

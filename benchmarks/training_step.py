@@ -10,8 +10,8 @@ from benchmarks.sizes import NetworkSize
 from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig
 from robustfpd.models import FPD, build
 from robustfpd.rng import generator
+from robustfpd.training.fabric import FabricUpdate
 from robustfpd.training.optim import make_optimizer
-from robustfpd.training.stepping import Stepper
 from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
 
 OPEN = TrainingConfig.model_validate({"threshold": 1e30, "optimizer": {"name": "adam", "lr": 1e-4}})
@@ -31,14 +31,15 @@ class TrainableNetwork:
         fabric = Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index])
         self.module = build(task, config if defence == "fpd" else config.baseline())
         self.model, optimizer = fabric.setup(self.module, make_optimizer(parameter_groups(self.module), OPEN.optimizer))
-        self.update = Stepper(fabric, self.model, optimizer, OPEN.clip_grad_norm)
+        self.update = FabricUpdate(fabric, self.model, optimizer, OPEN.clip_grad_norm)
         self.images, self.noisy, self.labels = (t.to(device) for t in random_batch(size))
 
     def step(self, config: TrainingConfig = OPEN, dtype: torch.dtype = torch.float32) -> StepResult:
         """Run one training step; `dtype` other than float32 runs it under autocast."""
-        step = two_phase_step(config) if isinstance(self.module, FPD) else baseline_step(config)
         with torch.autocast(self.images.device.type, dtype, enabled=dtype != torch.float32):
-            return step(self.model, self.images, self.noisy, self.labels, self.update)
+            if isinstance(self.module, FPD):
+                return two_phase_step(self.model, self.images, self.noisy, self.labels, self.update, config)
+            return baseline_step(self.model, self.noisy, self.labels, self.update, config)
 
     def calibrate_batch_norms(self) -> None:
         """Set the running statistics to the batch's: with the initial ones, denoising overflows."""

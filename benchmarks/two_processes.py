@@ -31,14 +31,13 @@ def steps(workload: str, count: int) -> list[float]:
     from robustfpd.config import AugmentConfig, OptimizerConfig, RunConfig, TrainingConfig
     from robustfpd.data.batches import batches
     from robustfpd.data.image_set import ImageSet
+    from robustfpd.data.noise import add_uniform_noise
     from robustfpd.data.transforms import augment
     from robustfpd.distributed import init_process_group
     from robustfpd.models import enhance
     from robustfpd.rng import generator
-    from robustfpd.training.fabric import launch
+    from robustfpd.training.fabric import FabricUpdate, launch
     from robustfpd.training.optim import make_optimizer
-    from robustfpd.training.perturbations import noise
-    from robustfpd.training.stepping import Stepper
     from robustfpd.training.steps import parameter_groups, two_phase_step
 
     torch.set_num_threads(1)
@@ -49,7 +48,7 @@ def steps(workload: str, count: int) -> list[float]:
     raw = enhance(backbone, num_classes=10, in_channels=1, image_size=side, seed=0)
     model = fabric.setup_module(raw.train())
     optimizer = fabric.setup_optimizers(make_optimizer(parameter_groups(raw), OptimizerConfig(lr=1e-4)))
-    update, step, perturb = Stepper(fabric, model, optimizer, 10.0), two_phase_step(config), noise(config, 1.0, group)
+    update = FabricUpdate(fabric, model, optimizer, 10.0)
     draws = generator(0, "benchmark")
     images = torch.randint(0, 256, (size * count, 1, side, side), generator=draws, dtype=torch.uint8)
     data = ImageSet(images, torch.randint(0, 10, (size * count,), generator=draws))
@@ -57,7 +56,8 @@ def steps(workload: str, count: int) -> list[float]:
     start = time.perf_counter()
     for clean, labels in batches(data, size, device, generator(0, "order"), group=group):
         clean = augment(clean, AugmentConfig(rotation=10), draws, group=group)
-        step(model, clean, perturb(raw, clean, labels, 0.0, draws), labels, update)
+        noisy = add_uniform_noise(clean, config.noise, draws, group=group)
+        two_phase_step(model, clean, noisy, labels, update, config)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     return seconds

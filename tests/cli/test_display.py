@@ -9,8 +9,7 @@ from rich.console import Console
 
 from robustfpd.cli.display import duration, evaluation_display, training_display
 from robustfpd.evaluation import EvaluationProgress
-from robustfpd.training import EpochMetrics, Progress
-from robustfpd.training.steps import StepResult
+from robustfpd.training import EpochMetrics, PassLosses, Progress, StepResult
 
 WIDTH = 80
 
@@ -18,8 +17,8 @@ WIDTH = 80
 def _step(gate_open: bool, plain: bool = False) -> StepResult:
     """Losses as wide as they get."""
     loss = torch.tensor(0.000123)
-    second = loss if gate_open and not plain else None
-    return StepResult(loss, None if plain else loss, second, second, gate_open, torch.tensor(60), 64)
+    losses = PassLosses(loss, None if plain else loss, torch.tensor(60), 64)
+    return StepResult(losses, losses if gate_open and not plain else None, None, gate_open)
 
 
 def _progress(step: StepResult) -> Progress:

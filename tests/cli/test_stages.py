@@ -85,7 +85,7 @@ def test_an_interrupted_second_stage_is_resumed_by_the_command_it_shows(
     original = loop._Training._report
 
     def cut(self: loop._Training, epoch: int, *rest: object) -> Progress | None:
-        if self.adversarial and epoch == 1:
+        if self.config.stage == "adversarial" and epoch == 1:
             raise KeyboardInterrupt
         original(self, epoch, *rest)  # type: ignore[arg-type]
         return None

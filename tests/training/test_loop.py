@@ -5,19 +5,20 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from robustfpd import data
-from robustfpd.config import RunConfig, TrainingConfig, parse
+from robustfpd.config import RunConfig, parse
 from robustfpd.data.noise import add_uniform_noise
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights
-from robustfpd.training import EpochMetrics, Observer, Progress, RunFolder, train
-from robustfpd.training.steps import Step, StepResult, Update, two_phase_step
+from robustfpd.training import EpochMetrics, Observer, Progress, RunFolder, TrainResult, train
+from robustfpd.training.steps import StepResult, two_phase_step
 
 
 def _config(**training: object) -> RunConfig:
@@ -43,18 +44,49 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
+@dataclasses.dataclass
+class Finished:
+    """A finished training, which tests must not change."""
+
+    config: RunConfig
+    folder: Path
+    result: TrainResult
+    epochs: list[tuple[EpochMetrics, bool]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Eight epochs on 600 digits."""
+    config = _config(epochs=8, batch_size=32, optimizer={"lr": 0.005}, early_stop_patience=None)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": 600})})
+    folder, epochs = tmp_path_factory.mktemp("runs") / "finished", list[tuple[EpochMetrics, bool]]()
+    observer = Observer(on_epoch=lambda metrics, best: epochs.append((metrics, best)))
+    return Finished(config, folder, train(config, folder, device="cpu", observer=observer), epochs)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of one epoch, which tests copy."""
+    folder: Path = tmp_path_factory.mktemp("runs") / "short"
+    train(_config(epochs=1), folder, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def run(short: Path, tmp_path: Path) -> Path:
+    """A copy of `short`."""
+    return Path(shutil.copytree(short, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("schedule", ["one_cycle", "plateau", "cosine"])
 def test_resume_after_an_interrupt_ends_with_the_same_weights(tmp_path: Path, schedule: str) -> None:
-    config = _config(schedule={"name": schedule, "patience": 0})
+    config = _config(schedule={"name": schedule, "patience": 0}, epochs=2)
     whole = train(config, tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "cut", device="cpu", observer=Observer(on_batch=_Interrupt(1, 2)))
     resumed = train(config, tmp_path / "cut", device="cpu", resume=True)
     for name in ("last", "best"):
-        expected = read_weights(tmp_path / "whole" / "checkpoints" / name)
-        found = read_weights(tmp_path / "cut" / "checkpoints" / name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[k], found[k]) for k in expected)
+        assert _equal(tmp_path / "whole", tmp_path / "cut", name)
     timing = ("seconds", "images_per_second")
     for a, b in zip(whole.history, resumed.history, strict=True):
         assert {k: v for k, v in vars(a).items() if k not in timing} == {
@@ -62,49 +94,41 @@ def test_resume_after_an_interrupt_ends_with_the_same_weights(tmp_path: Path, sc
         }
 
 
-def test_the_random_state_of_the_caller_neither_matters_nor_moves(tmp_path: Path) -> None:
-    config = _config(epochs=1)
-    torch.manual_seed(1)
-    train(config, tmp_path / "a", device="cpu")
+def _equal(a: Path, b: Path, name: str = "last") -> bool:
+    first, second = (read_weights(run / "checkpoints" / name) for run in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_random_state_of_the_caller_neither_matters_nor_changes(short: Path, tmp_path: Path) -> None:
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    train(config, tmp_path / "b", device="cpu")
+    train(_config(epochs=1), tmp_path / "again", device="cpu")
     assert torch.equal(before, torch.get_rng_state())
-    a, b = (read_weights(tmp_path / name / "checkpoints" / "last") for name in ("a", "b"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert _equal(short, tmp_path / "again")
+    train(_config(epochs=1).model_copy(update={"seed": 1}), tmp_path / "other seed", device="cpu")
+    assert not _equal(short, tmp_path / "other seed")
 
 
-def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
-    a = train(_config(epochs=1), tmp_path / "a", device="cpu").model.state_dict()
-    b = train(_config(epochs=1).model_copy(update={"seed": 1}), tmp_path / "b", device="cpu").model.state_dict()
-    assert any(not torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_run_folder_is_complete(tmp_path: Path) -> None:
-    seen: list[tuple[EpochMetrics, bool]] = []
-    observer = Observer(on_epoch=lambda metrics, best: seen.append((metrics, best)))
-    result = train(_config(), tmp_path / "run", device="cpu", observer=observer)
-    folder = RunFolder(tmp_path / "run")
-    assert folder.config() == _config()
+def test_a_run_folder_is_complete(finished: Finished) -> None:
+    result, folder = finished.result, RunFolder(finished.folder)
+    assert folder.config() == finished.config
     with folder.metrics_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(r["epoch"]) for r in rows] == [0, 1, 2]
+    assert [int(r["epoch"]) for r in rows] == list(range(8))
     assert float(rows[-1]["validation_accuracy"]) == result.history[-1].validation_accuracy
     assert list((folder.path / "tensorboard").glob("events.*"))
     assert isinstance(result.model, FPD)
     assert not result.model.training
-    best = max(range(3), key=lambda i: (result.history[i].validation_accuracy, -result.history[i].validation_ce))
+    best = max(range(8), key=lambda i: (result.history[i].validation_accuracy, -result.history[i].validation_ce))
     assert result.best_epoch == best
-    assert [b for _, b in seen][best]
+    assert [b for _, b in finished.epochs][best]
     x = torch.rand(3, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(load(folder.path)(x).logits, result.model(x).logits)
 
 
-def test_training_learns_the_digits(tmp_path: Path) -> None:
-    config = _config(epochs=12, batch_size=32, optimizer={"lr": 0.005}, early_stop_patience=None)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": 600})})
-    result = train(config, tmp_path / "run", device="cpu")
+def test_training_learns_the_digits(finished: Finished) -> None:
+    result = finished.result
     assert result.history[result.best_epoch].validation_accuracy > 0.8
     first, last = result.history[0], result.history[-1]
     assert first.restoration is not None
@@ -119,18 +143,16 @@ def test_early_stopping_stops(tmp_path: Path) -> None:
     assert len(result.history) < 9
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    train(_config(epochs=1), tmp_path / "run", device="cpu")
-    before = (tmp_path / "run" / "checkpoints" / "last" / "model.safetensors").read_bytes()
+def test_a_folder_with_a_run_is_not_overwritten(run: Path) -> None:
+    before = (run / "checkpoints" / "last" / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="holds a run; continue it with --resume"):
-        train(_config(epochs=1), tmp_path / "run", device="cpu")
-    assert (tmp_path / "run" / "checkpoints" / "last" / "model.safetensors").read_bytes() == before
+        train(_config(epochs=1), run, device="cpu")
+    assert (run / "checkpoints" / "last" / "model.safetensors").read_bytes() == before
 
 
-def test_resume_with_other_settings_names_what_differs(tmp_path: Path) -> None:
-    train(_config(epochs=1), tmp_path / "run", device="cpu")
+def test_resume_with_other_settings_names_what_differs(run: Path) -> None:
     with pytest.raises(InputError, match=r"training\.noise was 0\.1, now 0\.2"):
-        train(_config(epochs=1, noise=0.2), tmp_path / "run", device="cpu", resume=True)
+        train(_config(epochs=1, noise=0.2), run, device="cpu", resume=True)
 
 
 def test_a_file_in_the_way_is_named_and_kept(tmp_path: Path) -> None:
@@ -153,7 +175,9 @@ def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
 
 
 def test_divergence_is_named(tmp_path: Path) -> None:
-    config = _config(epochs=2, optimizer={"name": "sgd", "lr": 1e30}, clip=None, schedule={"name": "constant"})
+    config = _config(
+        epochs=2, optimizer={"name": "sgd", "lr": 1e30}, clip_grad_norm=None, schedule={"name": "constant"}
+    )
     with pytest.raises(InputError, match=r"epoch 1: .* lower training\.optimizer\.lr .* no checkpoint yet"):
         train(config, tmp_path / "run", device="cpu")
 
@@ -163,38 +187,33 @@ def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatc
         saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
         return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
 
-    monkeypatch.setattr("robustfpd.training.perturbations.add_uniform_noise", poisoned)
-    with pytest.raises(InputError, match=r"epoch 2: .* checkpoints are from before|epoch 2: .* are from before"):
+    monkeypatch.setattr("robustfpd.training.loop.add_uniform_noise", poisoned)
+    with pytest.raises(InputError, match=r"epoch 2: .* checkpoints in .* are from before"):
         train(_config(), tmp_path / "run", device="cpu")
     weights = read_weights(tmp_path / "run" / "checkpoints" / "last")
     assert all(bool(w.isfinite().all()) for w in weights.values())
 
 
-def _state(tmp_path: Path) -> Path:
-    train(_config(epochs=1), tmp_path / "run", device="cpu")
-    return tmp_path / "run" / "checkpoints" / "last" / "training.pt"
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b"\x80\x02", lambda b: b"hello world"])
-def test_a_damaged_training_state_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    state = _state(tmp_path)
+def test_a_damaged_training_state_is_named(run: Path, damage: Callable[[bytes], bytes]) -> None:
+    state = run / "checkpoints" / "last" / "training.pt"
     state.write_bytes(damage(state.read_bytes()))
     with pytest.raises(InputError, match=r"training\.pt is damaged"):
-        train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+        RunFolder(run).training_state()
 
 
-def test_a_foreign_training_state_is_named(tmp_path: Path) -> None:
-    torch.save({"weights": torch.ones(2)}, _state(tmp_path))
+def test_a_training_state_of_another_origin_is_named(run: Path) -> None:
+    torch.save({"weights": torch.ones(2)}, run / "checkpoints" / "last" / "training.pt")
     with pytest.raises(InputError, match=r"training\.pt is damaged: it does not hold history, optimizer"):
-        train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
+        train(_config(epochs=1), run, device="cpu", resume=True)
 
 
-def test_a_resume_without_the_last_checkpoint_does_not_start_over(tmp_path: Path) -> None:
-    shutil.rmtree(_state(tmp_path).parent)
-    before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    with pytest.raises(InputError, match=r"last is missing, though .*metrics\.csv tells of whole epochs"):
-        train(_config(epochs=1), tmp_path / "run", device="cpu", resume=True)
-    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+def test_a_resume_without_the_last_checkpoint_does_not_start_over(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "last")
+    before = (run / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match=r"last is missing, though .*metrics\.csv lists finished epochs"):
+        train(_config(epochs=1), run, device="cpu", resume=True)
+    assert (run / "metrics.csv").read_bytes() == before
 
 
 def test_each_step_gets_augmented_images_and_the_same_with_noise(
@@ -202,20 +221,12 @@ def test_each_step_gets_augmented_images_and_the_same_with_noise(
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def watched(settings: TrainingConfig, unit: float) -> Step:
-        step = two_phase_step(settings, unit)
+    def recorded(model: nn.Module, clean: Tensor, noisy: Tensor, *rest: Any) -> StepResult:
+        assert rest[-1] == len(seen)
+        seen.append((clean, noisy))
+        return two_phase_step(model, clean, noisy, *rest)
 
-        def watching(
-            model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
-        ) -> StepResult:
-            assert perturbed is not None
-            assert index == len(seen)
-            seen.append((clean, perturbed))
-            return step(model, clean, perturbed, labels, update, index)
-
-        return watching
-
-    monkeypatch.setattr("robustfpd.training.loop.two_phase_step", watched)
+    monkeypatch.setattr("robustfpd.training.loop.two_phase_step", recorded)
     config = _config(epochs=1, noise=0.1)
     train(config, tmp_path / "run", device="cpu")
     clean, noisy = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -239,13 +250,15 @@ def test_gradients_are_clipped_before_the_step(tmp_path: Path, monkeypatch: pyte
         original(self, closure)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    config = _config(epochs=1, clip=0.01, optimizer={"name": "sgd", "lr": 1e-4}, schedule={"name": "constant"})
+    config = _config(
+        epochs=1, clip_grad_norm=0.01, optimizer={"name": "sgd", "lr": 1e-4}, schedule={"name": "constant"}
+    )
     train(config, tmp_path / "run", device="cpu")
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
-class Partly(nn.Module):
-    """A user's network whose batch norm he froze."""
+class UserNet(nn.Module):
+    """A user's network with a batch norm that can be frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,8 +272,8 @@ class Partly(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_the_user_froze_stays_frozen(tmp_path: Path, frozen: bool) -> None:
-    net = Partly()
+def test_a_frozen_batch_norm_stays_frozen(tmp_path: Path, frozen: bool) -> None:
+    net = UserNet()
     net.norm.train(not frozen)
     config = _config(epochs=1)
     model = config.model.model_copy(update={"backbone": "custom", "stages": ("norm", "block")})
@@ -270,10 +283,10 @@ def test_what_the_user_froze_stays_frozen(tmp_path: Path, frozen: bool) -> None:
     assert not torch.equal(state["backbone.net.block.1.running_mean"], torch.zeros(8))
 
 
-def test_a_network_handed_over_in_evaluation_mode_is_trained_all_the_same(tmp_path: Path) -> None:
+def test_a_network_in_evaluation_mode_is_trained_all_the_same(tmp_path: Path) -> None:
     config = _config(epochs=1)
     model = config.model.model_copy(update={"backbone": "custom", "stages": ("norm", "block")})
-    result = train(config.model_copy(update={"model": model}), tmp_path / "run", net=Partly().eval(), device="cpu")
+    result = train(config.model_copy(update={"model": model}), tmp_path / "run", net=UserNet().eval(), device="cpu")
     assert not torch.equal(result.model.state_dict()["backbone.net.norm.running_mean"], torch.zeros(4))
 
 

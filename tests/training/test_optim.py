@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig, parse
-from robustfpd.training.early_stopping import EarlyStopping
+from robustfpd.training.metrics import EarlyStopping
 from robustfpd.training.optim import Schedule, make_optimizer
 
 

@@ -1,98 +1,102 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustfpd.config import OptimizerConfig, RunConfig, TrainingConfig, parse
+from robustfpd.config import AdversarialConfig, OptimizerConfig, RunConfig, TrainingConfig, parse
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Baseline, build, enhance
+from robustfpd.models import FPD, Baseline
 from robustfpd.training.optim import make_optimizer
-from robustfpd.training.stepping import leave_out
-from robustfpd.training.steps import GROUPS, Update, baseline_step, parameter_groups, two_phase_step
+from robustfpd.training.steps import (
+    GROUPS,
+    OptimizerUpdate,
+    adversarial_step,
+    baseline_step,
+    parameter_groups,
+    two_phase_step,
+)
+
+Batch = tuple[Tensor, Tensor, Tensor]
+OPEN = TrainingConfig(threshold=1e9)
+SHUT = TrainingConfig(threshold=0.0)
 
 
-def _model() -> FPD:
-    return enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8).train()
+class Recorded:
+    """An update that records its arguments and does not step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.only: list[frozenset[str] | None] = []
+
+    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
+        self.losses.append(float(loss.detach()))
+        self.only.append(only)
 
 
-def _batch() -> tuple[Tensor, Tensor, Tensor]:
-    draws = torch.Generator().manual_seed(3)
-    clean = torch.rand(6, 1, 8, 8, generator=draws)
-    noisy = clean + 0.1 * (2 * torch.rand(clean.shape, generator=draws) - 1)
-    return clean, noisy, torch.tensor([0, 1, 2, 3, 0, 1])
+def _loss(model: FPD, images: Tensor, target: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+    out = model(images)
+    return F.cross_entropy(out.logits, labels) + F.mse_loss(scale * out.restored, target)
 
 
-def _updating(model: FPD | Baseline, optimizer: torch.optim.Optimizer, losses: list[float]) -> Update:
-    def update(loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
-        if only is not None:
-            leave_out(optimizer, only)
-        optimizer.step()
+def _approx(*losses: Tensor) -> Any:
+    return pytest.approx([float(loss.detach()) for loss in losses], rel=1e-4)
 
-    return update
+
+# Two-phase step
 
 
 @pytest.mark.parametrize("name", ["adam", "adamax", "adamw", "sgd"])
-def test_a_shut_gate_leaves_the_head_byte_identical_and_moves_front_and_restoration(name: str) -> None:
-    model = _model()
-    optimizer = make_optimizer(parameter_groups(model), parse(OptimizerConfig, {"name": name, "weight_decay": 0.1}))
-    clean, noisy, labels = _batch()
+def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_everything_else(
+    fpd: FPD, batch: Batch, name: str
+) -> None:
+    optimizer = make_optimizer(parameter_groups(fpd), parse(OptimizerConfig, {"name": name, "weight_decay": 0.1}))
+    update = OptimizerUpdate(optimizer)
     # An open step first, so that momentum and moments of the head exist and could move it.
-    two_phase_step(TrainingConfig(threshold=1e9))(model, clean, noisy, labels, _updating(model, optimizer, []))
-    before = {k: v.clone() for k, v in model.named_parameters()}
-    losses: list[float] = []
-    result = two_phase_step(TrainingConfig(threshold=0.0))(
-        model, clean, noisy, labels, _updating(model, optimizer, losses)
-    )
-    assert not result.gate_open
-    assert len(losses) == 1
-    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    assert two_phase_step(fpd, *batch, update, OPEN).gate_open
+    before = {k: v.clone() for k, v in fpd.named_parameters()}
+    assert not two_phase_step(fpd, *batch, update, SHUT).gate_open
+    moved = {k for k, v in fpd.named_parameters() if not torch.equal(v, before[k])}
     head = {k for k in before if k.startswith("head.")}
     assert head
-    assert not moved & head
     assert moved == set(before) - head
 
 
-def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone() -> None:
-    model = _model()
-    clean, noisy, labels = _batch()
-    expected = 0.5 * F.mse_loss(copy.deepcopy(model)(noisy).restored, clean)
-    losses: list[float] = []
-    config = TrainingConfig(threshold=0.0, alpha_restore=0.5)
-    two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach())))
-    assert losses == pytest.approx([float(expected.detach())])
+def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, _ = batch
+    expected = 0.5 * F.mse_loss(copy.deepcopy(fpd)(noisy).restored, clean)
+    update = Recorded()
+    result = two_phase_step(fpd, *batch, update, TrainingConfig(threshold=0.0, alpha_restore=0.5))
+    assert update.losses == _approx(expected)
+    assert update.only == [frozenset({"front_and_pyramid", "upscaling"})]
+    assert result.second is None
 
 
-def test_an_open_gate_steps_on_both_phases_in_turn() -> None:
-    model = _model()
-    clean, noisy, labels = _batch()
+def test_an_open_gate_steps_on_both_phases_in_turn(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
     config = TrainingConfig(threshold=1e9, alpha_ce=0.7, alpha_restore=0.3, alpha_restore_second=0.2)
-    first = copy.deepcopy(model)(noisy)
+    reference = copy.deepcopy(fpd)
+    first = reference(noisy)
     loss1 = 0.7 * F.cross_entropy(first.logits, labels) + 0.3 * F.mse_loss(first.restored, clean)
-    twice = copy.deepcopy(model)
-    twice(noisy)  # batch norm has seen the first phase
-    second = twice(first.restored.detach())
+    second = reference(first.restored.detach())  # batch norm has seen the first phase
     loss2 = 0.7 * F.cross_entropy(second.logits, labels) + 0.2 * F.mse_loss(second.restored, clean)
-    losses: list[float] = []
-    result = two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach())))
-    assert result.gate_open
-    assert losses == pytest.approx([float(loss1.detach()), float(loss2.detach())], rel=1e-5)
+    update = Recorded()
+    result = two_phase_step(fpd, *batch, update, config)
+    assert update.losses == _approx(loss1, loss2)
+    assert update.only == [None, None]
+    assert result.first.restoration is not None
+    assert not result.first.restoration.requires_grad
+    assert int(result.first.correct) == int((first.logits.argmax(dim=1) == labels).sum())
 
 
-def test_the_second_phase_stops_at_the_restored_image_unless_joint() -> None:
-    clean, noisy, labels = _batch()
+def test_the_second_phase_stops_at_the_restored_image_unless_joint(fpd: FPD, batch: Batch) -> None:
     gradients: dict[str, list[Tensor]] = {}
     for mode in ("detached", "joint"):
-        model = _model()
-        config = parse(TrainingConfig, {"threshold": 1e9, "second_pass": mode})
-        collected: list[Tensor] = []
+        model, collected = copy.deepcopy(fpd), list[Tensor]()
 
         def backward(loss: Tensor, model: FPD = model, collected: list[Tensor] = collected, **_: object) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -101,103 +105,164 @@ def test_the_second_phase_stops_at_the_restored_image_unless_joint() -> None:
             assert weight.grad is not None
             collected.append(weight.grad.clone())
 
-        two_phase_step(config)(model, clean, noisy, labels, backward)
+        two_phase_step(model, *batch, backward, parse(TrainingConfig, {"threshold": 1e9, "second_pass": mode}))
         gradients[mode] = collected
     assert [len(gradients[m]) for m in ("detached", "joint")] == [2, 1]
-    # Without the cut the second phase also pulls on the first restoration; the sum of both phases differs.
+    # Without the cut phase 2 has a gradient in the first restoration too; the sum of both phases differs.
     assert not torch.allclose(gradients["detached"][-1], gradients["joint"][-1], rtol=1e-3)
 
 
-def test_joint_is_the_sum_of_both_phases() -> None:
-    model = _model()
-    clean, noisy, labels = _batch()
-    baseline = copy.deepcopy(model)
-    first = baseline(noisy)
-    second = baseline(first.restored)
-    expected = sum(F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in (first, second))
-    losses: list[float] = []
-    two_phase_step(TrainingConfig(threshold=1e9, second_pass="joint"))(
-        model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach()))
-    )
-    assert losses == pytest.approx([float(torch.as_tensor(expected).detach())], rel=1e-5)
+def test_joint_is_the_sum_of_both_phases(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
+    reference = copy.deepcopy(fpd)
+    first = reference(noisy)
+    outputs = (first, reference(first.restored))
+    losses = [F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in outputs]
+    update = Recorded()
+    two_phase_step(fpd, *batch, update, TrainingConfig(threshold=1e9, second_pass="joint"))
+    assert update.losses == _approx(losses[0] + losses[1])
 
 
-def _gradients(model: FPD, config: TrainingConfig) -> list[Tensor]:
-    clean, noisy, labels = _batch()
-    two_phase_step(config)(model, clean, noisy, labels, lambda loss, **_: loss.backward())
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def test_a_shared_back_pass_is_the_second_front_pass_where_nothing_stands_between() -> None:
-    model = _model()
-    joint = TrainingConfig(threshold=1e9, second_pass="joint")
-    shared = TrainingConfig(threshold=1e9, second_pass="shared")
-    for middle, alike in (("none", True), ("input", False)):
-        model.config = model.config.model_copy(update={"middle": middle})
-        expected, found = (_gradients(copy.deepcopy(model), config) for config in (joint, shared))
-        assert len(found) == len(expected) > 0
-        apart = [float((a - b).abs().max() / (a.abs().max() + 1)) for a, b in zip(expected, found, strict=True)]
-        same = max(apart) < 1e-4
-        assert same is alike
-
-
-@pytest.mark.parametrize("mode", ["detached", "joint", "shared"])
-def test_a_shared_back_pass_saves_one_of_four_passes(mode: Literal["detached", "joint", "shared"]) -> None:
-    model, passes = _model(), [0]
-    model.backbone.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
-    _gradients(model, TrainingConfig(threshold=1e9, second_pass=mode))
-    assert passes[0] == (3 if mode == "shared" else 4)
-
-
-def test_phase_two_follows_every_so_many_batches() -> None:
-    model, losses = _model(), list[int]()
-    clean, noisy, labels = _batch()
-    step = two_phase_step(TrainingConfig(threshold=1e9, second_pass_interval=3))
+def test_phase_two_runs_in_every_second_pass_interval_th_batch(fpd: FPD, batch: Batch) -> None:
+    steps = []
     for index in range(5):
-        steps: list[float] = []
-        result = step(
-            model, clean, noisy, labels, lambda loss, steps=steps, **_: steps.append(float(loss.detach())), index
-        )
-        losses.append(len(steps))
-        assert (result.second_ce is None) == (len(steps) == 1)
-    assert losses == [2, 1, 1, 2, 1]
+        update = Recorded()
+        result = two_phase_step(fpd, *batch, update, TrainingConfig(threshold=1e9, second_pass_interval=3), index)
+        steps.append(len(update.losses))
+        assert (result.second is None) == (len(update.losses) == 1)
+    assert steps == [2, 1, 1, 2, 1]
 
 
-def test_the_twin_takes_as_many_steps_as_phase_two_makes() -> None:
+def test_the_baseline_takes_as_many_steps_as_the_fpd() -> None:
     def epochs(**training: Any) -> int:
         return parse(RunConfig, {"training": {"epochs": 12, **training}}).baseline().training.epochs
 
-    assert [epochs(), epochs(second_pass_interval=3), epochs(second_pass="joint"), epochs(second_pass="shared")] == [
-        24, 16, 12, 12,
-    ]  # fmt: skip
+    assert [epochs(), epochs(second_pass_interval=3), epochs(second_pass="joint")] == [24, 16, 12]
 
 
-def test_maps_of_another_kind_cannot_be_shared() -> None:
-    with pytest.raises(InputError, match=r"needs model\.pyramid_reads=denoised"):
-        parse(RunConfig, {"training": {"second_pass": "shared"}, "model": {"pyramid_reads": "raw"}})
+def test_the_baseline_steps_once_on_the_cross_entropy_of_noisy_images(baseline: Baseline, batch: Batch) -> None:
+    _, noisy, labels = batch
+    expected = F.cross_entropy(copy.deepcopy(baseline)(noisy), labels)
+    update = Recorded()
+    result = baseline_step(baseline, noisy, labels, update, TrainingConfig(alpha_ce=0.5))
+    assert update.losses == _approx(0.5 * expected)
+    assert result.first.restoration is None
+    with pytest.raises(InputError, match="use baseline_step"):
+        two_phase_step(baseline, *batch, update, OPEN)
 
 
-def test_parameter_groups_tell_pyramid_upscaling_and_head_apart() -> None:
-    model = _model()
-    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model)}
+# Adversarial step
+
+
+@pytest.mark.parametrize("target", ["clean", "input"])
+def test_both_averages_the_losses_on_clean_and_adversarial_images(fpd: FPD, batch: Batch, target: str) -> None:
+    clean, adversarial, labels = batch
+    reference, update = copy.deepcopy(fpd), Recorded()
+    expected = _loss(reference, clean, clean, labels)
+    expected = expected + _loss(reference, adversarial, clean if target == "clean" else adversarial, labels)
+    settings = parse(AdversarialConfig, {"restoration_target": target, "second_pass": False})
+    result = adversarial_step(fpd, *batch, update, OPEN, settings)
+    assert update.losses == _approx(expected / 2)
+    assert result.adversarial is not None
+    assert result.first.counted == result.adversarial.counted == 6
+
+
+@pytest.mark.parametrize("target", ["clean", "input"])
+def test_halves_runs_one_half_clean_and_the_other_adversarial(fpd: FPD, batch: Batch, target: str) -> None:
+    clean, adversarial, labels = batch
+    half = adversarial[3:]
+    images = torch.cat([clean[:3], half])
+    out = copy.deepcopy(fpd)(images)
+    expected = F.cross_entropy(out.logits, labels) + F.mse_loss(out.restored, clean if target == "clean" else images)
+    update = Recorded()
+    settings = parse(AdversarialConfig, {"batch": "halves", "restoration_target": target, "second_pass": False})
+    result = adversarial_step(fpd, clean, half, labels, update, OPEN, settings)
+    assert update.losses == _approx(expected)
+    assert result.adversarial is not None
+    assert (result.first.counted, result.adversarial.counted) == (3, 3)
+    assert [float(result.adversarial.ce)] == _approx(F.cross_entropy(out.logits[3:], labels[3:]))
+
+
+def test_the_second_pass_starts_from_the_restored_adversarial_images(fpd: FPD, batch: Batch) -> None:
+    clean, adversarial, labels = batch
+    reference, update = copy.deepcopy(fpd), Recorded()
+    reference(clean)  # batch norm sees the passes in this order
+    second = reference(reference(adversarial).restored.detach())
+    config = TrainingConfig(threshold=1e9, alpha_restore_second=0.3)
+    expected = F.cross_entropy(second.logits, labels) + 0.3 * F.mse_loss(second.restored, clean)
+    result = adversarial_step(fpd, *batch, update, config, AdversarialConfig())
+    assert update.losses[1:] == _approx(expected)
+    assert result.second is not None
+
+
+def test_restored_scale_enters_gate_and_clean_loss_alone(fpd: FPD, batch: Batch) -> None:
+    clean, adversarial, labels = batch
+    scaled = F.mse_loss(255 * copy.deepcopy(fpd)(clean).restored, clean).detach()
+    settings = AdversarialConfig(restored_scale=255, second_pass=False)
+    shut, opened = Recorded(), Recorded()
+    adversarial_step(copy.deepcopy(fpd), *batch, shut, TrainingConfig(threshold=float(scaled) * 0.99), settings)
+    assert shut.losses == _approx(scaled)
+    assert shut.only == [frozenset({"front_and_pyramid", "upscaling"})]
+    reference = copy.deepcopy(fpd)
+    expected = _loss(reference, clean, clean, labels, 255) + _loss(reference, adversarial, clean, labels)
+    adversarial_step(fpd, *batch, opened, TrainingConfig(threshold=float(scaled) * 1.1), settings)
+    assert opened.losses == _approx(expected / 2)
+    assert opened.only == [None]
+
+
+def test_without_a_gate_everything_steps_at_any_restoration_loss(fpd: FPD, batch: Batch) -> None:
+    update = Recorded()
+    result = adversarial_step(fpd, *batch, update, SHUT, AdversarialConfig(gate=False, second_pass=False))
+    assert result.gate_open
+    assert update.only == [None]
+
+
+def test_without_adversarial_images_there_is_no_second_pass(fpd: FPD, batch: Batch) -> None:
+    clean, _, labels = batch
+    expected = _loss(copy.deepcopy(fpd), clean, clean, labels)
+    update = Recorded()
+    result = adversarial_step(fpd, clean, None, labels, update, OPEN, AdversarialConfig())
+    assert update.losses == _approx(expected)
+    assert result.adversarial is None
+    assert result.second is None
+
+
+def test_the_baseline_s_adversarial_step_is_on_the_mean_cross_entropy(baseline: Baseline, batch: Batch) -> None:
+    clean, adversarial, labels = batch
+    reference = copy.deepcopy(baseline)
+    expected = (F.cross_entropy(reference(clean), labels) + F.cross_entropy(reference(adversarial), labels)) / 2
+    update = Recorded()
+    result = adversarial_step(baseline, *batch, update, OPEN, AdversarialConfig())
+    assert update.losses == _approx(expected)
+    assert result.first.restoration is None
+
+
+# Parameter groups and update
+
+
+def test_parameter_groups_separate_front_upscaling_and_head(fpd: FPD, baseline: Baseline) -> None:
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(fpd)}
     assert tuple(groups) == GROUPS
-    assert groups["head"] == {id(p) for p in model.head.parameters()}
-    assert groups["upscaling"] == {id(p) for p in model.decoder.upscale.parameters()}
-    assert groups["front_and_pyramid"] >= {id(p) for p in model.decoder.laterals.parameters()}
-    everything = [i for members in groups.values() for i in members]
-    assert sorted(everything) == sorted(id(p) for p in model.parameters())
-    baseline = build(model.task, model.config.baseline())
+    assert groups["head"] == {id(p) for p in fpd.head.parameters()}
+    assert groups["upscaling"] == {id(p) for p in fpd.decoder.upscale.parameters()}
+    assert groups["front_and_pyramid"] >= {id(p) for p in fpd.decoder.laterals.parameters()}
+    members = [i for group in groups.values() for i in group]
+    assert sorted(members) == sorted(id(p) for p in fpd.parameters())
     assert [group["name"] for group in parameter_groups(baseline)] == ["front_and_pyramid", "head"]
 
 
-def test_the_twin_steps_once_on_the_cross_entropy_of_noisy_images() -> None:
-    fpd = _model()
-    baseline = build(fpd.task, fpd.config.baseline()).train()
-    clean, noisy, labels = _batch()
-    expected = F.cross_entropy(copy.deepcopy(baseline)(noisy), labels)
-    losses: list[float] = []
-    result = baseline_step(TrainingConfig())(
-        baseline, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach()))
-    )
-    assert losses == pytest.approx([float(expected.detach())])
-    assert result.restoration is None
+def test_an_update_clips_the_gradient_of_all_groups_before_it_leaves_some_out(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
+    reference = copy.deepcopy(fpd)
+    _loss(reference, noisy, clean, labels).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    torch.optim.SGD(reference.decoder.upscale.parameters(), lr=1.0).step()
+    update = OptimizerUpdate(torch.optim.SGD(parameter_groups(fpd), lr=1.0), clip_grad_norm=0.1)
+    update(_loss(fpd, noisy, clean, labels), only=frozenset({"upscaling"}))
+    for (name, p), expected in zip(fpd.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(p, expected, atol=1e-7), name
+
+
+def test_an_optimizer_without_named_groups_is_refused(fpd: FPD) -> None:
+    with pytest.raises(InputError, match=r"found None; build it from robustfpd\.training\.parameter_groups\(model\)"):
+        OptimizerUpdate(torch.optim.SGD(fpd.parameters(), lr=0.1))

@@ -83,23 +83,25 @@ def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObser
 
 def _phase(progress: TrainingProgress) -> str:
     """Phase and gate; the undefended baseline has neither."""
-    if progress.step.restoration is None:
+    step = progress.step
+    if step.first.restoration is None:
         return ""
-    if progress.step.second_ce is None and progress.step.gate_open and progress.step.adversarial_ce is None:
-        return "  clean epoch, gate open"
-    if progress.step.adversarial_ce is not None:
-        return "  adversarial, gate open" if progress.step.gate_open else "  adversarial, gate shut"
-    return "  phases 1+2, gate open" if progress.step.gate_open else "  phase 1, gate shut"
+    gate = "gate open" if step.gate_open else "gate shut"
+    if step.adversarial is not None:
+        return f"  adversarial, {gate}"
+    if not step.gate_open:
+        return f"  phase 1, {gate}"
+    return f"  phases 1+2, {gate}" if step.second is not None else f"  clean epoch, {gate}"
 
 
 def _details(progress: TrainingProgress) -> str:
-    step = progress.step
+    step, second = progress.step, progress.step.second
     accuracy = 100 * float(progress.correct) / progress.seen
-    parts = [f"CE {_pair(step.ce, step.second_ce)}"]
-    if step.adversarial_ce is not None:
-        parts.append(f"adversarial CE {float(step.adversarial_ce):.2g}")
-    if step.restoration is not None:
-        parts.append(f"L2 {_pair(step.restoration, step.second_restoration)}")
+    parts = [f"CE {_pair(step.first.ce, None if second is None else second.ce)}"]
+    if step.adversarial is not None:
+        parts.append(f"adversarial CE {float(step.adversarial.ce):.2g}")
+    if step.first.restoration is not None:
+        parts.append(f"L2 {_pair(step.first.restoration, None if second is None else second.restoration)}")
     parts += [
         f"acc {accuracy:.1f} %",
         f"{progress.images_per_second:.0f} img/s",

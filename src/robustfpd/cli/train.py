@@ -17,7 +17,6 @@ from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from robustfpd.config import Precision, RunConfig, StageName
     from robustfpd.data import Counts, ImageSet
@@ -291,32 +290,35 @@ def _training_batch(
     import torch
 
     from robustfpd.data.batches import batches
-    from robustfpd.training.adversarial import adversarial_step
+    from robustfpd.data.noise import add_uniform_noise
+    from robustfpd.models import FPD
+    from robustfpd.training import (
+        OptimizerUpdate,
+        adversarial_images,
+        adversarial_step,
+        baseline_step,
+        parameter_groups,
+        two_phase_step,
+    )
     from robustfpd.training.optim import make_optimizer
-    from robustfpd.training.perturbations import adversary, noise
-    from robustfpd.training.steps import baseline_step, parameter_groups, two_phase_step
 
     # An open gate is the upper bound: a shut one leaves out phase 2.
     config = run.training.model_copy(update={"threshold": math.inf})
-    if run.stage == "adversarial":
-        perturb, step = adversary(run.adversarial), adversarial_step(config, run.adversarial)
-    else:
-        fpd = run.model.defence == "fpd"
-        perturb, step = noise(config), two_phase_step(config) if fpd else baseline_step(config)
-    optimizer = make_optimizer(parameter_groups(model), run.procedure.optimizer)
+    update = OptimizerUpdate(make_optimizer(parameter_groups(model), run.procedure.optimizer))
     clean, labels = next(batches(images, run.procedure.batch_size, device))
     draws = torch.Generator(device=device)
 
-    def update(loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
-        # `second_pass: through` goes back through a graph whose weights have moved.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(model.parameters())):  # type: ignore[attr-defined]
-            optimizer.step()
-
     def train_batch(epoch: int, index: int) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            step(model, clean, perturb(model, clean, labels, epoch, draws), labels, update, index)
+            if run.stage == "adversarial":
+                adversarial = adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
+                adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial, index)
+                return
+            noisy = add_uniform_noise(clean, config.noise, draws)
+            if isinstance(model, FPD):
+                two_phase_step(model, clean, noisy, labels, update, config, index)
+            else:
+                baseline_step(model, noisy, labels, update, config)
 
     return train_batch
 

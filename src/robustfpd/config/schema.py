@@ -102,12 +102,9 @@ class ProcedureConfig(Config):
     activation_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass: a third slower, a fraction of the memory. With
     `second_pass: through` they are computed with the weights that have moved since, which the published code kept."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes: `ddp` (which `auto` takes) keeps everything in each of them, `fsdp` shares out weights,
-    gradients and the optimiser's state, which is slower and saves memory. The training is the same."""
     sync_batchnorm: bool = False
-    """With several processes: whether batch norm takes mean and variance of the whole batch, as one process does, or of
-    each process's own part."""
+    """On several GPUs: batch norm over the batch of all ranks, as one process computes it, instead of over each rank's
+    part."""
     early_stop_patience: int | None = Field(default=20, ge=1)
     """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops.
 
@@ -133,18 +130,17 @@ class TrainingConfig(ProcedureConfig):
     """Weight of the restoration loss in phase 1."""
     alpha_restore_second: float = Field(default=1.0, ge=0)
     """Weight of the restoration loss in phase 2."""
-    second_pass: Literal["detached", "joint", "shared", "through"] = "detached"
+    second_pass: Literal["detached", "joint", "through"] = "detached"
     """`detached`: phase 2 is a step of its own whose gradient stops at the restored image; `joint`: both phases in one
-    backward and one step; `shared`: as `joint`, with phase 1's back pass taken for phase 2's front pass, so that three
-    passes through the backbone do for four (adversarial training takes `joint`); `through` (published code): a step of
-    its own whose gradient goes on into phase 1's graph, whose weights have moved since."""
+    backward pass and one step; `through` (published code): a step of its own whose gradient continues into phase 1's
+    graph, although the weights in it have been stepped."""
     second_pass_interval: int = Field(default=1, ge=1)
     """Phase 2 follows in the first of every so many batches of an epoch."""
 
     @property
     def steps_per_batch(self) -> float:
         """Optimiser steps that a batch takes while the gate is open, on average."""
-        return 1.0 if self.second_pass in ("joint", "shared") else 1 + 1 / self.second_pass_interval
+        return 1.0 if self.second_pass == "joint" else 1 + 1 / self.second_pass_interval
 
 
 class AdversarialConfig(ProcedureConfig):
@@ -399,15 +395,6 @@ class RunConfig(Config):
     """Procedure of the second stage."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Attacks."""
-
-    @model_validator(mode="after")
-    def _maps_to_share(self) -> RunConfig:
-        if self.training.second_pass == "shared" and self.model.pyramid_reads == "raw":
-            raise ValueError(
-                "training.second_pass=shared needs model.pyramid_reads=denoised: the maps it shares are those that "
-                "the next stage reads"
-            )
-        return self
 
     @property
     def procedure(self) -> ProcedureConfig:

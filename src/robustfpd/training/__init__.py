@@ -2,6 +2,41 @@
 
 from robustfpd.training.loop import train
 from robustfpd.training.metrics import EpochMetrics, Observer, Progress, TrainResult
+from robustfpd.training.perturbations import adversarial_images
 from robustfpd.training.run_folder import RunFolder
+from robustfpd.training.steps import (
+    OptimizerUpdate,
+    PassLosses,
+    StepResult,
+    Update,
+    adversarial_step,
+    baseline_step,
+    parameter_groups,
+    pass_losses,
+    phase_one_loss,
+    phase_two_loss,
+    restoration_unit,
+    two_phase_step,
+)
 
-__all__ = ["EpochMetrics", "Observer", "Progress", "RunFolder", "TrainResult", "train"]
+__all__ = [
+    "EpochMetrics",
+    "Observer",
+    "OptimizerUpdate",
+    "PassLosses",
+    "Progress",
+    "RunFolder",
+    "StepResult",
+    "TrainResult",
+    "Update",
+    "adversarial_images",
+    "adversarial_step",
+    "baseline_step",
+    "parameter_groups",
+    "pass_losses",
+    "phase_one_loss",
+    "phase_two_loss",
+    "restoration_unit",
+    "train",
+    "two_phase_step",
+]

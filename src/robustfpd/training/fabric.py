@@ -1,8 +1,8 @@
-"""Lightning Fabric for a training: one device, or one for each of the processes that torchrun or SLURM started."""
+"""A model on its devices, by Lightning Fabric: device, precision, DDP, synchronised batch norm, checkpointing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,128 +12,184 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
-from torch import nn
+from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from robustfpd.config import Precision, RunConfig
 from robustfpd.device import resolve_device, resolve_precision
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup
 from robustfpd.errors import InputError, first_line
-from robustfpd.training.sharding import share_out
+from robustfpd.models import FPD, Baseline
+from robustfpd.models.ops.elu import keep_inputs
+from robustfpd.training.steps import OptimizerUpdate
 
-_FABRICS = {"fp32": "32-true", "bf16": "bf16-mixed"}
-"""Fabric's names of the precisions."""
+_FABRIC_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -> Fabric:
-    """Return the Fabric of a run, in each of its processes, which have met; `device`, `precision`: as `train` has them.
+    """Return this rank's Fabric; the process group is initialised before.
+
+    Args:
+        config: settings of the run.
+        device: as in `robustfpd.train`.
+        precision: as in `robustfpd.train`.
+        folder: run folder, for TensorBoard.
 
     Raises:
-        InputError: a device or a precision that is not there.
+        InputError: an unavailable device or precision, or `sync_batchnorm` on CPUs.
     """
     logger = TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
     environment = LaunchEnvironment.read()
     target = resolve_device(device, environment.world_size)
     options: dict[str, Any] = {"devices": 1 if target.index is None else [target.index]}
     if environment.world_size > 1:
-        strategy = _Sharded if config.procedure.strategy == "fsdp" else _Replicated
+        if config.procedure.sync_batchnorm and target.type != "cuda":
+            raise InputError(
+                "sync_batchnorm=true needs GPUs: torch has no synchronised batch norm for CPUs; "
+                "leave out sync_batchnorm=true, or train in one process"
+            )
         options = {
-            "devices": environment.local_world_size, "num_nodes": environment.num_nodes, "strategy": strategy(),
+            "devices": environment.local_world_size, "num_nodes": environment.num_nodes, "strategy": _DDPStrategy(),
             "plugins": [TorchElasticEnvironment()],
         }  # fmt: skip
+    fabric_precision: Any = _FABRIC_PRECISIONS[resolve_precision(precision, target)]
     try:
-        fabric_precision: Any = _FABRICS[resolve_precision(precision, target)]
         fabric = Fabric(accelerator=target.type, precision=fabric_precision, loggers=logger, **options)
         fabric.launch()
-    except InputError:
-        raise
     except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"device {device!r} with precision {precision!r} cannot be used here: {first_line(error)}"
-        ) from None
+        reason = first_line(error)
+        raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None
     return fabric
 
 
-def check(config: RunConfig, environment: LaunchEnvironment) -> None:
-    """Refuse settings that several processes cannot keep."""
-    settings = config.procedure
-    stage = "adversarial" if config.stage == "adversarial" else "training"
-    # Each process needs as much of the clean half of a batch as of the adversarial one.
-    halves = stage == "adversarial" and config.adversarial.batch == "halves"
-    parts = environment.world_size * (2 if halves else 1)
-    if settings.batch_size % parts:
-        near = max(parts, settings.batch_size // parts * parts)
-        why = f"{environment.world_size} processes" + (" with halves of their own" if halves else "")
-        raise InputError(
-            f"{stage}.batch_size is what all processes share, and must be a multiple of {parts} for {why}, found "
-            f"{settings.batch_size}; give {stage}.batch_size={near}"
-        )
-    through = config.training.second_pass == "through" and (stage == "training" or config.adversarial.second_pass)
-    if settings.strategy == "fsdp" and through:
-        raise InputError(
-            "training.second_pass=through goes back through weights that fsdp has shared out again; take "
-            f"{stage}.strategy=ddp, or training.second_pass=detached"
-        )
+class DDPWithExplicitBackward(DistributedDataParallel):
+    """Torch's DDP, prepared for each backward pass by its caller instead of by the forward pass.
 
-
-class GradientsTogether(DistributedDataParallel):
-    """Torch's DDP, told of each backward pass, all of which go through `backward`.
-
-    By itself DDP concludes from forward passes which gradients will come. That goes wrong here: a shut gate leaves out
-    the head, `joint` runs two forward passes before one backward pass, `through` goes back through one graph twice.
+    DDP expects one backward pass after each forward pass, with a gradient for every parameter. Here a shut gate gives
+    the head none, `joint` makes two forward passes before one backward pass, and `through` goes back through one graph
+    twice.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__(module, gradient_as_bucket_view=True, **options)
-        self.complete = False
-        """Whether losses that mean all parameters do reach all."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the module alone; nothing is sent around."""
+        """Call the module, without communication."""
         return self.module(*inputs, **options)
 
-    def backward(self, run: Callable[[], None], *, partial: bool) -> None:
-        """Average over the processes the gradients that `run` adds to none; `partial` if some get none.
-
-        As soon as it is known that all get one, they travel while the rest is computed.
-        """
-        if self.complete and not partial:
-            self.reducer._rebuild_buckets()
-            self.reducer.prepare_for_backward([])
-            run()
-            return
-        run()
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        ProcessGroup.current().all_reduce_mean_(gradients)
-        self.complete = self.complete or len(gradients) == len(trained)
+    def prepare_for_backward(self) -> None:
+        """Average the gradients over the ranks during the next backward pass, which must reach every parameter."""
+        self.reducer._rebuild_buckets()
+        self.reducer.prepare_for_backward([])
 
 
-def replicated(model: nn.Module) -> GradientsTogether | None:
-    """What averages the gradients of a model that Fabric set up; None where nothing, or Fabric itself, does."""
-    return next((m for m in model.modules() if isinstance(m, GradientsTogether)), None)
-
-
-class _Replicated(DDPStrategy):
-    """Fabric's DDP, by `GradientsTogether`."""
+class _DDPStrategy(DDPStrategy):
+    """Fabric's DDP by `DDPWithExplicitBackward`."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """Wrap the model; weights and buffers become those of process 0."""
+        """Wrap the model; weights and buffers become those of rank 0."""
         devices = self._determine_ddp_device_ids()
         # As Fabric does, on a stream beside the default one.
         with torch.cuda.stream(torch.cuda.Stream()) if devices is not None else nullcontext():  # type: ignore[no-untyped-call]
-            return GradientsTogether(module, device_ids=devices)
+            return DDPWithExplicitBackward(module, device_ids=devices)
 
 
-class _Sharded(_Replicated):
-    """FSDP: torch's `fully_shard`, in place, with the whole model as one unit.
+class FabricUpdate(OptimizerUpdate):
+    """The update of a model and an optimizer that Fabric set up, on one device or by DDP."""
 
-    Not Fabric's own FSDP strategy, which refuses CPUs and loses parameters that a shut gate leaves without gradient.
-    One unit: smaller ones would have to survive a backbone that runs twice in a forward pass and leaves early, and what
-    fills memory here are activations, not weights.
+    def __init__(self, fabric: Fabric, model: nn.Module, optimizer: Any, clip_grad_norm: float | None) -> None:
+        super().__init__(optimizer, clip_grad_norm, fabric.backward)
+        self.ddp = next((m for m in model.modules() if isinstance(m, DDPWithExplicitBackward)), None)
+        self._reaches_all = False  # whether a loss of the whole model gives every parameter a gradient
+
+    def compute_gradients(self, loss: Tensor, *, partial: bool, retain_graph: bool) -> None:
+        """Run the backward pass; several ranks average their gradients.
+
+        Communication overlaps with the backward pass, except in the first one and where `partial` leaves parameters
+        without a gradient.
+        """
+        if self.ddp is not None and self._reaches_all and not partial:
+            self.ddp.prepare_for_backward()
+        super().compute_gradients(loss, partial=partial, retain_graph=retain_graph)
+        if self.ddp is not None and (partial or not self._reaches_all):
+            trained = [p for p in self.ddp.module.parameters() if p.requires_grad]
+            gradients = [p.grad for p in trained if p.grad is not None]
+            ProcessGroup.current().all_reduce_mean_(gradients)
+            self._reaches_all = self._reaches_all or len(gradients) == len(trained)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Replace each batch norm by one over the batch of all ranks; weights keep their names.
+
+    Raises:
+        InputError: a batch norm that overrides `forward`.
+    """
+    before = dict(model.named_modules())
+    for name, module in before.items():
+        known = isinstance(module, BatchNormAct2d | nn.SyncBatchNorm) or type(module).forward is _BatchNorm.forward
+        if isinstance(module, _BatchNorm) and not known:
+            raise InputError(
+                f"{name} is a {type(module).__name__}, a batch norm that overrides forward and cannot be synchronised; "
+                "leave out sync_batchnorm=true"
+            )
+    convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        # A stage may end in a batch norm: its hook collects the feature map.
+        module._forward_hooks.update(before[name]._forward_hooks)
+
+
+def checkpoint_activations(model: FPD | Baseline) -> None:
+    """Recompute the activations of each stage's blocks in the backward pass instead of keeping them.
+
+    Weights, gradients and batch norm statistics stay the same (Chen et al., 2016, arXiv 1604.06174).
+    """
+    keep_inputs(model)  # the recomputation needs a block's input
+    for name in model.backbone.stage_names:
+        for block in model.backbone.net.get_submodule(name).children():
+            if any(True for _ in block.parameters()):
+                _checkpoint_block(block)
+
+
+def _checkpoint_block(block: nn.Module) -> None:
+    forward = block.forward
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+
+    def checkpointed(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **options)
+        # Dense blocks pass a list that grows later: the recomputation needs its present length.
+        copies = [list(i) if isinstance(i, list) else i for i in inputs]
+        return checkpoint(
+            forward,
+            *copies,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _FrozenStatistics(norms)),
+            **options,
+        )
+
+    block.forward = checkpointed
+
+
+class _FrozenStatistics:
+    """Keeps running statistics during the recomputation: the forward pass has updated them.
+
+    Can be entered again: with a retained graph each backward pass recomputes.
     """
 
-    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """Share out the weights of the model, which all processes have made alike; they become other parameters."""
-        share_out(module, self.root_device)
-        return module
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+        self.momenta: list[float | None] = []
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)

@@ -1,148 +1,340 @@
-"""One training step: the two-phase procedure with its gate, and the undefended baseline's.
+"""The training steps: two-phase, adversarial and baseline, with their losses and the optimizer update.
 
-Li et al., CVPR 2020: while the restoration loss is above the threshold T only the front pass and
-the restoration learn; below it everything learns, then once more from the restored image.
+The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labels y and x_noisy = x + U(-ε, ε)::
+
+    Phase 1    ŷ¹, x'¹ = FPD(x_noisy)      L2 = MSE(x'¹, x)
+               L2 > T (gate shut):  step on α₂·L2 for FPD_FD and FPD_R only, and stop
+               otherwise (open):    step on α₁·CE(ŷ¹, y) + α₂·L2
+    Phase 2    ŷ², x'² = FPD(x'¹)          step on α₁·CE(ŷ², y) + α₂'·MSE(x'², x)
+
+The functions take any loop's model, batch and optimizer; `robustfpd.training.train` calls the same ones::
+
+    config = TrainingConfig(noise=0.1, threshold=0.5)
+    update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(model), lr=1e-3), clip_grad_norm=10.0)
+    for clean, labels in loader:
+        noisy = clean + config.noise * (2 * torch.rand_like(clean) - 1)
+        result = two_phase_step(model, clean, noisy, labels, update, config)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.config import TrainingConfig
+from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.distributed import ProcessGroup
+from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline, FPDOutput
-from robustfpd.training.objectives import PassLosses, first_objective, pass_losses, second_objective
 
-GROUPS = ("front_and_pyramid", "upscaling", "head")
-"""Names of the parameter groups: FPD_FD with its pyramid, the transposed convolutions, the classification layer."""
+# Losses
 
 
-class Update(Protocol):
-    """Clears gradients, runs the backward pass, clips all gradients together, steps the optimiser."""
+class PassLosses(NamedTuple):
+    """Losses of one forward pass, each a scalar, and its accuracy as a count."""
 
-    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, keep_graph: bool = False) -> None:
-        """Step on `loss`.
+    ce: Tensor
+    """Cross-entropy of the logits."""
+    restoration: Tensor | None
+    """L2, the mean squared error between restored and clean images; None for a baseline."""
+    correct: Tensor
+    """Count of correctly classified images."""
+    counted: int
+    """Count of images."""
 
-        Args:
-            loss: a scalar.
-            only: names of the parameter groups that step; None lets all step that the loss reaches.
-            keep_graph: a later loss goes back through this loss's graph, although the weights in it have moved.
-        """
+    def detach(self) -> PassLosses:
+        """Return the losses without their graphs."""
+        restoration = None if self.restoration is None else self.restoration.detach()
+        return self._replace(ce=self.ce.detach(), restoration=restoration)
+
+
+def pass_losses(
+    logits: Tensor, restored: Tensor | None, clean: Tensor, labels: Tensor, unit: Tensor | float = 1.0,
+    scale: float = 1.0,
+) -> PassLosses:  # fmt: skip
+    """Return the losses of one forward pass.
+
+    Args:
+        logits: N×K, as the head returns them; the published head squashes them.
+        restored: N×C×H×W, an FPD's restored images; None for a baseline.
+        clean: N×C×H×W in [0, 1], the target of the restoration: the images without noise.
+        labels: N class indices.
+        unit: unit of the restoration loss, see `restoration_unit`.
+        scale: factor on the restored images; 255 in the published MNIST code.
+    """
+    restoration = None if restored is None else F.mse_loss(scale * restored / unit, clean / unit)
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return PassLosses(F.cross_entropy(logits, labels), restoration, correct, len(labels))
+
+
+def phase_one_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
+    """Return α₁·CE + α₂·L2, phase 1's loss with the gate open; for a baseline α₁·CE."""
+    return _weighted(losses, config.alpha_ce, config.alpha_restore)
+
+
+def phase_two_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
+    """Return α₁·CE + α₂'·L2, phase 2's loss."""
+    return _weighted(losses, config.alpha_ce, config.alpha_restore_second)
+
+
+def _weighted(losses: PassLosses, alpha_ce: float, alpha_restore: float) -> Tensor:
+    loss = alpha_ce * losses.ce
+    return loss if losses.restoration is None else loss + alpha_restore * losses.restoration
+
+
+def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
+    """Return the unit of noise and restoration loss, in pixels of [0, 1].
+
+    1 with `space: pixels`. With `space: normalised` it is the model's std, 1×C×1×1, because the published code
+    compares normalised images.
+    """
+    if config.space == "pixels":
+        return 1.0
+    std = model.std
+    assert isinstance(std, Tensor)
+    return std
+
+
+# Steps
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step saw. Losses are scalars without a graph; None where a phase has none."""
+    """Losses of one step, detached."""
 
-    ce: Tensor
-    restoration: Tensor | None
-    second_ce: Tensor | None
-    second_restoration: Tensor | None
-    gate_open: bool
-    correct: Tensor
-    """Number of training images (noisy, or the clean ones of adversarial training) classified correctly."""
-    counted: int
-    """Of how many."""
-    adversarial_ce: Tensor | None = None
-    adversarial_correct: Tensor | None = None
-    """Number of adversarial training images classified correctly."""
-    adversarial_counted: int = 0
+    first: PassLosses
+    """Phase 1; in adversarial training its clean images."""
+    second: PassLosses | None = None
+    """Phase 2; None where it did not run."""
+    adversarial: PassLosses | None = None
+    """Phase 1 of adversarial training, on the adversarial images."""
+    gate_open: bool = True
 
 
-class Step(Protocol):
-    """A training step on one batch."""
+def two_phase_step(
+    model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig,
+    index: int = 0,
+) -> StepResult:  # fmt: skip
+    """Train an FPD on one batch in two phases, as above.
 
-    def __call__(
-        self, model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
-    ) -> StepResult:
-        """Train `model` on a batch, the epoch's `index`-th, through `update`; `perturbed` are noisy or adversarial."""
+    Args:
+        model: an FPD in training mode.
+        clean: N×C×H×W in [0, 1], augmented or not.
+        noisy: the same images with noise, not clipped.
+        labels: N class indices.
+        update: clears gradients, runs the backward pass and steps; usually an `OptimizerUpdate`.
+        config: α₁, α₂, α₂', T (`threshold`), `gate_trains`, `second_pass`, `second_pass_interval` and `space`.
+        index: position of the batch in its epoch: phase 2 follows in every `second_pass_interval`-th batch.
 
-
-def two_phase_step(config: TrainingConfig, unit: Tensor | float = 1.0) -> Step:
-    """Return the step of two-phase training under `config`; `unit` is that of the restoration loss, in pixels."""
-
-    def step(
-        model: Any, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
-    ) -> StepResult:
-        assert perturbed is not None
-        shared = config.second_pass == "shared"
-        first, maps = model.with_maps(perturbed) if shared else (model(perturbed), None)
-        losses = pass_losses(first.logits, first.restored, clean, labels, unit)
-        correct = (first.logits.argmax(dim=1) == labels).sum()
-        ce, restoration = losses.ce.detach(), losses.restoration.detach()
-        if not gate_open(losses.restoration, config):
-            update(config.alpha_restore * losses.restoration, only=gated(config))
-            return StepResult(ce, restoration, None, None, False, correct, len(labels))
-        loss = first_objective(losses, config)
-        if index % config.second_pass_interval:
-            update(loss)
-            return StepResult(ce, restoration, None, None, True, correct, len(labels))
-        again = None if maps is None else lambda: model.again(maps, first.restored)
-        second = second_phase(model, first.restored, clean, labels, loss, config, update, unit, again=again)
-        return StepResult(ce, restoration, second.ce.detach(), second.restoration.detach(), True, correct, len(labels))
-
-    return step
-
-
-def second_phase(
-    model: nn.Module, restored: Tensor, clean: Tensor, labels: Tensor, loss: Tensor, config: TrainingConfig,
-    update: Update, unit: Tensor | float = 1.0, *, again: Callable[[], FPDOutput] | None = None,
-) -> PassLosses:  # fmt: skip
-    """Step on phase 1's `loss`, and on phase 2's, from the restored images, as `config.second_pass` says.
-
-    `again` gives what phase 2 gives where it is not the whole model on the restored images.
+    Raises:
+        InputError: the model is not an FPD.
     """
-    if config.second_pass in ("joint", "shared"):
-        out = again() if again is not None else model(restored)
-        second = pass_losses(out.logits, out.restored, clean, labels, unit)
-        update(loss + second_objective(second, config))
-        return second
-    through = config.second_pass == "through"
-    update(loss, keep_graph=through)
-    out = model(restored if through else restored.detach())
-    second = pass_losses(out.logits, out.restored, clean, labels, unit)
-    update(second_objective(second, config))
-    return second
+    logits, restored = _forward(model, noisy)
+    first, second = pass_losses(logits, restored, clean, labels, restoration_unit(model, config)), None
+    if restored is None or first.restoration is None:
+        raise InputError("two_phase_step trains an FPD, found a model without restored images; use baseline_step")
+    gate_open = gate_opens(first.restoration, config)
+    if not gate_open:
+        update(config.alpha_restore * first.restoration, only=gated_groups(config))
+    elif index % config.second_pass_interval:
+        update(phase_one_loss(first, config))
+    else:
+        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config)
+    return StepResult(first.detach(), second, None, gate_open)
 
 
-def gate_open(restoration: Tensor, config: TrainingConfig) -> bool:
-    """Return whether the mean restoration loss over all ranks is at most the threshold T."""
-    return not bool(ProcessGroup.current().all_reduce_mean(restoration) > config.threshold)
+def _both_phases(
+    model: nn.Module, loss: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, update: Update,
+    config: TrainingConfig,
+) -> PassLosses:  # fmt: skip
+    """Step on phase 1's `loss` and on phase 2's, which starts from phase 1's restored images.
+
+    `detached`: two steps; phase 2's gradient stops at the restored images. `joint`: one step on the sum of both losses.
+    `through` (published code): two steps; phase 2's gradient continues into phase 1's graph.
+    """
+    unit, mode = restoration_unit(model, config), config.second_pass
+    if mode == "joint":
+        second = pass_losses(*_forward(model, restored), clean, labels, unit)
+        update(loss + phase_two_loss(second, config))
+        return second.detach()
+    update(loss, retain_graph=mode == "through")
+    images = restored if mode == "through" else restored.detach()
+    second = pass_losses(*_forward(model, images), clean, labels, unit)
+    update(phase_two_loss(second, config))
+    return second.detach()
 
 
-def gated(config: TrainingConfig) -> frozenset[str]:
-    """Names of the groups that step behind the shut gate."""
-    if config.gate_trains == "upscaling":
-        return frozenset({"upscaling"})
-    return frozenset({"front_and_pyramid", "upscaling"})
+def adversarial_step(
+    model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, update: Update,
+    config: TrainingConfig, settings: AdversarialConfig, index: int = 0,
+) -> StepResult:  # fmt: skip
+    """Train an FPD or a baseline on clean and adversarial images, half of the loss on each (Madry et al., ICLR 2018).
+
+    An FPD then runs phase 2 on the restored adversarial images. The gate reads the clean images' restoration loss.
+
+    Args:
+        model: an FPD or a baseline in training mode.
+        clean: N×C×H×W in [0, 1].
+        adversarial: adversarial images of all N images with `batch: both`, of the second half of the batch with
+            `batch: halves`, as `adversarial_images` returns them. None trains on clean images alone, without phase 2.
+        labels: N class indices.
+        update: as in `two_phase_step`.
+        config: as in `two_phase_step`: weights of the losses, gate and phase 2 are those of the first stage.
+        settings: `batch`, `restoration_target`, `restored_scale`, `gate` and `second_pass`.
+        index: as in `two_phase_step`.
+    """
+    passes, restored = _clean_and_adversarial(model, clean, adversarial, labels, config, settings)
+    first, second, gate_open = passes[0], None, True
+    if first.restoration is not None and settings.gate:
+        gate_open = gate_opens(first.restoration, config)
+    loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
+    if first.restoration is not None and not gate_open:
+        update(config.alpha_restore * first.restoration, only=gated_groups(config))
+    elif restored is None or not settings.second_pass or index % config.second_pass_interval:
+        update(loss)
+    else:
+        second = _both_phases(model, loss, restored, clean, labels, update, config)
+    return StepResult(first.detach(), second, passes[1].detach() if len(passes) > 1 else None, gate_open)
 
 
-def baseline_step(config: TrainingConfig) -> Step:
-    """Return the baseline's step: cross-entropy on the same noisy images."""
+def _clean_and_adversarial(
+    model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, config: TrainingConfig,
+    settings: AdversarialConfig,
+) -> tuple[list[PassLosses], Tensor | None]:  # fmt: skip
+    """Return the losses on clean images, those on adversarial ones if there are any, and phase 2's restored images."""
+    unit, scale = restoration_unit(model, config), settings.restored_scale
+    if adversarial is None:
+        return [pass_losses(*_forward(model, clean), clean, labels, unit, scale)], None
+    to_input = settings.restoration_target == "input"
+    if settings.batch == "both":
+        on_clean = pass_losses(*_forward(model, clean), clean, labels, unit, scale)
+        logits, restored = _forward(model, adversarial)
+        target = adversarial if to_input else clean
+        return [on_clean, pass_losses(logits, restored, target, labels, unit)], restored
+    half = len(clean) - len(adversarial)
+    images = torch.cat([clean[:half], adversarial])
+    logits, restored = _forward(model, images)
+    target = images if to_input else clean
 
-    def step(
-        model: nn.Module, clean: Tensor, perturbed: Tensor | None, labels: Tensor, update: Update, index: int = 0
-    ) -> StepResult:
-        assert perturbed is not None
-        logits = model(perturbed)
-        loss = F.cross_entropy(logits, labels)
-        update(config.alpha_ce * loss)
-        correct = (logits.argmax(dim=1) == labels).sum()
-        return StepResult(loss.detach(), None, None, None, True, correct, len(labels))
+    def part(images: slice, scale: float) -> PassLosses:
+        own = None if restored is None else restored[images]
+        return pass_losses(logits[images], own, target[images], labels[images], unit, scale)
 
-    return step
+    return [part(slice(half), scale), part(slice(half, None), 1.0)], restored
+
+
+def baseline_step(
+    model: nn.Module, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig
+) -> StepResult:  # fmt: skip
+    """Train a baseline on one batch of noisy images: one step on α₁·CE. Arguments are those of `two_phase_step`."""
+    losses = pass_losses(model(noisy), None, noisy, labels)
+    update(phase_one_loss(losses, config))
+    return StepResult(losses.detach())
+
+
+def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return logits and restored images, None for a baseline's."""
+    output: FPDOutput | Tensor = model(images)
+    return output if isinstance(output, FPDOutput) else (output, None)
+
+
+# Gate, parameter groups and update
+
+GROUPS = ("front_and_pyramid", "upscaling", "head")
+"""Names of the parameter groups: FPD_FD with the pyramid, the transposed convolutions of FPD_R, the head FPD_LCC."""
 
 
 def parameter_groups(model: FPD | Baseline) -> list[dict[str, Any]]:
-    """Split parameters into GROUPS, which the gate tells apart; a undefended baseline has no decoder."""
+    """Return the model's parameters as an optimizer's groups, named after `GROUPS`; a baseline has no upscaling."""
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     upscaling = {id(p) for p in model.decoder.upscale.parameters()} if isinstance(model, FPD) else set()
     head = {id(p) for p in model.head.parameters()}
     for p in model.parameters():
         members["upscaling" if id(p) in upscaling else "head" if id(p) in head else "front_and_pyramid"].append(p)
     return [{"params": params, "name": name} for name, params in members.items() if params]
+
+
+def gate_opens(restoration: Tensor, config: TrainingConfig) -> bool:
+    """Return whether the restoration loss, averaged over all ranks, is at most the threshold."""
+    return not bool(ProcessGroup.current().all_reduce_mean(restoration) > config.threshold)
+
+
+def gated_groups(config: TrainingConfig) -> frozenset[str]:
+    """Return the names of the parameter groups that step while the gate is shut."""
+    if config.gate_trains == "upscaling":
+        return frozenset({"upscaling"})
+    return frozenset({"front_and_pyramid", "upscaling"})
+
+
+class Update(Protocol):
+    """Clears gradients, runs the backward pass, clips all gradients and steps the optimizer."""
+
+    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
+        """Step on `loss`.
+
+        Args:
+            loss: a scalar.
+            only: names of the parameter groups that step; None lets all step that the loss reaches.
+            retain_graph: keep the loss's graph for a later loss, although the step changes the weights in it.
+        """
+
+
+class OptimizerUpdate:
+    """The update by a torch optimizer.
+
+    Args:
+        optimizer: built from `parameter_groups(model)`; its groups may be divided further, each under its name.
+        clip_grad_norm: largest L2 norm of the gradient of all parameters; None does not clip.
+        backward: runs the backward pass of a loss, such as `fabric.backward` or a LightningModule's `manual_backward`.
+
+    Raises:
+        InputError: a parameter group has no name, or one that is not in `GROUPS`.
+    """
+
+    def __init__(
+        self, optimizer: Any, clip_grad_norm: float | None = None, backward: Callable[..., None] = Tensor.backward
+    ) -> None:
+        self.optimizer, self.clip_grad_norm, self.backward = optimizer, clip_grad_norm, backward
+        unknown = {str(group.get("name")) for group in optimizer.param_groups} - set(GROUPS)
+        if unknown:
+            raise InputError(
+                f"the optimizer's parameter groups must be named {', '.join(GROUPS)}, found {', '.join(unknown)}; "
+                "build it from robustfpd.training.parameter_groups(model)"
+            )
+
+    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
+        """Step on `loss`; `Update` describes the arguments."""
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.compute_gradients(loss, partial=only is not None, retain_graph=retain_graph)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if only is not None:
+            # After clipping, which measures all gradients. Without a gradient the optimizer leaves a parameter as it
+            # is, with its weight decay and its moments.
+            for p in (p for group in groups if group["name"] not in only for p in group["params"]):
+                p.grad = None
+        with _hidden_from_autograd(parameters) if retain_graph else nullcontext():
+            self.optimizer.step()
+
+    def compute_gradients(self, loss: Tensor, *, partial: bool, retain_graph: bool) -> None:
+        """Run the backward pass; `partial` if the loss does not reach all parameters."""
+        self.backward(loss, retain_graph=retain_graph)
+
+
+def _hidden_from_autograd(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Let the weights change without autograd's notice, as versions of torch before 1.5 did.
+
+    The published phase 2 goes back through phase 1's graph after the weights in it have been stepped, which autograd
+    refuses today. Only this repeats the published update rule.
+    """
+    context: AbstractContextManager[Any] = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
+        tuple(parameters)
+    )
+    return context

@@ -7,7 +7,6 @@ authors' code ran. Their optimiser for the shut gate held the transposed convolu
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,12 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from robustfpd.config import RunConfig, recipe, recipe_names
+from robustfpd.config import RunConfig, TaskConfig, parse, recipe, recipe_names
+from robustfpd.data.noise import add_uniform_noise
 from robustfpd.models import FPD, build
+from robustfpd.training.fabric import FabricUpdate
 from robustfpd.training.optim import make_optimizer
-from robustfpd.training.stepping import Stepper
-from robustfpd.training.steps import parameter_groups, two_phase_step
+from robustfpd.training.steps import parameter_groups, restoration_unit, two_phase_step
 
 LR, CLIP = 0.05, 5.0
 
@@ -35,8 +35,6 @@ def _published(threshold: float) -> RunConfig:
 def _setting(threshold: float) -> tuple[RunConfig, FPD, Tensor, Tensor, Tensor]:
     config = _published(threshold)
     task = {"num_classes": 4, "in_channels": 3, "image_size": (16, 16)}
-    from robustfpd.config import TaskConfig, parse
-
     model = build(parse(TaskConfig, task), config.model, seed=1).train()
     assert isinstance(model, FPD)
     draws = torch.Generator().manual_seed(3)
@@ -49,8 +47,8 @@ def _ours(config: RunConfig, model: FPD, clean: Tensor, noisy: Tensor, labels: T
     fabric = Fabric(accelerator="cpu", devices=1)
     optimizer = make_optimizer(parameter_groups(model), config.training.optimizer)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    update = Stepper(fabric, wrapped, optimizer, config.training.clip_grad_norm)
-    two_phase_step(config.training)(wrapped, clean, noisy, labels, update)
+    update = FabricUpdate(fabric, wrapped, optimizer, config.training.clip_grad_norm)
+    two_phase_step(wrapped, clean, noisy, labels, update, config.training)
 
 
 def _step(model: nn.Module, stepped: list[nn.Parameter]) -> None:
@@ -113,21 +111,22 @@ def test_behind_the_open_gate_both_phases_step_and_the_second_goes_through_the_f
     assert gap > 1e-4
 
 
-def test_normalised_space_measures_noise_and_loss_in_standard_deviations(tmp_path: Path) -> None:
-    from robustfpd.training.perturbations import noise
-
+def test_normalised_space_measures_noise_and_loss_in_standard_deviations() -> None:
     config = recipe("caltech101/resnet101", protocol="published").training
     assert config.space == "normalised"
-    std = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
-    clean = torch.full((4, 3, 16, 16), 0.5)
     model = _setting(0.0)[1]
-    noisy = noise(config, std)(model, clean, torch.zeros(4), 1.0, torch.Generator().manual_seed(0))
-    assert noisy is not None
+    std = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
+    model.std = std
+    unit = restoration_unit(model, config)
+    assert isinstance(unit, Tensor)
+    assert torch.equal(unit, std)
+    clean = torch.full((4, 3, 16, 16), 0.5)
+    noisy = add_uniform_noise(clean, config.noise, torch.Generator().manual_seed(0), unit)
     widest = (noisy - clean).abs().amax(dim=(0, 2, 3))
     assert widest.tolist() == pytest.approx([0.03 * 0.229, 0.03 * 0.224, 0.03 * 0.225], rel=0.02)
     losses: list[float] = []
     shut = config.model_copy(update={"threshold": 0.0})
     expected = F.mse_loss(copy.deepcopy(model)(noisy).restored / std, clean / std)
-    step = two_phase_step(shut, std)
-    step(model, clean, noisy, torch.zeros(4).long(), lambda loss, **_: losses.append(float(loss.detach())))
+    labels = torch.zeros(4).long()
+    two_phase_step(model, clean, noisy, labels, lambda loss, **_: losses.append(float(loss.detach())), shut)
     assert losses == pytest.approx([float(expected.detach())], rel=1e-5)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from robustfpd.attacks import pgd
 from robustfpd.config import TrainingConfig
+from robustfpd.errors import InputError
 from robustfpd.models import FPD, enhance
-from robustfpd.training.activation_checkpointing import checkpoint_blocks
+from robustfpd.training.fabric import checkpoint_activations, synchronise_batch_norm
 from robustfpd.training.steps import two_phase_step
 
 
@@ -31,7 +32,7 @@ def _objective(model: FPD) -> Tensor:
 
 def test_gradients_and_statistics_are_those_without_it() -> None:
     plain, recomputed = _model(), _model()
-    checkpoint_blocks(recomputed)
+    checkpoint_activations(recomputed)
     for model in (plain, recomputed):
         _objective(model).backward()  # type: ignore[no-untyped-call]
     for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
@@ -48,7 +49,7 @@ def test_less_is_kept_between_the_passes() -> None:
     for activation_checkpointing in (False, True):
         model = _model()
         if activation_checkpointing:
-            checkpoint_blocks(model)
+            checkpoint_activations(model)
         seen: dict[int, int] = {}
 
         def pack(x: Tensor, seen: dict[int, int] = seen) -> Tensor:
@@ -70,18 +71,20 @@ def test_both_phases_train_the_same(second_pass: str) -> None:
     for activation_checkpointing in (False, True):
         model = copy.deepcopy(_model())
         if activation_checkpointing:
-            checkpoint_blocks(model)
+            checkpoint_activations(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
         def update(
-            loss: Tensor, *, only: object = None, keep_graph: bool = False, optimizer: torch.optim.SGD = optimizer
+            loss: Tensor, *, only: object = None, retain_graph: bool = False, optimizer: torch.optim.SGD = optimizer
         ) -> None:
             optimizer.zero_grad()
-            loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
-            if not keep_graph:  # with `through` the weights would be recomputed with; only the statistics are compared
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            if (
+                not retain_graph
+            ):  # with `through` the weights would be recomputed with; only the statistics are compared
                 optimizer.step()
 
-        two_phase_step(config)(model, images, images, labels, update)
+        two_phase_step(model, images, images, labels, update, config)
         ends.append(model.state_dict())
     assert all(torch.allclose(ends[0][k].float(), ends[1][k].float(), rtol=1e-3, atol=1e-5) for k in ends[0])
     assert {int(v) for k, v in ends[1].items() if "num_batches" in k} == {4}
@@ -90,7 +93,7 @@ def test_both_phases_train_the_same(second_pass: str) -> None:
 def test_an_attack_in_evaluation_mode_keeps_less_too_and_finds_the_same() -> None:
     images, labels = _batch()
     plain, recomputed = _model().eval(), _model().eval()
-    checkpoint_blocks(recomputed)
+    checkpoint_activations(recomputed)
     found = [pgd(m.classifier(), images, labels, eps=0.1, steps=3) for m in (plain, recomputed)]
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
@@ -99,7 +102,29 @@ def test_dense_blocks_get_their_list_as_it_was() -> None:
     model = enhance(
         "densenet121", num_classes=4, in_channels=1, image_size=32, pyramid_channels=8, denoise="none"
     ).train()
-    checkpoint_blocks(model)
+    checkpoint_activations(model)
     images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     model(images).logits.sum().backward()
     assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_synchronised_batch_norm_keeps_names_weights_and_hooks() -> None:
+    model = enhance("efficientnet_b0", num_classes=4, in_channels=1, image_size=32, pyramid_channels=8)
+    before = copy.deepcopy(model)
+    synchronise_batch_norm(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    before.load_state_dict(model.state_dict())
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for expected, output in zip(before.eval()(images), model.eval()(images), strict=True):
+        assert torch.allclose(expected, output, atol=1e-5)
+
+
+def test_a_batch_norm_that_overrides_forward_is_refused() -> None:
+    class Odd(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    with pytest.raises(InputError, match=r"0 is a Odd.*leave out sync_batchnorm=true"):
+        synchronise_batch_norm(nn.Sequential(Odd(3)))

@@ -1,0 +1,105 @@
+"""The adversarial stage of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustfpd.config import RunConfig, parse, recipe
+from robustfpd.errors import InputError
+from robustfpd.models import FPD, Baseline, enhance, load
+from robustfpd.models.checkpoint import read_weights
+from robustfpd.training import train
+
+
+def _run(**adversarial: object) -> RunConfig:
+    procedure = {"epochs": 2, "batch_size": 32, "schedule": {"name": "constant"}}
+    return parse(
+        RunConfig,
+        {
+            "data": {"train_limit": 96},
+            "model": {"pyramid_channels": 8},
+            "training": {**procedure, "noise": 0.1},
+            "adversarial": {**procedure, "eps": 0.1, "steps": 2, "select_images": 40, **adversarial},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Folders of a baseline's two-phase run (True) and an FPD's (False)."""
+    folder: Path = tmp_path_factory.mktemp("first")
+    for baseline in (False, True):
+        train(_run().baseline() if baseline else _run(), folder / str(baseline), device="cpu")
+    return {baseline: folder / str(baseline) for baseline in (False, True)}
+
+
+def test_the_second_stage_begins_with_the_first_ones_best_weights_and_leaves_them(
+    first_stage: dict[bool, Path], tmp_path: Path
+) -> None:
+    best = first_stage[False] / "checkpoints" / "best"
+    before = read_weights(best)
+    stage = _run(optimizer={"name": "sgd", "lr": 1e-12}, epochs=1).model_copy(update={"stage": "adversarial"})
+    result = train(stage, tmp_path / "adversarial", start=first_stage[False], device="cpu")
+    assert result.history[0].validation_robust_accuracy is not None
+    assert result.history[0].adversarial_ce is not None
+    after = read_weights(best)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    trained = load(tmp_path / "adversarial").state_dict()
+    stepped = [k for k in before if "running" not in k and "num_batches" not in k]
+    assert all(torch.allclose(before[k], trained[k], atol=1e-6) for k in stepped)
+    assert any(not torch.equal(before[k], trained[k]) for k in before if "running" in k)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_resuming_the_second_stage_ends_with_the_same_weights(
+    first_stage: dict[bool, Path], tmp_path: Path, baseline: bool
+) -> None:
+    config, start = _run().baseline() if baseline else _run(), first_stage[baseline]
+    stage = config.model_copy(update={"stage": "adversarial"})
+    whole = train(stage, tmp_path / "whole", start=start, device="cpu")
+    assert isinstance(whole.model, Baseline if baseline else FPD)
+    shorter = stage.adversarial.model_copy(update={"epochs": 1})
+    train(stage.model_copy(update={"adversarial": shorter}), tmp_path / "cut", start=start, device="cpu")
+    stage.save(tmp_path / "cut" / "config.yaml")  # as if interrupted after its first epoch
+    train(stage, tmp_path / "cut", start=start, resume=True, device="cpu")
+    a, b = (read_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_epoch_is_selected_by_robust_accuracy_or_by_clean_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robust = iter([0.9, 0.1])
+    monkeypatch.setattr("robustfpd.training.loop.robust_accuracy", lambda *_: next(robust))
+    stage = _run(start="scratch").model_copy(update={"stage": "adversarial"})
+    assert train(stage, tmp_path / "robust", device="cpu").best_epoch == 0
+    clean = _run(start="scratch", select_by="clean").model_copy(update={"stage": "adversarial"})
+    result = train(clean, tmp_path / "clean", device="cpu")
+    assert result.history[0].validation_robust_accuracy is None
+    scores = [row.validation_accuracy for row in result.history]
+    assert result.best_epoch == scores.index(max(scores)) or scores[0] == scores[1]
+
+
+def test_a_start_that_does_not_fit_is_named_before_training(tmp_path: Path) -> None:
+    stage = _run().model_copy(update={"stage": "adversarial"})
+    with pytest.raises(InputError, match="begins with a checkpoint"):
+        train(stage, tmp_path / "a", device="cpu")
+    scratch = _run(start="scratch").model_copy(update={"stage": "adversarial"})
+    with pytest.raises(InputError, match="is scratch, found start"):
+        train(scratch, tmp_path / "b", start=tmp_path, device="cpu")
+    four = enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8)
+    four.save(tmp_path / "four-classes")
+    with pytest.raises(InputError, match=r"for 4 classes of 1×8×8 images, but data set digits has 10 classes"):
+        train(stage, tmp_path / "c", start=tmp_path / "four-classes", device="cpu")
+    wide = enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=16)
+    wide.save(tmp_path / "wide")
+    with pytest.raises(InputError, match=r"another network .* settings: pyramid_channels was 16, now 8"):
+        train(stage, tmp_path / "d", start=tmp_path / "wide", device="cpu")
+    assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+def test_the_recipe_trains_adversarially_at_its_own_radius() -> None:
+    assert recipe("mnist/mini").adversarial.eps == 0.3

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustfpd.config import AdversarialConfig, parse
+from robustfpd.models import FPD
+from robustfpd.training.perturbations import adversarial_images
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.mark.parametrize("attack", ["pgd", "fgsm"])
+def test_adversarial_images_stay_in_their_ball_which_grows_and_leave_the_model_unchanged(
+    fpd: FPD, batch: Batch, attack: str
+) -> None:
+    clean, _, labels = batch
+    settings = parse(AdversarialConfig, {"attack": attack, "eps": 0.2, "steps": 3, "warmup": 2.0, "start_epoch": 1})
+    before = copy.deepcopy(fpd.state_dict())
+    assert adversarial_images(fpd, clean, labels, settings, 1.0) is None
+    distances = []
+    for epoch in (1.5, 2.0, 3.0, 9.0):
+        adversarial = adversarial_images(fpd, clean, labels, settings, epoch, torch.Generator().manual_seed(0))
+        assert adversarial is not None
+        assert not adversarial.requires_grad
+        assert 0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1
+        distances.append(float((adversarial - clean).abs().max()))
+    assert distances == pytest.approx([0.05, 0.1, 0.2, 0.2], abs=1e-5)
+    assert fpd.training
+    assert all(torch.equal(before[k], v) for k, v in fpd.state_dict().items())
+    assert all(p.grad is None for p in fpd.parameters())
+
+
+def test_halves_attacks_the_second_half_alone(fpd: FPD, batch: Batch) -> None:
+    clean, _, labels = batch
+    settings = AdversarialConfig(batch="halves", eps=0.1, steps=1)
+    adversarial = adversarial_images(fpd, clean[:5], labels[:5], settings)
+    assert adversarial is not None
+    assert len(adversarial) == 3
+    assert float((adversarial - clean[2:5]).abs().max()) == pytest.approx(0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize("labels", ["predicted", "true"])
+def test_the_attack_leads_away_from_the_prediction_or_the_true_class(
+    fpd: FPD, batch: Batch, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, _, true = batch
+    targets: list[Tensor] = []
+
+    def recorded(classifier: object, images: Tensor, labels: Tensor, **_: object) -> Tensor:
+        targets.append(labels)
+        return images
+
+    monkeypatch.setattr("robustfpd.training.perturbations.pgd", recorded)
+    adversarial_images(fpd, clean, true, parse(AdversarialConfig, {"labels": labels}))
+    with torch.no_grad():
+        predicted = copy.deepcopy(fpd).eval()(clean).logits.argmax(dim=1)
+    assert not torch.equal(predicted, true)
+    assert torch.equal(targets[0], predicted if labels == "predicted" else true)
