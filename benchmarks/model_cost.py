@@ -51,7 +51,7 @@ def training_step(
             Implementation(f"{MATMUL}, bf16", matmul(side, torch.bfloat16, device)),
         ]
     timing = interleave(implementations, limits, synchronize=synchronizer(device))
-    assert timing.returned[TWO_PHASE].second_ce is not None, "the gate was shut"
+    assert timing.returned[TWO_PHASE].second is not None, "the gate was shut"
     with FlopCounterMode(display=False) as counter:
         fpd.step()
     relative_work = counter.get_total_flops() / (2 * side**3)
