@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from robustfpd.cli.parsing import parse
 
 import robustfpd as rf
 from robustfpd.cli import function
 from robustfpd.cli.common import settings_together
-from robustfpd.cli.parsing import parse
 from robustfpd.config import RunConfig, load_run, recipe
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord

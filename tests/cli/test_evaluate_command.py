@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from robustfpd.cli.targets import surrogates, trained
 from torch import nn
 
 from robustfpd.cli import main
-from robustfpd.cli.targets import surrogates, trained
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
 from robustfpd.models.import_model import import_model

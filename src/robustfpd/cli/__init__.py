@@ -1,7 +1,14 @@
-"""The command line. Each command is the function of its name in the file of its name, imported when it is asked for."""
+"""The command line: each command is the function of its name in the module of its name, imported when it is called.
+
+tyro parses a command's signature and makes its help and the shell completion. A docstring's paragraph that begins with
+"For example" holds commands in backticks, which help lists as examples.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import shutil
 import sys
 import textwrap
@@ -9,40 +16,36 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from robustfpd.errors import InputError, ReportedByOtherRank, unknown_name
 
 COMMANDS = {
-    "demo": "the whole journey on small digits, offline, in two minutes",
+    "demo": "train, attack and report on small digits, offline, in minutes",
     "train": "train a recipe's network, with the defence or without",
-    "evaluate": "attack it: how much withstands, and whether to trust that",
-    "report": "a page to read and to show; several runs side by side",
-    "doctor": "find in seconds what would ruin an evaluation",
-    "predict": "classify images, and tell what restoration changed",
+    "evaluate": "attack it: robust accuracy, and whether to trust it",
+    "report": "write an HTML page; several runs side by side",
+    "doctor": "check in seconds for what would mislead an evaluation",
+    "predict": "classify images, and measure what restoration changed",
     "export": "write a network as ONNX or a torch program, verified",
-    "recipes": "what can be trained",
-    "datasets": "which images are there, and how to get the others",
-    "models": "trained networks that come with robustfpd",
-    "convert": "turn the authors' checkpoints into models of ours",
-    "completion": "let the shell complete commands, flags and names",
+    "recipes": "list the recipes",
+    "datasets": "list the data sets, and how to get them",
+    "models": "list the trained networks that come with robustfpd",
+    "convert": "convert the authors' checkpoints to saved models",
 }
-"""Every command and what it does, in the order of help."""
+"""Every command and its summary, in the order of help."""
 
-ASKING = "__complete"
-"""What shells call instead of a command, with the words typed so far."""
-
-JOURNEY = """\
+OVERVIEW = """\
 Harden an image classifier with a Feature Pyramid Decoder, and measure how
 robust it is.
 
-See it on small digits, offline, in two minutes:
+See it on small digits, offline:
   robustfpd demo
 
 With photographs of your own, in a folder for each class:
   robustfpd train folder/mini --data-root PHOTOS   train, into runs/folder-mini
   robustfpd evaluate runs/folder-mini              attack it
-  robustfpd report runs/folder-mini                read what robust, and why
+  robustfpd report runs/folder-mini                write a report
 
 With a network of your own, made by the function `make` in mynets.py:
   robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
@@ -52,76 +55,147 @@ To attack it as it is, without the defence:
 
 All commands:
 """
-ENDING = """
-`robustfpd COMMAND --help` has examples. All but completion take --json and
---quiet; `train` and `evaluate` tell with --dry-run what they would do.
+OPTIONS = """
+`robustfpd COMMAND --help` lists a command's options and examples. All commands
+take --json and --quiet; `train` and `evaluate` estimate the time with --dry-run.
+To complete commands and options in bash (zsh and fish alike), add to ~/.bashrc:
+  source <(robustfpd --tyro-print-completion bash)
 """
+WIDTH = 80
+"""Columns that help takes at most."""
+SETTING = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
+"""A `group.field=value` word of `train`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; what the user can mend ends with one line and exit code 2, an interrupt with 130."""
+    """Run a command; an error of the user's ends with one message and exit code 2, an interrupt with 130."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with _ending_well():
+    with _exit_codes():
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview(), end="")
-        elif words[0] == ASKING:
-            from robustfpd.cli.completion import answers
-
-            print("".join(f"{answer}\n" for answer in answers(words[1:])), end="")  # an empty line would be an answer
         elif words[0] == "--version":
             from robustfpd import __version__
 
             print(f"robustfpd {__version__}")
+        elif words[0].startswith("--tyro-"):
+            _print_completion(words)
         else:
-            from robustfpd.cli.common import settings_together
-            from robustfpd.cli.parsing import parse
-
-            name, *rest = words
-            parse(name, function(name), settings_together(rest) if name == "train" else rest)()
+            parse(words)()
 
 
 def overview() -> str:
-    """What `robustfpd` alone shows."""
-    return JOURNEY + "".join(f"  {name:<11} {told}\n" for name, told in COMMANDS.items()) + ENDING
+    """Return what `robustfpd` without arguments prints."""
+    return OVERVIEW + "".join(f"  {name:<11} {summary}\n" for name, summary in COMMANDS.items()) + OPTIONS
 
 
 def function(name: str) -> Callable[..., Any]:
     """Import a command; an unknown name is an InputError with the nearest ones."""
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    found: Callable[..., Any] = getattr(import_module(f"robustfpd.cli.{name}"), name)
-    return found
+    command: Callable[..., Any] = getattr(import_module(f"robustfpd.cli.{name}"), name)
+    return command
+
+
+def parse(words: Sequence[str]) -> Callable[[], Any]:
+    """Return the call that a command line means; help exits with 0, arguments that do not fit with 2.
+
+    Raises:
+        InputError: an unknown command.
+    """
+    import tyro
+
+    name, *rest = words
+    command = function(name)
+    if name == "train":  # tyro takes a list of words only where they are adjacent
+        rest.sort(key=lambda word: SETTING.fullmatch(word) is not None)
+    call: Callable[[], Any] = tyro.cli(
+        bound(command), prog=f"robustfpd {name}", description=description(command), args=rest, config=_config()
+    )
+    return call
+
+
+def bound(command: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """Return a function with the command's parameters that returns the call instead of making it."""
+    import tyro
+
+    def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(command, *args, **kwargs)
+
+    hints = get_type_hints(command, include_extras=True)
+    no_default = tyro.conf.arg(help_behavior_hint="")  # "(default: None)" says nothing
+    parameters = [
+        p.replace(annotation=Annotated[hints[p.name], no_default] if p.default in (None, False, ()) else hints[p.name])
+        for p in inspect.signature(command).parameters.values()
+    ]
+    call.__doc__ = command.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+def description(command: Callable[..., Any]) -> str:
+    """Return a command's docstring without its arguments, wrapped for help, with the examples at the end."""
+    columns = min(shutil.get_terminal_size().columns, WIDTH)
+    paragraphs = [textwrap.fill(text, columns) for text in _paragraphs(command) if not text.startswith("For example")]
+    wrapped = (textwrap.wrap(e, columns - 4, break_long_words=False, break_on_hyphens=False) for e in examples(command))
+    return "\n\n".join([*paragraphs, "examples:\n" + "\n".join("  " + " \\\n    ".join(lines) for lines in wrapped)])
+
+
+def examples(command: Callable[..., Any]) -> list[str]:
+    """Return the example commands of a docstring."""
+    texts = (text for text in _paragraphs(command) if text.startswith("For example"))
+    return [example for text in texts for example in re.findall(r"`(robustfpd [^`]+)`", text)]
+
+
+def _paragraphs(command: Callable[..., Any]) -> list[str]:
+    """Return the docstring's paragraphs up to its arguments, each on one line."""
+    text = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0]
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+
+
+def _config() -> tuple[Any, ...]:
+    from tyro import conf
+
+    return conf.FlagCreatePairsOff, conf.DisallowNone, conf.PositionalMetavarFromFieldName, conf.OmitArgPrefixes
+
+
+def _print_completion(words: Sequence[str]) -> None:
+    """Print tyro's completion script over all commands."""
+    import tyro
+
+    commands = {name: bound(function(name)) for name in COMMANDS}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="robustfpd", args=words, config=_config())
 
 
 @contextmanager
-def _ending_well() -> Iterator[None]:
-    """No traceback for what is no fault of ours."""
-    shown = warnings.showwarning
+def _exit_codes() -> Iterator[None]:
+    """Turn errors of the user's into messages and exit codes, without a traceback."""
+    show_warning = warnings.showwarning
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         yield
-    except BrokenPipeError:  # whoever read our output has had enough of it
+    except BrokenPipeError:  # the reader of our output closed it
         sys.stdout = None
         raise SystemExit(1) from None
     except ReportedByOtherRank:
         raise SystemExit(2) from None
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        _tell(f"error: {error}")
+        _print_error(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = show_warning
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """Without the place in our code that says it."""
-    _tell(f"warning: {message}")
+    """Print a warning without the line of code that it comes from."""
+    _print_error(f"warning: {message}")
 
 
-def _tell(text: str) -> None:
-    """On standard error, broken between words where it is a terminal."""
+def _print_error(text: str) -> None:
+    """Print on standard error, wrapped if it is a terminal."""
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

@@ -1,72 +1,219 @@
-"""What several commands do alike: apply shared flags, check names before torch is imported, name the program."""
+"""What several commands share: output, the data set to evaluate on, checks of arguments, timing."""
 
 from __future__ import annotations
 
+import json as json_format
 import os
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from robustfpd.config import DataConfig, RunConfig
+    from robustfpd.data import DatasetInfo, ImageSet
+    from robustfpd.report.paths import Target
+
+NO_DEFAULT = tyro.conf.arg(help_behavior_hint="")
+"""Leaves "(default: None)" out of help."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Text and tables, one JSON object, or nothing; errors and warnings go to standard error."""
+
+    json: Annotated[bool, NO_DEFAULT] = False
+    """Print the result as one JSON object, and nothing else."""
+    quiet: Annotated[bool, NO_DEFAULT] = False
+    """Print nothing but errors and warnings."""
+
+    def on_rank(self, is_main: bool) -> Output:
+        """Return the output of one of several ranks: only rank 0 prints."""
+        return self if is_main else Output(quiet=True)
+
+    @cached_property
+    def console(self) -> Console:
+        """The console for text and displays; silent under --json and --quiet."""
+        return Console(soft_wrap=True, quiet=self.json or self.quiet)
+
+    def print(self, *parts: RenderableType) -> None:
+        """Print text as it is (no markup, no line breaks, which would cut commands to copy), and tables."""
+        for part in parts:
+            if isinstance(part, Table) and not self.console.is_terminal:
+                self._print_plain(part)
+            else:
+                wrapped = isinstance(part, Text) and self.console.is_terminal
+                self.console.print(part, highlight=False, markup=False, soft_wrap=not wrapped)
+
+    def print_wrapped(self, text: str) -> None:
+        """Print sentences, wrapped to the terminal's width; piped, they stay on one line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
+
+    def print_result(self, values: Mapping[str, Any]) -> None:
+        """Print the JSON object under --json."""
+        if self.json:
+            print(json_format.dumps(dict(values), indent=2, default=str), flush=True)
+
+    def _print_plain(self, table: Table) -> None:
+        """Print a table without lines, boxes and trailing spaces, for files and pipes."""
+        table.box = None
+        with self.console.capture() as captured:
+            self.console.print(table, highlight=False, soft_wrap=False)
+        lines = captured.get().rstrip().splitlines()
+        self.console.out("\n".join(line.rstrip() for line in lines), highlight=False)
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Which images; by default those of the run."""
+
+    dataset: Annotated[str | None, NO_DEFAULT] = None
+    """Images of this data set instead of the run's (see `robustfpd datasets`)."""
+    image_size: Annotated[int | None, NO_DEFAULT] = None
+    """Height and width in pixels that --model expects; default the data set's own."""
+    data_root: Annotated[str | None, NO_DEFAULT] = None
+    """Folder of images for --dataset folder, else where torchvision keeps its data sets; default the run's."""
+    download: Annotated[bool, NO_DEFAULT] = False
+    """Download the data set into --data-root if it is not there."""
+
+    def config(self, target: Target) -> DataConfig:
+        """Return the run's data settings with these changes, and at the size and the channels the network takes.
+
+        Raises:
+            InputError: an unknown data set, none at all, or a size for a network that has one.
+        """
+        from robustfpd import config
+
+        if self.dataset is not None:
+            check_choice("dataset", self.dataset, config.DATASETS)
+        if target.config is None and self.dataset is None:
+            raise InputError(f"{target.name} is no run; name its test images with --dataset")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"--image-size must be at least 1, found {self.image_size}")
+        if self.image_size is not None and target.task is not None:
+            raise InputError(f"--image-size is for --model; {target.name} was made for {target.task}")
+        data = config.DataConfig() if target.config is None else target.config.data
+        changes: dict[str, Any] = {"download": self.download or data.download, "root": self.data_root or data.root}
+        if self.dataset is not None and (target.config is None or self.dataset != data.dataset):
+            changes["dataset"] = self.dataset
+            changes |= _as_task(target, self.dataset)
+        if self.image_size is not None:
+            changes["image_size"] = (self.image_size, self.image_size)
+        changed = data.model_copy(update=changes)
+        check_folder(changed)
+        return changed
+
+
+def _as_task(target: Target, dataset: str) -> dict[str, Any]:
+    """Return the settings that bring the images of a data set to the task of a network, where that is known."""
+    from robustfpd import data
+
+    if target.task is None:
+        return {}
+    info = data.info(dataset)
+    channels = max(info.in_channels, target.task.in_channels)
+    return {
+        "image_size": target.task.image_size, "channels": channels if channels in (1, 3) else None,
+        # The authors' CALTECH networks count the background as a class.
+        "background": target.task.num_classes == info.num_classes + 1,
+    }  # fmt: skip
+
+
+def named_network(run: Path | None, model: str | None, trust_code: bool) -> Target:
+    """Return the network that is named as a path or zoo name, or as --model package.module:factory."""
+    from robustfpd.models.import_model import find
+    from robustfpd.report.paths import resolve_network
+
+    if run is not None and model is not None:
+        raise InputError(f"name one network: {run}, or --model {model}")
+    if model is not None:
+        find(model, "--model")
+        return resolve_network(model)
+    if run is None:
+        raise InputError("name a network: a run, a trained network or a saved model, or --model package.module:factory")
+    return resolve_network(run, trust_code)
+
+
+def load_images(
+    config: DataConfig, split: str, target: Target, classifier: nn.Module
+) -> tuple[ImageSet, tuple[str, ...]]:
+    """Return the images to attack, which must fit the network's task, and the names of their classes."""
+    from robustfpd import data
+
+    if split == "validation" and config.selection == "test":
+        raise InputError(
+            f"{target.name} held no images out of training (data.selection is test); evaluate the test images"
+        )
+    splits = data.load(config)
+    if target.task is not None and splits.info.task != target.task:
+        raise InputError(f"{target.name} was trained for {target.task}, {splits.info.name} has {splits.info.task}")
+    images = splits.test if split == "test" else splits.validation
+    if target.task is None:
+        _check_classes(target.name, classifier, images, splits.info)
+    return images, splits.info.class_names
+
+
+def _check_classes(name: str, classifier: nn.Module, images: ImageSet, info: DatasetInfo) -> None:
+    """Raise an InputError unless a module of the user's gives one logit for each class of the data set."""
+    import torch
+
+    from robustfpd.errors import first_line
+    from robustfpd.evaluation.inputs import device_of
+    from robustfpd.models.mode import evaluating
+
+    image = images.take(torch.tensor([0])).floats()[0].to(device_of(classifier, torch.zeros(1)))
+    try:
+        with evaluating(classifier), torch.no_grad():
+            logits = classifier(image)
+    except Exception as error:
+        raise InputError(
+            f"{name} raised {type(error).__name__} on an image {tuple(image.shape)} of {info.name}: "
+            f"{first_line(error)}; --image-size sets the size"
+        ) from error
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] != info.num_classes:
+        raise InputError(f"{name} gives {logits.shape[1]} logits, {info.name} has {info.num_classes} classes")
 
 
 def program() -> str:
-    """How the user's shell calls this program; `make` runs it from a virtual environment that may not be on PATH."""
+    """Return how the user's shell calls this program; `make` runs it from a virtual environment not on PATH."""
     called = sys.argv[0] if sys.argv else ""
     return "robustfpd" if shutil.which("robustfpd") or not called.endswith("robustfpd") else os.path.relpath(called)
 
 
-def settings_together(arguments: Sequence[str]) -> list[str]:
-    """Move the `group.field=value` words of `train` to the end; values of flags stay, whatever they look like.
-
-    argparse takes a list of words only where they stand together.
-    """
-    from robustfpd.cli import function
-    from robustfpd.cli.parsing import walk
-
-    setting = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
-    walked = walk(function("train"), arguments)
-    moved = sorted(walked, key=lambda w: w.place >= 0 and setting.fullmatch(w.text) is not None)  # a stable sort
-    return [word.text for word in moved]
-
-
-def configured(run: RunConfig, data_root: str | None, download: bool, seed: int | None) -> RunConfig:
-    """Apply the flags that commands share to a run's settings."""
-    changes = {"root": data_root} if data_root is not None else {}
-    data = run.data.model_copy(update={**changes, "download": download or run.data.download})
-    return run.model_copy(update={"data": data, "seed": run.seed if seed is None else seed})
-
-
-def known(kind: str, name: str, names: Collection[str]) -> str:
-    """Return `name` if it is one of `names`; an InputError with the nearest ones otherwise."""
+def check_choice(kind: str, name: str, names: Collection[str]) -> None:
+    """Raise an InputError with the nearest names unless `name` is one of `names`."""
     if name not in names:
         raise unknown_name(kind, name, names)
-    return name
 
 
 def check_settings(run: RunConfig) -> None:
-    """Refuse what a run cannot mean, as far as names and folders tell; needs no torch."""
+    """Raise an InputError for names and folders in a run's settings that do not exist; needs no torch."""
     from robustfpd.config import DATASETS, SUITES
     from robustfpd.models.import_model import find, is_import_path
 
-    known("dataset", run.data.dataset, DATASETS)
-    known("suite", run.evaluation.suite, SUITES)
+    check_choice("dataset", run.data.dataset, DATASETS)
+    check_choice("suite", run.evaluation.suite, SUITES)
     if is_import_path(run.model.backbone):
         find(run.model.backbone, "model.backbone")
     check_folder(run.data)
 
 
 def check_folder(data: DataConfig) -> None:
-    """Refuse a folder of the user's own images that is not there."""
+    """Raise an InputError if the folder of the user's own images does not exist."""
     root = Path(data.root).expanduser()
     if data.dataset == "folder" and not root.is_dir():
         raise InputError(

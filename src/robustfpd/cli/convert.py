@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import Output
 from robustfpd.errors import InputError
 
 
@@ -18,10 +18,9 @@ def convert(
     image_size: int | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
-    json: bool = False,
-    quiet: bool = False,
+    output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Turn a checkpoint of the authors into a model of ours, without running what may be in the file.
+    """Convert a checkpoint of the authors to a saved model, without running code that the file may hold.
 
     For example `robustfpd convert bestmodel_params.pkl svhn-published`, or
     `robustfpd convert caltech.pkl out --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225`.
@@ -29,12 +28,11 @@ def convert(
     Args:
         published: bestmodel_params.pkl or one of its siblings, ResNet or ResNeXt of any depth.
         folder: a new or empty folder for the model.
-        image_size: pixels a side that the model states; default 64 for 10 classes and 224 for others, as published.
-        mean: what the authors subtracted from each channel before the network; the model then does it itself. The
+        image_size: height and width in pixels that the model states; default 64 for 10 classes, else 224, as published.
+        mean: per-channel mean that the authors subtracted before the network; the model then does it itself. The
             second example has CALTECH's.
-        std: what they divided each channel by.
-        json: tell what was found as JSON.
-        quiet: tell nothing but errors and warnings.
+        std: per-channel standard deviation that they divided by.
+        output: what is printed.
     """
     if not published.is_file():
         raise InputError(f"there is no file {published}; give the authors' bestmodel_params.pkl")
@@ -43,25 +41,24 @@ def convert(
     from robustfpd.cli.common import program
     from robustfpd.models.author_checkpoints import read_author_checkpoint
 
-    found = read_author_checkpoint(published, image_size, mean or None, std or None)
-    model, task = found.model, found.model.task
+    checkpoint = read_author_checkpoint(published, image_size, mean or None, std or None)
+    model, task = checkpoint.model, checkpoint.model.task
     model.save(folder)
-    kind = "plain, without a decoder"
+    kind = "without a decoder"
     if model.config.defence == "fpd":
         kind = f"with a Feature Pyramid Decoder, {model.config.pyramid_channels} channels wide"
-    epoch = "no epoch told" if found.epoch is None else f"epoch {found.epoch}"
+    epoch = "epoch unknown" if checkpoint.epoch is None else f"epoch {checkpoint.epoch}"
     parameters = sum(p.numel() for p in model.parameters())
     height, width = task.image_size
-    output = Output(json=json, quiet=quiet)
-    output.say(
-        f"{published}: {found.architecture} ({', '.join(map(str, found.blocks))} blocks), {kind}\n"
+    output.print(
+        f"{published}: {checkpoint.architecture} ({', '.join(map(str, checkpoint.blocks))} blocks), {kind}\n"
         f"  {task.num_classes} classes, images of {task.in_channels} channels and {height}×{width} pixels, "
         f"{parameters / 1e6:.1f} million parameters, {epoch}\n"
         f"wrote {folder}\n"
         f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for"
     )
-    output.result({
-        "published": str(published), "folder": str(folder), "architecture": found.architecture,
-        "blocks": list(found.blocks), "defence": model.config.defence, "epoch": found.epoch,
+    output.print_result({
+        "published": str(published), "folder": str(folder), "architecture": checkpoint.architecture,
+        "blocks": list(checkpoint.blocks), "defence": model.config.defence, "epoch": checkpoint.epoch,
         "parameters": parameters, "task": task.model_dump(mode="json"),
     })  # fmt: skip

@@ -6,24 +6,23 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import Output
 
 if TYPE_CHECKING:
     from robustfpd.data.inventory import Found
 
 
 def datasets(
-    data_root: Path = Path("data"), cache: Path | None = None, json: bool = False, quiet: bool = False
+    data_root: Path = Path("data"), cache: Path | None = None, output: Output = Output()  # noqa: B008
 ) -> None:  # fmt: skip
-    """List the data sets: which are there, what they hold, and how to get the others.
+    """List the data sets: which are here, their images and classes, and how to download the others.
 
     For example `robustfpd datasets`, or `robustfpd datasets --data-root /data`.
 
     Args:
         data_root: folder where torchvision keeps its data sets.
         cache: folder for decoded images; default ROBUSTFPD_CACHE, else the user's cache folder.
-        json: tell them as JSON.
-        quiet: tell nothing but errors and warnings.
+        output: what is printed.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -39,22 +38,21 @@ def datasets(
     for column in table.columns[3:]:
         column.justify = "right"
     for each in found:
-        table.add_row(*_cells(each))
+        table.add_row(*_row(each))
     lines = [f"looked in {data_root.absolute()}; decoded images are kept in {images_folder(cache).absolute()}"]
     missing = [each for each in found if not each.there and each.info.download]
-    lines += ["to get what is missing:"] if missing else []
-    lines += [f"  {_fetching(program(), each, data_root)}" for each in missing]
+    lines += ["to download those that are missing:"] if missing else []
+    lines += [f"  {_download_command(program(), each, data_root)}" for each in missing]
     lines += [
         "images of your own, a folder for each class:",
         f"  {program()} train folder/mini --data-root FOLDER",
     ]
-    output = Output(json=json, quiet=quiet)
-    output.say(table, *lines)
-    output.result({"data_root": str(data_root), "datasets": [_values(each, data_root) for each in found]})
+    output.print(table, *lines)
+    output.print_result({"data_root": str(data_root), "datasets": [_values(each, data_root) for each in found]})
 
 
 def _values(found: Found, data_root: Path) -> dict[str, object]:
-    """A data set, for machines; sizes are bytes."""
+    """Return a data set for the JSON result; sizes are bytes."""
     from robustfpd.cli.common import program
 
     described = found.info
@@ -62,12 +60,12 @@ def _values(found: Found, data_root: Path) -> dict[str, object]:
         "name": described.name, "description": described.description, "there": found.there, "images": found.images,
         "classes": found.classes, "image_size": list(described.image_size), "channels": described.in_channels,
         "bytes": found.size, "cached_bytes": found.cached,
-        "fetch": _fetching(program(), found, data_root) if described.download and not found.there else None,
+        "fetch": _download_command(program(), found, data_root) if described.download and not found.there else None,
     }  # fmt: skip
 
 
-def _cells(found: Found) -> tuple[str, ...]:
-    """A row of the table."""
+def _row(found: Found) -> tuple[str, ...]:
+    """Return a row of the table."""
     described = found.info
     where = described.files[0].partition("/")[0] if described.files else ""
     if described.name == "digits":
@@ -81,8 +79,8 @@ def _cells(found: Found) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _fetching(program: str, found: Found, data_root: Path) -> str:
-    """The command that fetches a data set and trains on it."""
+def _download_command(program: str, found: Found, data_root: Path) -> str:
+    """Return the command that downloads a data set and trains on it."""
     from robustfpd.config import recipe, recipe_names
 
     name = found.info.name
@@ -93,7 +91,7 @@ def _fetching(program: str, found: Found, data_root: Path) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes as a person says them; nothing for none."""
+    """Return bytes in MB or GB; nothing for none."""
     if not count:
         return ""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"

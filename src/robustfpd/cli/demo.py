@@ -1,29 +1,52 @@
-"""`robustfpd demo`: the main job on real images, in minutes and offline."""
+"""`robustfpd demo`: train, attack and report on real images, in minutes and offline."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import Output
+from robustfpd.distributed import sigterm_as_interrupt
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    from robustfpd.evaluation import EvaluationRecord
+    from robustfpd.cli.display import Progressed
+    from robustfpd.config import RunConfig
+    from robustfpd.evaluation import EvaluationProgress, EvaluationRecord
+    from robustfpd.training import EpochMetrics, Progress
 
-FOLDERS = ("fpd", "baseline", "baseline-no-noise")
+RUNS = {
+    "FPD": "fpd", "undefended baseline, same noise": "baseline", "undefended baseline, no noise": "baseline-no-noise",
+}  # fmt: skip
+"""The networks and their folders."""
 MARKER = "demo.json"
-"""By this file the folder of an earlier demo is known."""
+"""The file by which the folder of an earlier demo is recognised."""
+RECORD = "first-look-linf"
+SECONDS = 0.25
+"""Interval between two messages on a network's progress."""
+TRAINING_PART = 0.7
+"""Fraction of a network's progress bar that is training."""
 
 
 def demo(
-    out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None, json: bool = False, quiet: bool = False
+    out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None, output: Output = Output()  # noqa: B008
 ) -> None:  # fmt: skip
     """Train an FPD and its undefended baselines on 1,797 real digits, attack them all, write a report.
 
     The baselines are the same backbone without the defence, trained for the same number of optimiser steps:
     one with the same noise, one without. White-box FGSM and PGD-40, on the FPD's pre-tanh logits as well.
+    The networks are trained and attacked in processes of their own, as many at once as there are cores.
 
     For example `robustfpd demo`, or `robustfpd demo --seed 1 --out runs/demo-1`.
 
@@ -31,73 +54,166 @@ def demo(
         out: folder for the three runs and the report; an earlier demo's are replaced.
         seed: seed of every random draw.
         epochs: passes over the training images; default the recipe's (digits/mini).
-        json: tell the comparison as JSON.
-        quiet: tell nothing but errors and warnings.
+        output: what is printed.
     """
     from robustfpd.config import recipe
 
     overrides = [f"seed={seed}"] + ([f"training.epochs={epochs}"] if epochs is not None else [])
-    fpd = recipe("digits/mini", overrides)  # before torch is imported: a wrong number is told at once
+    fpd = recipe("digits/mini", overrides)  # before torch is imported: a wrong number is reported at once
     _check(out)
-    import torch
-
-    from robustfpd import data, evaluation, training
+    baseline = fpd.baseline()
+    noiseless = baseline.model_copy(update={"training": baseline.training.model_copy(update={"noise": 0.0})})
+    configs = dict(zip(RUNS, (fpd, baseline, noiseless), strict=True))
+    _clear(out, seed)
+    with sigterm_as_interrupt():
+        _run_all(configs, out, seed, output)
     from robustfpd.cli.common import program
-    from robustfpd.cli.display import evaluation_display, training_display
+    from robustfpd.evaluation import EvaluationRecord
     from robustfpd.report.page import comparison_sentence, report_on
     from robustfpd.report.sources import read
     from robustfpd.report.tables import comparison_table
     from robustfpd.report.write import write_report
 
-    baseline = fpd.baseline()
-    noiseless = baseline.model_copy(update={"training": baseline.training.model_copy(update={"noise": 0.0})})
-    runs = {"FPD": fpd, "undefended baseline, same noise": baseline, "undefended baseline, no noise": noiseless}
-
-    torch.set_num_threads(1)  # 8×8 images are too small to share: threads would wait for each other
-    output = Output(json=json, quiet=quiet)
-    splits = data.load(fpd.data)
-    _claim(out, seed)
-    test, records = splits.test.floats(), []
-    folders = [out / name for name in FOLDERS]
-    for (name, config), folder in zip(runs.items(), folders, strict=True):
-        with training_display(output.console, name) as observer:
-            # 8×8 images gain nothing from bfloat16, and the README tells what fp32 gives.
-            result = training.train(config, folder, device="cpu", precision="fp32", observer=observer)
-        with evaluation_display(output.console, name) as watcher:
-            record = evaluation.evaluate(
-                result.model.classifier(), test, suite="first-look", eps=config.evaluation.eps, norm="linf", seed=seed,
-                every_attack=True, model_name=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
-                record_name="first-look-linf", observer=watcher,
-            )  # fmt: skip
-        records.append(record)
+    folders = [out / folder for folder in RUNS.values()]
+    records = [EvaluationRecord.load(folder / "evaluation" / f"{RECORD}.json") for folder in folders]
     title = "What a Feature Pyramid Decoder buys on digits"
     page = write_report(out / "report.html", report_on([read(folder) for folder in folders], title=title))[0]
-    output.say(comparison_table(records))
-    output.explain(comparison_sentence(records) or "")
-    output.say(f"report: {page}", "try next:")
-    output.say(*(f"  {step}" for step in _next_steps(program())))
+    output.print(comparison_table(records))
+    output.print_wrapped(comparison_sentence(records) or "")
+    output.print(f"report: {page}", "try next:")
+    output.print(*(f"  {step}" for step in _next_steps(program())))
     networks = [{"folder": str(f), **_summary(r)} for f, r in zip(folders, records, strict=True)]
-    output.result({"seed": seed, "report": str(page), "networks": networks})
+    output.print_result({"seed": seed, "report": str(page), "networks": networks})
+
+
+def _run_all(configs: dict[str, RunConfig], out: Path, seed: int, output: Output) -> None:
+    """Train and attack the networks in parallel processes, with one display.
+
+    Raises:
+        InputError: a network could not be trained, or its process was killed.
+    """
+    from robustfpd.cli.display import networks_display
+
+    context = multiprocessing.get_context("spawn")  # forked processes would share torch's threads
+    messages: multiprocessing.Queue[Progressed] = context.Queue()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(configs), cores)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(messages,))
+    with networks_display(output.console, list(configs)) as show, pool:
+        try:
+            with _interrupts_ignored():  # by the processes that start here: the parent terminates them
+                futures = [
+                    pool.submit(_train_and_attack, name, config, out / RUNS[name], seed)
+                    for name, config in configs.items()
+                ]
+            _follow(futures, messages, show)
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that trained a network was killed (out of memory?); free memory and start the demo again"
+            ) from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _follow(futures: list[Future[None]], messages: multiprocessing.Queue[Progressed], show: Any) -> None:
+    """Show the messages of the processes until all have ended; raise the first error."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=SECONDS / 2)
+        while True:
+            try:
+                show(messages.get_nowait())
+            except queue.Empty:
+                break
+        for future in done:
+            future.result()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore SIGINT, in this process and in those that start meanwhile, which go on ignoring it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+_messages: multiprocessing.Queue[Progressed] | None = None
+"""Where a worker process sends its progress."""
+
+
+def _start_worker(messages: multiprocessing.Queue[Progressed]) -> None:
+    import torch
+
+    global _messages
+    _messages = messages
+    torch.set_num_threads(1)  # 8×8 images are too small to be shared by threads
+
+
+def _train_and_attack(name: str, config: RunConfig, folder: Path, seed: int) -> None:
+    """Train one network into its run folder and evaluate it there."""
+    from robustfpd import data, evaluation, training
+    from robustfpd.cli.display import Progressed
+
+    assert _messages is not None
+    messages, sent = _messages, 0.0
+
+    def send(text: str, done: float, *, milestone: bool = False) -> None:
+        nonlocal sent
+        if milestone or time.monotonic() - sent > SECONDS:
+            sent = time.monotonic()
+            messages.put(Progressed(name, text, done, milestone))
+
+    def on_batch(progress: Progress) -> None:
+        done = (progress.epoch + progress.batch / progress.batches) / progress.epochs
+        send(f"training, epoch {progress.epoch + 1} of {progress.epochs}", TRAINING_PART * done)
+
+    def on_epoch(metrics: EpochMetrics, best: bool) -> None:
+        if metrics.epoch + 1 == config.training.epochs:
+            accuracy = f"{100 * metrics.validation_accuracy:.1f} %"
+            send(f"trained, validation accuracy {accuracy}", TRAINING_PART, milestone=True)
+
+    def on_attack(progress: EvaluationProgress) -> None:
+        done = TRAINING_PART + (1 - TRAINING_PART) * (progress.number - 1) / progress.total
+        send(f"{progress.attack} at eps {progress.eps:.4g}", done)
+
+    # 8×8 images gain nothing from bfloat16, and the README's figures are of fp32.
+    observer = training.Observer(on_batch=on_batch, on_epoch=on_epoch)
+    model = training.train(config, folder, device="cpu", precision="fp32", observer=observer).model
+    splits = data.load(config.data)
+    record = evaluation.evaluate(
+        model.classifier(), splits.test.floats(), suite="first-look", eps=config.evaluation.eps, norm="linf", seed=seed,
+        every_attack=True, model_name=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
+        record_name=RECORD, observer=evaluation.EvaluationObserver(on_attack=on_attack),
+    )  # fmt: skip
+    worst = record.worst_case[-1]
+    send(f"robust accuracy {100 * worst.robust.value:.1f} % at eps {worst.eps:g}", 1.0, milestone=True)
 
 
 def _summary(record: EvaluationRecord) -> dict[str, Any]:
-    """What was found of one network, for machines; accuracies are fractions."""
+    """Return a network's part of the JSON result; accuracies are fractions."""
     worst = [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case]
     return {"model_name": record.model_name, "clean": record.clean_accuracy, "worst_case": worst}
 
 
 def _check(out: Path) -> None:
-    """Refuse a folder that holds something else than an earlier demo."""
+    """Raise an InputError for a folder that holds something other than an earlier demo."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
         raise InputError(f"{out} holds something other than a demo; give another folder with --out")
 
 
-def _claim(out: Path, seed: int) -> None:
+def _clear(out: Path, seed: int) -> None:
     """Empty the folder of an earlier demo."""
     from robustfpd.io import write_json
 
-    for earlier in FOLDERS:
-        shutil.rmtree(out / earlier, ignore_errors=True)
+    for folder in RUNS.values():
+        shutil.rmtree(out / folder, ignore_errors=True)
     write_json(out / MARKER, {"seed": seed})
 
 
@@ -106,5 +222,5 @@ def _next_steps(program: str) -> list[str]:
         f"{program} train digits/mini training.noise=0.1   # another noise level",
         f"{program} evaluate runs/digits-mini --norm l2 --eps 0.5 1   # another norm",
         f"{program} train mnist/mini --data-root data --download   # a larger data set",
-        f"{program} recipes   # what else there is",
+        f"{program} recipes   # all recipes",
     ]

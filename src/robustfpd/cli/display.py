@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -79,6 +80,33 @@ def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObser
             )
 
         yield EvaluationObserver(on_attack=on_attack)
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Progress of one of several networks."""
+
+    network: str
+    text: str
+    done: float
+    """Fraction."""
+    milestone: bool
+    """Printed where there are no bars, too."""
+
+
+@contextmanager
+def networks_display(console: Console, networks: Sequence[str]) -> Iterator[Callable[[Progressed], None]]:
+    """Show a bar for each of several networks; without a terminal, a line for each milestone."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[text]}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = {name: bars.add_task(name, total=1.0, text="waiting") for name in networks}
+
+        def show(progressed: Progressed) -> None:
+            bars.update(tasks[progressed.network], completed=progressed.done, text=progressed.text)
+            if progressed.milestone and not console.is_terminal:
+                console.print(f"{progressed.network}: {progressed.text}", highlight=False, markup=False)
+
+        yield show
 
 
 def _phase(progress: TrainingProgress) -> str:

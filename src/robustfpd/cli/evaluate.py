@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import DataFlags, Output
+from robustfpd.config import SUITES, Norm
 from robustfpd.distributed import init_process_group, shared_errors
 from robustfpd.errors import InputError
 
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from robustfpd.cli.targets import Subject
-    from robustfpd.config import DataConfig, EvaluationConfig, RunConfig, TaskConfig
+    from robustfpd.config import DataConfig, EvaluationConfig, TaskConfig
     from robustfpd.evaluation import EvaluationRecord, Proportion
     from robustfpd.evaluation.suites import AttackSpec
+    from robustfpd.report.paths import Target
 
 NOT_TRUSTED = 3
 """Exit code under --strict."""
 TIMEOUT = timedelta(days=7)
 """How long a rank waits for the others: an attack on a block may take hours on one rank alone."""
+SUITE = tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(SUITES), help_behavior_hint="")
 
 
 def evaluate(
@@ -38,31 +40,27 @@ def evaluate(
     /,
     model: str | None = None,
     eps: tuple[str, ...] = (),
-    norm: str | None = None,
-    suite: str | None = None,
+    norm: Norm | None = None,
+    suite: Annotated[str | None, SUITE] = None,
     num_images: int | None = None,
     surrogate: tuple[str, ...] = (),
     trust_code: bool = False,
     strict: bool = False,
     split: Literal["test", "validation"] = "test",
     space: Literal["pixels", "normalised"] | None = None,
-    dataset: str | None = None,
-    image_size: int | None = None,
-    data_root: str | None = None,
-    download: bool = False,
+    images: DataFlags = DataFlags(),  # noqa: B008
     seed: int | None = None,
     every_attack: bool = False,
     batch_size: int | None = None,
     search_precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
     dry_run: bool = False,
-    json: bool = False,
-    quiet: bool = False,
+    output: Output = Output(),  # noqa: B008
 ) -> None:
     """Attack a classifier: clean and worst-case accuracy over eps with 95 % intervals, and whether to trust them.
 
-    What was found is written as it goes: an evaluation that was killed goes on when the command is repeated. Started
-    by torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, processes share the images.
+    Results are written as they come: repeat the command to resume an evaluation that was interrupted. Started by
+    torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, processes share the images.
 
     For example `robustfpd evaluate runs/digits-mini`, or `robustfpd evaluate runs/folder-mini --suite standard
     --dry-run`, or `robustfpd evaluate mnist/mini-fpd --eps 0.1 --data-root data`, or
@@ -73,111 +71,119 @@ def evaluate(
             wrote (then --dataset is needed).
         model: any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed.
         eps: radii of the perturbation in units of the space, for example 0.03 or 8/255; default the recipe's.
-        norm: norm of the perturbation, linf, l2 or l1; default the recipe's.
-        suite: which attacks: quick, standard (AutoAttack and attacks that know the defence), full, published, ...;
-            default the recipe's.
-        num_images: how many images; default the recipe's.
+        norm: norm of the perturbation; default the recipe's.
+        suite: the attacks: quick, standard (AutoAttack and adaptive attacks), full, published, ...; default the
+            recipe's.
+        num_images: number of images; default the recipe's.
         surrogate: networks that attacks are transferred from, named like run or model; the baseline of a network
-            that comes with robustfpd joins by itself.
+            that comes with robustfpd is one by default.
         trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
             only for runs of your own.
-        strict: end with exit code 3 unless the verdict is `trusted`.
+        strict: exit with code 3 unless the verdict is `trusted`.
         split: which images: validation are those held out of training, to choose settings by.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
-        dataset: images of this data set instead of the run's.
-        image_size: pixels a side that --model wants; default the data set's own.
-        data_root: folder of images for --dataset folder, else where torchvision keeps its data sets; default the run's.
-        download: fetch the data set into --data-root when it is not there.
-        seed: seed of the choice of images and of the attacks.
-        every_attack: try every attack on every image, for an accuracy per attack; costs more.
-        batch_size: images that go through the network at once; default what serves well on a CPU, and on a GPU a
-            block (at most 256). Where memory does not suffice it is halved.
-        search_precision: what attacks differentiate the network in; with bf16 successes are confirmed in fp32, but the
-            number to report is fp32's.
-        device: auto, cpu, cuda or mps; of several processes each takes the GPU of its own.
+        images: the data set.
+        seed: seed of the choice of images and of the attacks; default the run's.
+        every_attack: run every attack on every image, for an accuracy per attack; more expensive.
+        batch_size: images per forward pass; default a good one on a CPU, and on a GPU a block (at most 256). It is
+            halved when memory runs out.
+        search_precision: precision of the attacks' gradients; with bf16 successes are confirmed in fp32, but the number
+            to report is fp32's.
+        device: auto, cpu, cuda or mps; with several processes each uses a GPU of its own.
         dry_run: print the attacks and the most time they take, from one timed batch; attack and write nothing.
-        json: tell the result as JSON.
-        quiet: tell nothing but errors and warnings.
+        output: what is printed.
     """
-    from robustfpd.cli.common import check_settings, configured, program
-    from robustfpd.cli.targets import subject, surrogates
+    from robustfpd.cli.common import check_settings, named_network, program
+    from robustfpd.config import RunConfig
     from robustfpd.device import check_device_name, resolve_device
 
     group = init_process_group(device, TIMEOUT)
     with shared_errors():
-        output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
+        output = output.on_rank(group.is_main)
         check_device_name(device)
-        _check_names(norm, suite, dataset, num_images, image_size, batch_size)
-        found = subject(run, model, trust_code)
-        config = configured(_settings(found, dataset, image_size), data_root, download, seed)
+        target = named_network(run, model, trust_code)
+        config = target.config or RunConfig()
+        data_config = images.config(target)
         plan = _plan(config.evaluation, eps, norm, suite, num_images, space)
-        check_settings(config.model_copy(update={"evaluation": plan}))
-        if surrogate and plan.space == "normalised":
-            raise InputError("--surrogate networks take pixels; they cannot join an evaluation in normalised space")
-        others = surrogates(surrogate, found.baseline if plan.space == "pixels" else None, trust_code)
+        check_settings(config.model_copy(update={"data": data_config, "evaluation": plan}))
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, found {batch_size}")
+        others = _surrogates(surrogate, target, plan, trust_code)
         chosen = resolve_device(device, group.world_size)
         if dry_run:
             if group.is_main:
-                _dry_run(output, found, config, plan, split, list(others), chosen, batch_size)
+                _dry_run(output, target, data_config, plan, split, list(others), chosen, batch_size)
             return
-        attacked = _attacked(found, config, plan, split, others, chosen)
-    record, path = _evaluated(
-        output, found.results, record_name(config.data, plan, split), attacked, suite=plan.suite, eps=plan.eps,
-        norm=plan.norm, num_images=plan.num_images, seed=config.seed, every_attack=every_attack,
-        batch_size=batch_size or "auto", search_precision=search_precision,
+        attacked = _load(target, data_config, plan, split, others, chosen)
+    record, path = _evaluate(
+        output, target.results, _record_name(data_config, plan, split), attacked, suite=plan.suite, eps=plan.eps,
+        norm=plan.norm, num_images=plan.num_images, seed=config.seed if seed is None else seed,
+        every_attack=every_attack, batch_size=batch_size or "auto", search_precision=search_precision,
     )  # fmt: skip
-    _show(output, record, plan, path)
-    told = found.source if found.results == Path(found.source) / "evaluation" else found.results
-    output.say(f"next: {program()} report {shlex.quote(str(told))}")
-    output.result(_summary(record, path))
+    _print_record(output, record, plan, path)
+    reported = target.path if target.kind == "run" else target.results
+    output.print(f"next: {program()} report {shlex.quote(str(reported))}")
+    output.print_result(_summary(record, path))
     if strict and record.verdict.status != "trusted":
         raise SystemExit(NOT_TRUSTED)
+
+
+def _surrogates(names: tuple[str, ...], target: Target, plan: EvaluationConfig, trust_code: bool) -> dict[str, Target]:
+    """Return the networks that attacks are transferred from, by name: those given, and a zoo network's baseline."""
+    from robustfpd.report.paths import resolve_network
+
+    if plan.space == "normalised":
+        if names:
+            raise InputError(
+                "--surrogate networks take pixels; they cannot be used in an evaluation in normalised space"
+            )
+        return {}
+    known = () if target.baseline is None else (target.baseline,)
+    return {name: resolve_network(name, trust_code) for name in dict.fromkeys((*names, *known))}
 
 
 @dataclass(frozen=True)
 class _Attacked:
     """What an evaluation is given."""
 
-    shown: str
-    """What it is called on screen and in the record."""
+    name: str
+    """In the display and in the record."""
     classifier: nn.Module
     data: Any
     surrogates: dict[str, nn.Module]
     class_names: tuple[str, ...]
 
 
-def _attacked(
-    found: Subject, config: RunConfig, plan: EvaluationConfig, split: Literal["test", "validation"],
-    others: dict[str, Subject], device: torch.device,
+def _load(
+    target: Target, data_config: DataConfig, plan: EvaluationConfig, split: Literal["test", "validation"],
+    surrogates: dict[str, Target], device: torch.device,
 ) -> _Attacked:  # fmt: skip
     """Load networks and images."""
-    from robustfpd.cli.images import as_made_for, images_of
+    from robustfpd.cli.common import load_images
     from robustfpd.evaluation.normalised_space import in_space
 
-    classifier = found.classifier().to(device)
-    images, class_names = images_of(as_made_for(found, config).data, split, found, classifier)
-    shown = found.name if split == "test" else f"{found.name} (validation images)"
-    shown += " (in normalised space, as published)" if plan.space == "normalised" else ""
+    classifier = target.classifier().to(device)
+    images, class_names = load_images(data_config, split, target, classifier)
+    name = target.name if split == "test" else f"{target.name} (validation images)"
+    name += " (in normalised space, as published)" if plan.space == "normalised" else ""
     attacked, data = in_space(classifier, images, plan.space)
-    networks = {name: other.classifier().to(device) for name, other in others.items()}
-    return _Attacked(shown, attacked.to(device), data, networks, tuple(class_names))
+    networks = {name: other.classifier().to(device) for name, other in surrogates.items()}
+    return _Attacked(name, attacked.to(device), data, networks, tuple(class_names))
 
 
 def _dry_run(
-    output: Output, found: Subject, config: RunConfig, plan: EvaluationConfig, split: str, surrogates: list[str],
+    output: Output, target: Target, data_config: DataConfig, plan: EvaluationConfig, split: str, surrogates: list[str],
     device: torch.device, batch_size: int | None,
 ) -> None:  # fmt: skip
     """Print the attacks and an upper bound of their time; attack and write nothing."""
     from robustfpd import attacks, data
     from robustfpd.cli.display import duration
-    from robustfpd.cli.images import as_made_for
 
-    settings = as_made_for(found, config).data
-    counts = data.count(settings)
+    counts = data.count(data_config)
     available = counts.test if split == "test" else counts.validation
-    task, images = found.task or counts.info.task, min(plan.num_images, available)
-    specs, forward, gradient = _timed_suite(found.classifier().to(device), task, plan, surrogates, device, batch_size)
+    task, images = target.task or counts.info.task, min(plan.num_images, available)
+    specs, forward, gradient = _timed_suite(target.classifier().to(device), task, plan, surrogates, device, batch_size)
     rows, seconds = [], forward * images
     for spec in specs:
         # An attack that searches for the smallest perturbation runs once for all eps.
@@ -186,9 +192,9 @@ def _dry_run(
         spent = spec.iterations * radii * images * each
         rows.append((spec, radii, spent))
         seconds += spent
-    path = found.results / f"{record_name(settings, plan, split)}.json"
-    output.say(
-        f"{found.name}: {images:,} of {available:,} {split} images of {counts.info.name}, {task}",
+    path = target.results / f"{_record_name(data_config, plan, split)}.json"
+    output.print(
+        f"{target.name}: {images:,} of {available:,} {split} images of {counts.info.name}, {task}",
         f"suite {plan.suite}, {plan.norm}, eps {' '.join(f'{e:.4g}' for e in plan.eps)}",
         _attack_table(rows),
         f"time    at most about {duration(seconds)}, and the checks: an image is not attacked again once",
@@ -198,8 +204,8 @@ def _dry_run(
         "        an evaluation that is there is resumed or read",
         "dry run: nothing was attacked or written",
     )
-    output.result({
-        "subject": found.name, "suite": plan.suite, "norm": plan.norm, "eps": list(plan.eps), "split": split,
+    output.print_result({
+        "model_name": target.name, "suite": plan.suite, "norm": plan.norm, "eps": list(plan.eps), "split": split,
         "num_images": images, "dataset": counts.info.name, "device": str(device), "path": str(path),
         "attacks": [
             {
@@ -264,33 +270,16 @@ def _attack_table(rows: Sequence[tuple[AttackSpec, int, float]]) -> Table:
     return table
 
 
-def record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
-    """What the record is called."""
+def _record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
+    """Return the name of the record's files."""
     source = data.dataset if split == "test" else f"{data.dataset}-{split}"
     return f"{source}-{plan.suite}-{plan.norm}"
 
 
-def _check_names(
-    norm: str | None, suite: str | None, dataset: str | None, num_images: int | None, image_size: int | None,
-    batch_size: int | None,
-) -> None:  # fmt: skip
-    """Refuse what no evaluation can have, before anything is looked for."""
-    from robustfpd.cli.common import known
-    from robustfpd.config import DATASETS, NORMS, SUITES
-
-    for kind, name, names in (("norm", norm, NORMS), ("suite", suite, SUITES), ("dataset", dataset, DATASETS)):
-        if name is not None:
-            known(kind, name, names)
-    counts = (("--num-images", num_images), ("--image-size", image_size), ("--batch-size", batch_size))
-    for flag, number in counts:
-        if number is not None and number < 1:
-            raise InputError(f"{flag} must be at least 1, found {number}")
-
-
-def _evaluated(
+def _evaluate(
     output: Output, folder: Path, name: str, attacked: _Attacked, **options: Any
 ) -> tuple[EvaluationRecord, Path]:
-    """Go on with, read, or make the evaluation; another one of that name stays, and this one gets a number."""
+    """Resume, read, or run the evaluation; if another one has its name, a number is added."""
     from robustfpd import evaluation
     from robustfpd.cli.display import evaluation_display
 
@@ -299,13 +288,13 @@ def _evaluated(
         unfinished = evaluation.is_unfinished(path)
         done = path.is_file() and not unfinished
         try:
-            with evaluation_display(output.console, attacked.shown) as observer:
+            with evaluation_display(output.console, attacked.name) as observer:
                 record = evaluation.evaluate(
                     attacked.classifier,
                     attacked.data,
                     out_dir=folder,
                     record_name=path.stem,
-                    model_name=attacked.shown,
+                    model_name=attacked.name,
                     observer=observer,
                     surrogates=attacked.surrogates,
                     class_names=attacked.class_names,
@@ -314,28 +303,28 @@ def _evaluated(
         except evaluation.OtherEvaluation:
             continue
         except KeyboardInterrupt:
-            output.say(f"what was found is kept in {folder}; repeat the command to go on")
+            output.print(f"results so far are kept in {folder}; repeat the command to resume")
             raise
         if done:
-            output.say(f"measured before, read from {path}")
+            output.print(f"evaluated before, read from {path}")
         elif unfinished:
-            output.say(f"went on with the unfinished evaluation in {folder}")
+            output.print(f"resumed the unfinished evaluation in {folder}")
         break
     return record, path
 
 
-def _show(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
+def _print_record(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
     from robustfpd.report.tables import evaluation_table, verdict_text
 
-    output.say(evaluation_table(record))
+    output.print(evaluation_table(record))
     if plan.divide_by is not None:
-        output.say(_as_divided(record, plan.divide_by))
-    output.say(verdict_text(record))
-    output.say(f"record: {path}", "        each image and attack beside it as CSV")
+        output.print(_as_divided(record, plan.divide_by))
+    output.print(verdict_text(record))
+    output.print(f"record: {path}", "        each image and attack in the .ledger.csv beside it")
 
 
 def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
-    """What was found, for machines; accuracies are fractions."""
+    """Return the JSON result; accuracies are fractions."""
     return {
         "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
         "num_images": record.num_images, "clean": _accuracy(record.clean),
@@ -345,36 +334,23 @@ def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _accuracy(found: Proportion) -> dict[str, Any]:
-    return {"accuracy": found.value, **found.model_dump(mode="json")}
+def _accuracy(proportion: Proportion) -> dict[str, Any]:
+    return {"accuracy": proportion.value, **proportion.model_dump(mode="json")}
 
 
 def _plan(
-    plan: EvaluationConfig, eps: tuple[str, ...], norm: str | None, suite: str | None, num_images: int | None,
+    plan: EvaluationConfig, eps: tuple[str, ...], norm: Norm | None, suite: str | None, num_images: int | None,
     space: str | None,
 ) -> EvaluationConfig:  # fmt: skip
-    """The recipe's evaluation, with what the flags change."""
+    """Return the recipe's evaluation, with the changes of the flags."""
+    if num_images is not None and num_images < 1:
+        raise InputError(f"--num-images must be at least 1, found {num_images}")
     chosen = norm or plan.norm
     radii = tuple(_radius(text, chosen) for text in eps)
     if chosen != plan.norm and not radii:
-        raise InputError(f"the recipe's eps are {plan.norm} radii; say with --eps which in {chosen}")
+        raise InputError(f"the recipe's eps are {plan.norm} radii; give --eps in {chosen}")
     changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite, "space": space or plan.space}
     return plan.model_copy(update=changes | {"num_images": plan.num_images if num_images is None else num_images})
-
-
-def _settings(found: Subject, dataset: str | None, image_size: int | None) -> RunConfig:
-    """The run's settings, or defaults; with the images of `dataset` where it is given."""
-    from robustfpd.config import RunConfig
-
-    if found.config is None and dataset is None:
-        raise InputError(f"{found.name} is no run; say which test images with --dataset")
-    if image_size is not None and found.task is not None:
-        raise InputError(f"--image-size is for --model; {found.name} was made for {found.task}")
-    config = found.config or RunConfig()
-    changes: dict[str, object] = {} if dataset is None else {"dataset": dataset}
-    if image_size is not None:
-        changes["image_size"] = (image_size, image_size)
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 def _radius(text: str, norm: str) -> float:
@@ -388,7 +364,7 @@ def _radius(text: str, norm: str) -> float:
 
 
 def _as_divided(record: EvaluationRecord, count: int) -> str:
-    """The accuracies that the published evaluation would print: counts over a fixed number."""
+    """Return the accuracies as the published evaluation prints them: counts over a fixed number."""
     robust = "".join(f", {100 * w.robust.count / count:.2f} % at eps {w.eps:.4g}" for w in record.worst_case)
     return (
         f"divided by {count:,} instead of {record.num_images:,} images, as the published evaluation does: "

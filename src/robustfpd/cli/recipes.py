@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import Output
 
 
-def recipes(json: bool = False, quiet: bool = False) -> None:
-    """List the packaged recipes: what `robustfpd train` can be given.
+def recipes(output: Output = Output()) -> None:  # noqa: B008
+    """List the packaged recipes, whose names `robustfpd train` takes.
 
     For example `robustfpd recipes`, or `robustfpd recipes --json`.
-
-    Args:
-        json: tell them as JSON.
-        quiet: tell nothing but errors and warnings.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -36,6 +32,5 @@ def recipes(json: bool = False, quiet: bool = False) -> None:
             "name": name, "dataset": run.data.dataset, "image_size": [height, width], "backbone": run.model.backbone,
             "noise": noise, "epochs": epochs, "published": published,
         })  # fmt: skip
-    output = Output(json=json, quiet=quiet)
-    output.say(table, "published: also in the authors' protocol, train --protocol published (docs/protocols.md)")
-    output.result({"recipes": listed})
+    output.print(table, "published: also in the authors' protocol, train --protocol published (docs/protocols.md)")
+    output.print_result({"recipes": listed})

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from robustfpd.errors import InputError, unknown_name
+from robustfpd.cli.common import Output, check_choice
+from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    from robustfpd.cli.output import Output
     from robustfpd.report.page import Report
     from robustfpd.report.sources import Source
 
@@ -22,15 +22,14 @@ def report(
     suite: str | None = None,
     norm: Literal["linf", "l2", "l1"] | None = None,
     title: str | None = None,
-    json: bool = False,
-    quiet: bool = False,
+    output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Write what was found as one page to read and send: report.html, with report.md and report.csv beside it.
+    """Write evaluations as one page to read and send: report.html, with report.md and report.csv beside it.
 
     For example `robustfpd report runs/digits-mini`,
     or `robustfpd report runs/mnist-mini runs/mnist-mini-baseline --suite standard`.
 
-    Several runs are compared side by side; the baseline joins by itself where it was trained and evaluated too.
+    Several runs are compared side by side. The baseline is added where it was trained and evaluated too.
 
     Args:
         runs: run folders, networks by name (see `robustfpd models`), folders of evaluations, or single records.
@@ -38,22 +37,19 @@ def report(
         suite: which evaluation to show; default the strongest that the runs share.
         norm: which evaluation to show; default the strongest that the runs share.
         title: heading of the page.
-        json: print one JSON object instead: the files and the numbers.
-        quiet: print nothing but errors.
+        output: what is printed.
     """
-    from robustfpd.cli.output import Output
-
     if not runs:
         raise InputError("name what to report on: robustfpd report RUN")
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be an .html file, found {out}; the .md and .csv go beside it")
     from robustfpd.config import SUITES
-    from robustfpd.report.paths import check_place
+    from robustfpd.report.paths import resolve
 
-    if suite is not None and suite not in SUITES:
-        raise unknown_name("suite", suite, SUITES)
+    if suite is not None:
+        check_choice("suite", suite, SUITES)
     for run in runs:
-        check_place(run)
+        resolve(run)
     from robustfpd.report.page import report_on
     from robustfpd.report.sources import read
     from robustfpd.report.write import write_report
@@ -64,47 +60,42 @@ def report(
     made = report_on(sources, title=title, suite=suite, norm=norm)
     page = out or sources[0].home / ("report.html" if len(runs) == 1 else "comparison.html")
     files = write_report(page, made)
-    output = Output(json=json, quiet=quiet)
-    _tell(output, made, files)
-    output.result({"files": [str(f) for f in files], "problems": list(made.problems), "runs": _numbers(made)})
+    _print_summary(output, made, files)
+    output.print_result({"files": [str(f) for f in files], "problems": list(made.problems), "runs": _numbers(made)})
 
 
 def _baseline(source: Source) -> list[Source]:
-    """The baseline, where it was trained beside the run, or comes with robustfpd, and was evaluated."""
-    from robustfpd.models import zoo
+    """Return the baseline of a run or of a zoo network, if it was evaluated on the same images."""
+    from robustfpd.report.paths import resolve
     from robustfpd.report.sources import read
 
     folder = Path(source.name)
     adversarial = folder.name == "adversarial"
     run = folder.parent if adversarial else folder
     beside = run.with_name(f"{run.name}-baseline") / ("adversarial" if adversarial else "")
-    named = source.name.replace("fpd", "baseline")
-    found = []
-    if (beside / "config.yaml").is_file():
-        found = [read(beside)]
-    elif named != source.name and {source.name, named} <= set(zoo.names()):
-        found = [read(named)]
+    name = str(beside) if (beside / "config.yaml").is_file() else resolve(source.name).baseline
+    if name is None:
+        return []
+    baseline = read(name)
     kinds = {(e.record.suite, e.record.norm, e.record.data_sha256) for e in source.evaluations}
-    return [
-        baseline for baseline in found
-        if kinds & {(e.record.suite, e.record.norm, e.record.data_sha256) for e in baseline.evaluations}
-    ]  # fmt: skip
+    common = kinds & {(e.record.suite, e.record.norm, e.record.data_sha256) for e in baseline.evaluations}
+    return [baseline] if common else []
 
 
-def _tell(output: Output, made: Report, files: list[Path]) -> None:
+def _print_summary(output: Output, made: Report, files: list[Path]) -> None:
     from robustfpd.report.page import SAID, comparison_sentence, verdict_sentence
 
     if made.first is not None:
         verdict = made.first.record.verdict
-        output.explain(f"{verdict.status}: {verdict_sentence(made.first.record)} {SAID[verdict.status]}")
+        output.print_wrapped(f"{verdict.status}: {verdict_sentence(made.first.record)} {SAID[verdict.status]}")
         for reason in verdict.reasons:
-            output.explain(f"- {reason}")
+            output.print_wrapped(f"- {reason}")
         compared = comparison_sentence([c.record for c in made.columns])
         if compared:
-            output.explain(compared)
+            output.print_wrapped(compared)
     for problem in made.problems:
-        output.explain(f"note: {problem}")
-    output.say(f"report: {files[0]}, also as {files[1].name} and {files[2].name}")
+        output.print_wrapped(f"note: {problem}")
+    output.print(f"report: {files[0]}, also as {files[1].name} and {files[2].name}")
 
 
 def _numbers(made: Report) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from robustfpd.cli.output import Output
+from robustfpd.cli.common import Output
 from robustfpd.distributed import LaunchEnvironment, init_process_group, shared_errors, sigterm_as_interrupt
 from robustfpd.errors import InputError, unknown_name
 
@@ -39,8 +39,7 @@ def train(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     dry_run: bool = False,
-    json: bool = False,
-    quiet: bool = False,
+    output: Output = Output(),  # noqa: B008
 ) -> None:
     """Train a recipe's network in two phases, then adversarially if asked, and keep each stage's checkpoints.
 
@@ -67,16 +66,18 @@ def train(
         precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
             at it, else fp32.
         dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
-        json: tell the result as JSON.
-        quiet: tell nothing but errors and warnings.
+        output: what is printed.
     """
     from robustfpd import config as configuration
-    from robustfpd.cli.common import check_settings, configured, program
+    from robustfpd.cli.common import check_settings, program
     from robustfpd.device import check_device_name, resolve_device
 
     group = init_process_group(device)
     with shared_errors():
-        run = configured(configuration.recipe(recipe, settings, protocol=protocol), data_root, download, seed)
+        run = configuration.recipe(recipe, settings, protocol=protocol)
+        data = {"root": data_root or run.data.root, "download": download or run.data.download}
+        changes = {"data": run.data.model_copy(update=data), "seed": run.seed if seed is None else seed}
+        run = run.model_copy(update=changes)
         run = run.baseline() if baseline else run
         variant = ("-published" if protocol == "published" else "") + ("-baseline" if baseline else "")
         folder = out or Path("runs") / (recipe_slug(recipe) + variant)
@@ -84,7 +85,7 @@ def train(
         check_settings(run)
         check_device_name(device)
         planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
-        output = Output(json=json and group.is_main, quiet=quiet or not group.is_main)
+        output = output.on_rank(group.is_main)
         chosen = resolve_device(device, group.world_size)
     if dry_run:
         _dry_run(planned, chosen, precision, output)
@@ -99,10 +100,10 @@ def train(
     for stage in planned:
         title = f"training {recipe}{' (baseline)' if baseline else ''}, stage {stage.run.stage}, into {stage.folder}"
         result = _train(stage, resume, str(chosen), precision, output, command, title)
-        output.say(_ending(result, stage.run))
+        output.print(_ending(result, stage.run))
         results.append(_found(stage, result))
-    output.say(f"next: {_evaluating(planned[-1])}")
-    output.result({"recipe": recipe, "seed": run.seed, "stages": results})
+    output.print(f"next: {_evaluating(planned[-1])}")
+    output.print_result({"recipe": recipe, "seed": run.seed, "stages": results})
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _train(
         kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was whole yet"
         launcher = LaunchEnvironment.read().launcher
         under = "" if launcher == "none" else f", under {launcher} as before"
-        output.say(f"\ninterrupted; {kept}. Go on with{under}:\n  {again}")
+        output.print(f"\ninterrupted; {kept}. Go on with{under}:\n  {again}")
         raise SystemExit(130) from None
 
 
@@ -201,7 +202,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     # Pretrained weights would have to be downloaded, and take the same time.
     model = build(counts.info.task, run.model.model_copy(update={"pretrained": False}), seed=run.seed)
     defence = f"FPD, {run.model.head} head" if run.model.defence == "fpd" else "no defence (undefended baseline)"
-    output.say(
+    output.print(
         f"recipe {run.recipe}, {run.protocol} protocol, seed {run.seed}\n"
         f"  data      {counts.info.name}, {counts.info.task}\n"
         f"            {counts.train:,} to train, {counts.validation:,} to validate, {counts.test:,} to test\n"
@@ -211,7 +212,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     estimates = []
     for stage in stages:
         step, seconds = _stage_seconds(model, stage.run, counts, device, resolve_precision(precision, device))
-        output.say(
+        output.print(
             f"stage {stage.run.stage}, into {stage.folder}", *_stage_lines(stage),
             f"  time      at most about {duration(seconds)}, {1000 * step:.3g} ms a batch timed now on {device};",
             "            early stopping and a shut gate take less\n",
@@ -220,8 +221,8 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
             "stage": stage.run.stage, "folder": str(stage.folder), "start": stage.start and str(stage.start),
             "epochs": stage.run.procedure.epochs, "seconds_per_batch": step, "estimated_seconds": round(seconds, 1),
         })  # fmt: skip
-    output.say("dry run: nothing was trained or written")
-    output.result({
+    output.print("dry run: nothing was trained or written")
+    output.print_result({
         "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
         "precision": resolve_precision(precision, device), "settings": run.model_dump(mode="json"),
         "images": {"train": counts.train, "validation": counts.validation, "test": counts.test},

@@ -19,7 +19,7 @@ from robustfpd.evaluation.record import FORMAT, LEDGER
 from robustfpd.evaluation.suites import STRENGTH
 from robustfpd.models import zoo
 from robustfpd.report.metrics import fell
-from robustfpd.report.paths import check_place, results_of
+from robustfpd.report.paths import resolve
 from robustfpd.training import EpochMetrics, RunFolder
 
 UNFINISHED = ".unfinished.json"
@@ -64,24 +64,23 @@ def read(given: str | Path) -> Source:
     Raises:
         InputError: there is nothing of that name.
     """
-    check_place(given)
-    path, name = Path(given), str(given)
-    if path.is_file():
-        return _assembled(name, path.parent, None, [path])
-    if (path / "config.yaml").is_file():
-        return _assembled(name, path, RunFolder(path), _records(path / "evaluation"))
-    if path.is_dir():
-        beside = path.resolve().with_name(f"{path.resolve().name}-evaluation")
-        return _assembled(name, path, None, _records(path) or _records(beside))
-    _, folder = zoo.place(name)
-    shown = _records(folder / "results") if folder is not None else []
-    source = _assembled(name, results_of(name), None, [*_records(results_of(name)), *shown])
-    return dataclasses.replace(source, config=_settings(folder))
+    target = resolve(given)
+    name, path, records = target.name, target.path, _records(target.results)
+    if target.kind == "record":
+        return _assembled(name, target.results, None, [path])
+    if target.kind == "run":
+        return _assembled(name, path, RunFolder(path), records)
+    if target.kind == "zoo":
+        source = _assembled(name, target.results, None, [*records, *_records(path / "results")])
+        return dataclasses.replace(source, config=_settings(path))
+    if target.kind == "factory":
+        return _assembled(name, target.results, None, records)
+    return _assembled(name, path, None, _records(path) or records)
 
 
-def _settings(folder: Path | None) -> RunConfig | None:
-    path = None if folder is None else folder / zoo.SETTINGS
-    return load_run(path) if path is not None and path.is_file() else None
+def _settings(folder: Path) -> RunConfig | None:
+    path = folder / zoo.SETTINGS
+    return load_run(path) if path.is_file() else None
 
 
 def _records(folder: Path) -> list[Path]:
