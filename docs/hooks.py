@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import io
+import os
 import re
-from typing import Any, get_type_hints
+from contextlib import redirect_stdout, suppress
+from typing import Any
 
-from robustfpd.cli import COMMANDS, function, parsing
+from robustfpd.cli import COMMANDS, main
 from robustfpd.config import RECIPES, recipe, recipe_names
 
 FOREIGN = re.compile(r"cdnjs|data:text/javascript|x-mathjax-config")
@@ -31,30 +33,16 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 
 def _commands() -> str:
-    return "\n\n".join(_command(name, told) for name, told in COMMANDS.items())
+    return "\n\n".join(_command(name, summary) for name, summary in COMMANDS.items())
 
 
-def _command(name: str, told: str) -> str:
-    command = function(name)
-    about = parsing.description(command)
-    examples = "\n".join(parsing.examples(command))
-    shown = f"```sh\n{examples}\n```" if examples else ""
-    heading = f"## robustfpd {name} {{ #{name} }}"
-    return "\n\n".join([heading, f"*{told[0].upper()}{told[1:]}.*", about, shown, _flags(command)])
-
-
-def _flags(command: Any) -> str:
-    """A list of what a command takes, as `--help` tells it."""
-    hints, told = get_type_hints(command, include_extras=True), parsing.arguments(command)
-    rows = []
-    for parameter in inspect.signature(command).parameters.values():
-        value = parsing.placeholder(parameter, hints[parameter.name]) or ""
-        positional = parameter.kind is parameter.POSITIONAL_ONLY
-        flag = value if positional else f"--{parameter.name.replace('_', '-')} {value}".strip()
-        default = parameter.default
-        said = "" if default in (inspect.Parameter.empty, None, False, ()) else f" Default: `{default}`."
-        rows.append(f"- `{flag}`: {told.get(parameter.name, '')}{said}")
-    return "\n".join(rows) if rows else "It takes nothing."
+def _command(name: str, summary: str) -> str:
+    """Return a section with a command's help."""
+    os.environ["COLUMNS"] = "80"
+    with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+        main([name, "--help"])
+    shown = f"```text\n{text.getvalue().strip()}\n```"
+    return f"## robustfpd {name} {{ #{name} }}\n\n*{summary[0].upper()}{summary[1:]}.*\n\n{shown}"
 
 
 def _recipes() -> str:

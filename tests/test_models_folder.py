@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from robustfpd.cli.parsing import parse
 
 import robustfpd as rf
-from robustfpd.cli import function
-from robustfpd.cli.common import settings_together
+from robustfpd.cli import parse
 from robustfpd.config import RunConfig, load_run, recipe
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
@@ -146,8 +144,7 @@ def test_the_cards_commands_are_understood(add: Add, plain_run: Path, tmp_path: 
     assert "robustfpd train digits/mini --baseline --out runs/digits-mini-baseline" in lines
     assert len(lines) == 3
     for line in lines:
-        _, name, *words = shlex.split(line)
-        parse(name, function(name), settings_together(words))
+        parse(shlex.split(line)[1:])
 
 
 def _rewrite(path: Path, **changes: Any) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from robustfpd.cli.targets import surrogates, trained
 from torch import nn
 
 from robustfpd.cli import main
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
 from robustfpd.models.import_model import import_model
+from robustfpd.report.paths import resolve_network
 from robustfpd.report.tables import verdict_text
 
 MODULE = """
@@ -86,8 +86,8 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name what to attack"),
-        (("runs/x", "--model", "mynets:make"), "name one thing to attack: runs/x, or --model mynets:make"),
+        ((), "name a network"),
+        (("runs/x", "--model", "mynets:make"), "name one network: runs/x, or --model mynets:make"),
         (
             ("mnist/mini-fpd", "--surrogate", "mynets:make", "--space", "normalised"),
             "--surrogate networks take pixels",
@@ -98,7 +98,7 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
         (("--model", "mynets:number", *FAST), "must be a torch.nn.Module or a function that gives one, found int"),
         (("--model", "mynets:raises", *FAST), r"mynets:raises\(\) raised RuntimeError: no weights here"),
         (("--model", "builtins:dict", *FAST), r"builtins:dict\(\) must give a torch.nn.Module, found dict"),
-        (("--model", "mynets:make"), "mynets:make is no run; say which test images with --dataset"),
+        (("--model", "mynets:make"), "mynets:make is no run; name its test images with --dataset"),
         (("--model", "mynets:seven", *FAST), "mynets:seven gives 7 logits, digits has 10 classes"),
         (("--model", "mynets:large", *FAST), "mynets:large raised RuntimeError on an image .*--image-size"),
         (("--model", "mynets:make", *FAST, "--image-size", "0"), "--image-size must be at least 1, found 0"),
@@ -135,12 +135,10 @@ def test_surrogates_join_under_their_names(capsys: pytest.CaptureFixture[str]) -
     assert [a.attack for a in record.attacks if "transfer" in a.attack] == ["PGD-40, transfer from mynets:scaled"]
 
 
-def test_the_twin_of_a_trained_network_joins_by_itself() -> None:
-    found = trained(Path("mnist/mini-fpd"))
-    assert found.baseline == "mnist/mini-baseline"
-    assert list(surrogates((), found.baseline)) == ["mnist/mini-baseline"]
-    assert trained(Path("mnist/mini-baseline")).baseline is None
-    assert trained(Path("digits/mini-fpd")).baseline is None
+def test_the_baseline_of_a_zoo_network_is_a_surrogate_by_default() -> None:
+    assert resolve_network("mnist/mini-fpd").baseline == "mnist/mini-baseline"
+    assert resolve_network("mnist/mini-baseline").baseline is None
+    assert resolve_network("digits/mini-fpd").baseline is None
 
 
 def test_a_module_is_taken_as_it_is() -> None:
@@ -168,12 +166,12 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     with pytest.raises(SystemExit) as ended:
         main(whole)
     assert ended.value.code == 130
-    assert "is kept in runs/mynets-make-evaluation" in capsys.readouterr().out
+    assert "are kept in runs/mynets-make-evaluation" in capsys.readouterr().out
     assert not (folder / "digits-first-look-linf.json").exists()
     kept = (folder / "digits-first-look-linf.ledger.csv").read_text()
     monkeypatch.setattr(Ledger, "add", add)
     main(whole)
-    assert "went on with the unfinished evaluation" in capsys.readouterr().out
+    assert "resumed the unfinished evaluation" in capsys.readouterr().out
     assert (folder / "digits-first-look-linf.ledger.csv").read_text().startswith(kept)
     assert sorted(p.name for p in folder.iterdir()) == [
         "digits-first-look-linf.gallery",
@@ -182,7 +180,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     ]
     before = (folder / "digits-first-look-linf.json").read_bytes()
     main(whole)
-    assert "measured before" in capsys.readouterr().out
+    assert "evaluated before" in capsys.readouterr().out
     assert (folder / "digits-first-look-linf.json").read_bytes() == before
 
 

@@ -75,7 +75,7 @@ def test_the_table_says_where_a_network_is(
     monkeypatch.setattr(zoo, "checkout", lambda: None)
     out = listed(capsys)
     assert out.count("to be fetched") == 2
-    assert out.count("not at hand") == 2
+    assert out.count("not downloaded") == 2
     monkeypatch.setenv(zoo.VARIABLE, (places / "models").as_uri())
     zoo.find(NAME)
     out = listed(capsys)
@@ -88,9 +88,9 @@ def test_the_table_says_where_a_network_is(
 def test_results_that_are_not_those_measured_are_not_shown(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = places / "models" / NAME / "results" / "first.json"
     path.write_text(path.read_text().replace('"count": ', '"count":  '))
-    assert listed(capsys).count("not at hand") == 1
+    assert listed(capsys).count("not downloaded") == 1
     path.unlink()
-    assert listed(capsys).count("not at hand") == 1
+    assert listed(capsys).count("not downloaded") == 1
 
 
 @pytest.mark.parametrize("given", ["digits/mini-fpd", "models/digits/mini-fpd"])
@@ -130,8 +130,8 @@ def test_evaluate_fetches_a_name(places: Path, monkeypatch: pytest.MonkeyPatch) 
     ("arguments", "expected"),
     [
         (["digits/mini-fdp"], "did you mean 'digits/mini-fpd'"),
-        (["../x"], "no model in ../x"),
-        (["digits/mini-fpd", "--norm", "l2"], "say with --eps which in l2"),
+        (["../x"], "no run, model or evaluation"),
+        (["digits/mini-fpd", "--norm", "l2"], "give --eps in l2"),
     ],
 )
 def test_evaluate_tells_errors_in_one_line(

@@ -154,7 +154,7 @@ def test_a_network_that_answers_nan_says_so(tmp_path: Path, capsys: pytest.Captu
     model.save(tmp_path / "nan")
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     told = ask(capsys, tmp_path / "nan", tmp_path / "a.png", "--json", "--restored", tmp_path / "r", code=1)
-    assert told["images"][0]["error"] == "the network answers NaN"
+    assert told["images"][0]["error"] == "the network's logits are NaN"
     assert told["images"][0]["restored"] is None
 
 

@@ -70,7 +70,7 @@ def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: 
     ("words", "message"),
     [
         (["report"], "name what to report on|needs RUNS"),
-        (["report", "runs/nope"], "unknown run or network 'runs/nope'"),
+        (["report", "runs/nope"], "no run, model or evaluation 'runs/nope'"),
         (["report", "digits/mini-fpd", "--out", "page.pdf"], r"must be an \.html file"),
         (["report", "digits/mini-fpd", "--suite", "quik"], "did you mean 'quick'"),
     ],

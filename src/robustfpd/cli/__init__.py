@@ -109,7 +109,7 @@ def parse(words: Sequence[str]) -> Callable[[], Any]:
     if name == "train":  # tyro takes a list of words only where they are adjacent
         rest.sort(key=lambda word: SETTING.fullmatch(word) is not None)
     call: Callable[[], Any] = tyro.cli(
-        bound(command), prog=f"robustfpd {name}", description=description(command), args=rest, config=_config()
+        bound(command), prog=f"robustfpd {name}", description=description(command), args=rest, config=tyro_config()
     )
     return call
 
@@ -121,13 +121,16 @@ def bound(command: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:
         return functools.partial(command, *args, **kwargs)
 
+    def parameter(p: inspect.Parameter) -> inspect.Parameter:
+        if p.default is None or p.default is False or p.default == ():  # "(default: None)" says nothing
+            return p.replace(annotation=Annotated[hints[p.name], tyro.conf.arg(help_behavior_hint="")])
+        return p.replace(annotation=hints[p.name])
+
     hints = get_type_hints(command, include_extras=True)
-    no_default = tyro.conf.arg(help_behavior_hint="")  # "(default: None)" says nothing
-    parameters = [
-        p.replace(annotation=Annotated[hints[p.name], no_default] if p.default in (None, False, ()) else hints[p.name])
-        for p in inspect.signature(command).parameters.values()
-    ]
-    call.__doc__ = command.__doc__
+    parameters = [parameter(p) for p in inspect.signature(command).parameters.values()]
+    arguments = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:\n")[2]
+    # Each argument on one line, which tyro wraps; the description is given to it apart.
+    call.__doc__ = f"{command.__name__}.\n\nArgs:\n" + re.sub(r"\n {8,}", " ", arguments)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
@@ -136,9 +139,12 @@ def bound(command: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 def description(command: Callable[..., Any]) -> str:
     """Return a command's docstring without its arguments, wrapped for help, with the examples at the end."""
     columns = min(shutil.get_terminal_size().columns, WIDTH)
-    paragraphs = [textwrap.fill(text, columns) for text in _paragraphs(command) if not text.startswith("For example")]
-    wrapped = (textwrap.wrap(e, columns - 4, break_long_words=False, break_on_hyphens=False) for e in examples(command))
-    return "\n\n".join([*paragraphs, "examples:\n" + "\n".join("  " + " \\\n    ".join(lines) for lines in wrapped)])
+    wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    paragraphs = [text for text in _paragraphs(command) if not text.startswith("For example")]
+    # Later lines are indented: tyro joins a line that begins with a letter to the one before.
+    texts = ["\n".join(wrap(text, columns, subsequent_indent=" ")) for text in paragraphs]
+    shown = [" \\\n    ".join(wrap(text, columns - 6)) for text in examples(command)]
+    return "\n\n".join([*texts, "\n  ".join(["examples:", *shown])])
 
 
 def examples(command: Callable[..., Any]) -> list[str]:
@@ -153,7 +159,8 @@ def _paragraphs(command: Callable[..., Any]) -> list[str]:
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
-def _config() -> tuple[Any, ...]:
+def tyro_config() -> tuple[Any, ...]:
+    """Return tyro's settings for every command."""
     from tyro import conf
 
     return conf.FlagCreatePairsOff, conf.DisallowNone, conf.PositionalMetavarFromFieldName, conf.OmitArgPrefixes
@@ -164,7 +171,7 @@ def _print_completion(words: Sequence[str]) -> None:
     import tyro
 
     commands = {name: bound(function(name)) for name in COMMANDS}
-    tyro.extras.subcommand_cli_from_dict(commands, prog="robustfpd", args=words, config=_config())
+    tyro.extras.subcommand_cli_from_dict(commands, prog="robustfpd", args=words, config=tyro_config())
 
 
 @contextmanager

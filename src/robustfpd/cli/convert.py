@@ -32,7 +32,7 @@ def convert(
         mean: per-channel mean that the authors subtracted before the network; the model then does it itself. The
             second example has CALTECH's.
         std: per-channel standard deviation that they divided by.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     if not published.is_file():
         raise InputError(f"there is no file {published}; give the authors' bestmodel_params.pkl")

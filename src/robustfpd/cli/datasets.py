@@ -22,7 +22,7 @@ def datasets(
     Args:
         data_root: folder where torchvision keeps its data sets.
         cache: folder for decoded images; default ROBUSTFPD_CACHE, else the user's cache folder.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -54,7 +54,7 @@ def demo(
         out: folder for the three runs and the report; an earlier demo's are replaced.
         seed: seed of every random draw.
         epochs: passes over the training images; default the recipe's (digits/mini).
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     from robustfpd.config import recipe
 

@@ -51,10 +51,10 @@ def doctor(
         trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
             only for runs of your own.
         num_images: number of images; at least 20 to explain a low accuracy.
-        images: the data set.
+        images: which images, by default the run's.
         seed: seed of the choice of images.
         device: auto, cpu, cuda or mps.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     if num_images < 1:
         raise InputError(f"--num-images must be at least 1, found {num_images}")

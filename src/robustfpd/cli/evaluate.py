@@ -83,7 +83,7 @@ def evaluate(
         split: which images: validation are those held out of training, to choose settings by.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
-        images: the data set.
+        images: which images, by default the run's.
         seed: seed of the choice of images and of the attacks; default the run's.
         every_attack: run every attack on every image, for an accuracy per attack; more expensive.
         batch_size: images per forward pass; default a good one on a CPU, and on a GPU a block (at most 256). It is
@@ -92,7 +92,7 @@ def evaluate(
             to report is fp32's.
         device: auto, cpu, cuda or mps; with several processes each uses a GPU of its own.
         dry_run: print the attacks and the most time they take, from one timed batch; attack and write nothing.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     from robustfpd.cli.common import check_settings, named_network, program
     from robustfpd.config import RunConfig

@@ -46,7 +46,7 @@ def export(
         image_size: height and width of the images, or one number; default the network's.
         trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
             only for runs of your own.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     if len(image_size) > 2 or any(side < 1 for side in image_size):
         raise InputError(f"--image-size must be one or two positive numbers, found {' '.join(map(str, image_size))}")

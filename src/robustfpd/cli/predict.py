@@ -63,7 +63,7 @@ def predict(
             only for runs of your own.
         csv: write comma-separated values, a row for each image as it is classified.
         device: auto, cpu, cuda or mps.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     if csv and output.json:
         raise InputError("--csv and --json exclude each other; choose one")

@@ -37,7 +37,7 @@ def report(
         suite: which evaluation to show; default the strongest that the runs share.
         norm: which evaluation to show; default the strongest that the runs share.
         title: heading of the page.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     if not runs:
         raise InputError("name what to report on: robustfpd report RUN")

@@ -66,7 +66,7 @@ def train(
         precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
             at it, else fp32.
         dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
-        output: what is printed.
+        output: text and tables, one JSON object, or nothing.
     """
     from robustfpd import config as configuration
     from robustfpd.cli.common import check_settings, program
