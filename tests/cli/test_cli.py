@@ -74,7 +74,7 @@ def test_errors_are_one_line_with_the_nearest_choices(
     ("arguments", "expected"),
     [
         (["train", "digits/mini", "--protocol", "publishd"], "invalid choice 'publishd' for argument '--protocol'"),
-        (["train", "digits/mini", "--protocl=published"], r"(?s)Unrecognized options: --protocl.*--protocol \{"),
+        (["train", "digits/mini", "--protocl", "published"], r"(?s)Unrecognized options: --protocl.*--protocol \{"),
         (["train", "digits/mini", "--seed", "x"], "Error parsing --seed"),
         (["train"], r"(?s)Missing from robustfpd train:.*RECIPE"),
         (["predict", "--top", "3"], r"(?s)Missing from robustfpd predict:.*RUN"),

@@ -81,11 +81,11 @@ def test_exit_code_3_where_one_fails(name: str, check: str, capsys: pytest.Captu
     [
         (("digits/mini-fpd", "--num-images", 0), "--num-images must be at least 1"),
         (("digits/mini-fpd", "--image-size", 16), "--image-size is for --model"),
-        (("--model", "doctored:Softmax"), "say with --dataset"),
+        (("--model", "doctored:Softmax"), "name its test images with --dataset"),
         (("--model", "doctored:Softmax", "--dataset", "digits", "--image-size", 0), "--image-size must be"),
         (("--model", "gone.module:make", "--dataset", "digits"), "cannot be imported"),
         (("digits/mini-fdp",), "did you mean"),
-        ((), "name what to"),
+        ((), "name a network"),
     ],
 )
 def test_refusals(arguments: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def test_the_table_fits_and_says_what_was_measured(places: Path, capsys: pytest.
     assert "FPD" in out
     for words in ("two-phase", "noise 0.2", "no defence", "adversarial", "eps 0.1"):
         assert words in out
-    assert 'rf.load("digits/mini-fpd")' in out
+    assert f'rf.load("{NAME}")' in out
 
 
 def test_the_table_says_where_a_network_is(

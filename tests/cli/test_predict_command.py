@@ -144,7 +144,7 @@ def test_names_of_classes_come_from_the_run(tmp_path: Path, capsys: pytest.Captu
     assert ask(capsys, run, tmp_path / "a.png", "--json")["images"][0]["class"].startswith("digit ")
     saved = tmp_path / "saved"
     rf.load(run).save(saved)
-    assert "nothing tells their names" in ask(capsys, saved, tmp_path / "a.png")
+    assert "their names are unknown" in ask(capsys, saved, tmp_path / "a.png")
 
 
 def test_a_network_that_answers_nan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,8 @@ To attack it as it is, without the defence:
 All commands:
 """
 OPTIONS = """
-`robustfpd COMMAND --help` lists a command's options and examples. All commands
-take --json and --quiet; `train` and `evaluate` estimate the time with --dry-run.
+`robustfpd COMMAND --help` lists a command's options and examples. All take
+--json and --quiet; `train` and `evaluate` estimate their time with --dry-run.
 To complete commands and options in bash (zsh and fish alike), add to ~/.bashrc:
   source <(robustfpd --tyro-print-completion bash)
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     /,
     out: Path | None = None,
     suite: str | None = None,
