@@ -89,7 +89,7 @@ def test_a_name_that_is_nothing_is_refused_with_the_nearest(tmp_path: Path, monk
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos" / "cats").mkdir(parents=True)
-    with pytest.raises(InputError, match="no run, model or evaluation in .*photos"):
+    with pytest.raises(InputError, match=r"no run, model or evaluation in .*photos"):
         read(tmp_path / "photos")
 
 
