@@ -123,12 +123,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         != json.loads((run / "evaluation" / "digits-first-look-linf-2.json").read_text())["data_sha256"]
     )
     assert "--num-images must be at least 1" in _fails(capsys, "evaluate", str(run), "--num-images", "0")
-<<<<<<< HEAD
-    assert "unknown suite 'slow'" in _fails(capsys, "evaluate", str(run), "--suite", "slow")
     assert "at most 1 in linf (pixels lie in [0, 1]), found 8" in _fails(capsys, "evaluate", str(run), "--eps", "8")
-=======
-    assert "in linf at most 1 (8/255 is 0.0314), found 8" in _fails(capsys, "evaluate", str(run), "--eps", "8")
->>>>>>> 1d87071 (Leave help, errors and completion to tyro; one resolver for paths and names; share flags as dataclasses; train the demo's networks in parallel)
     assert "eps must hold numbers such as 0.03 or 8/255" in _fails(capsys, "evaluate", str(run), "--eps", "8/x")
     assert "give --eps in l2" in _fails(capsys, "evaluate", str(run), "--norm", "l2")
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
