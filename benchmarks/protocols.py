@@ -81,7 +81,7 @@ def measure(variant: Variant, data_root: str, runs: Path) -> dict[str, Any]:
     import robustfpd as rf
     from robustfpd import data
     from robustfpd.config import recipe
-    from robustfpd.evaluation.normalised_space import in_space
+    from robustfpd.evaluation.inputs import in_space
 
     torch.set_num_threads(1)
     overrides = [*SHORTER, f"data.root={data_root}", *variant.changes]

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+
+from robustfpd.attacks.base import attack as make_attack
+from robustfpd.config import Norm
+from robustfpd.evaluation import suites
+from robustfpd.evaluation.suites import AttackSpec, Suite
 
 Data = tuple[Tensor, Tensor]
 
 
 class Linear(nn.Module):
-    """Two classes, told apart by a linear score; keeps the size of every batch it sees."""
+    """Two classes by a linear score; records the size of every batch."""
 
     def __init__(self, weight: Tensor, bias: float) -> None:
         super().__init__()
@@ -44,3 +51,21 @@ def data(linear: Linear) -> Data:
     labels[::6] = 1 - labels[::6]
     linear.batches.clear()
     return images, labels
+
+
+def install_suite(monkeypatch: pytest.MonkeyPatch, *specs: AttackSpec, probes: int = 0) -> None:
+    """Install the suite `ours`."""
+    monkeypatch.setitem(suites._SUITES, "ours", Suite(lambda context: list(specs), probes))
+
+
+def make_spy(function: Any, *, access: Any = "scores") -> Any:
+    """Return a function (classifier, images, labels, eps) → images as the attack `square`."""
+
+    def attack(
+        classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = function(classifier, images, labels, eps)
+        return out
+
+    return make_attack("square", access=access)(attack)

@@ -26,9 +26,10 @@ from robustfpd.evaluation.checks import NAMES, AttackFindings, CheckContext, gra
 from robustfpd.evaluation.checks import attacks as attack_checks
 from robustfpd.evaluation.checks.context import FIXES
 from robustfpd.evaluation.doctor import DOCTOR_CHECKS
+from robustfpd.evaluation.inputs import EvaluationData
 from robustfpd.evaluation.ledger import LedgerRow
+from robustfpd.evaluation.record import Check, Verdict
 from robustfpd.evaluation.suites import AttackSpec, Suite
-from robustfpd.evaluation.verdict import Check, Verdict
 
 DOCS = Path(__file__).parents[2] / "docs" / "checks.md"
 COUNT = 32
@@ -38,10 +39,12 @@ EPS = 0.15
 def _context(classifier: nn.Module, eps: float = EPS, norm: Norm = "linf", probes: int = COUNT) -> CheckContext:
     """Context of a classifier in evaluation mode, on digits that it classifies correctly."""
     images, labels = defences.sample(COUNT)
-    runner = AttackRunner(classifier, images, labels, torch.arange(COUNT), torch.device("cpu"), norm, 0, 64)
-    runner.ask(torch.arange(COUNT))
-    runner.offer(adaptive_views(classifier, images[:4]))
-    return CheckContext(runner, runner.clean == labels, [eps], probes)
+    runner = AttackRunner(
+        classifier, EvaluationData(images, labels, torch.arange(COUNT)), torch.device("cpu"), norm, 0, 64
+    )  # fmt: skip
+    runner.classify(torch.arange(COUNT))
+    runner.set_views(adaptive_views(classifier, images[:4]))
+    return CheckContext(runner, runner.clean_predictions == labels, [eps], probes)
 
 
 @functools.cache
@@ -254,7 +257,7 @@ def test_batch_composition(honest: defences.Net, honest_context: CheckContext) -
 def test_wrapper_accuracy(honest: defences.Net) -> None:
     context = _context(honest)
     assert outputs.wrapper_accuracy(context).outcome == "passed"
-    context.runner.offer({"logits": View(honest), "other": View(After(honest, lambda z: z.roll(1, dims=1)))})
+    context.runner.set_views({"logits": View(honest), "other": View(After(honest, lambda z: z.roll(1, dims=1)))})
     made = outputs.wrapper_accuracy(context)
     assert (made.outcome, made.values["differing"]) == ("suspicious", len(context.images))
     assert made.evidence.endswith("(other)")

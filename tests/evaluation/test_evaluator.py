@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from robustfpd.config import Norm
 
-LOOKED_AT = 32
+CHECK_IMAGES = 32
 RADII = (0.005, 0.02, 0.05, 0.15)
 
 
@@ -61,9 +61,9 @@ def test_worst_case_is_the_closed_form_image_by_image(
     assert _counts(record) == [int(e.sum()) for e in expected]
     assert 50 > _counts(record)[0] > _counts(record)[-1] > 0
     for eps, stands in zip(RADII, expected, strict=True):
-        turned = {r.image for r in _attacked(record) if r.eps <= eps and r.adversarial_prediction != r.label}
+        misclassified = {r.image for r in _attacked(record) if r.eps <= eps and r.adversarial_prediction != r.label}
         right = set(torch.nonzero(linear(images).argmax(1) == labels).flatten().tolist())
-        assert right - turned == set(torch.nonzero(stands).flatten().tolist())
+        assert right - misclassified == set(torch.nonzero(stands).flatten().tolist())
 
 
 def test_radii_are_sorted_and_accuracy_never_rises(linear: Linear, data: Data) -> None:
@@ -82,42 +82,42 @@ def test_other_norms_never_rise_either(linear: Linear, data: Data, norm: Any) ->
     assert all(r.distance <= r.eps + 1e-5 for r in record.ledger)
 
 
-def test_an_image_that_fell_is_not_attacked_again(linear: Linear, data: Data) -> None:
+def test_a_misclassified_image_is_not_attacked_again(linear: Linear, data: Data) -> None:
     record = evaluate(linear, data, suite="quick", eps=RADII)
-    standing = record.clean.count
+    survivors = record.clean.count
     for attack in record.attacks:
-        assert attack.attacked == standing
+        assert attack.attacked == survivors
         assert attack.accuracy is None
-        standing -= attack.misclassified
-    assert standing == _counts(record)[-1]
-    fallen: set[int] = set()
+        survivors -= attack.misclassified
+    assert survivors == _counts(record)[-1]
+    misclassified: set[int] = set()
     for row in _attacked(record):
-        assert row.image not in fallen
+        assert row.image not in misclassified
         if row.adversarial_prediction != row.label:
-            fallen.add(row.image)
+            misclassified.add(row.image)
 
 
-def test_no_forward_pass_is_spent_on_images_that_fell(linear: Linear, data: Data) -> None:
+def test_misclassified_images_take_no_forward_pass(linear: Linear, data: Data) -> None:
     images, labels = data
     record = evaluate(linear.eval(), data, suite="first-look", eps=0.05)
     fgsm, pgd = record.attacks
     assert 0 < pgd.attacked < fgsm.attacked == 50
-    asked = [size for size in linear.batches if size > LOOKED_AT]  # what is smaller is of checks and of looks at parts
-    assert asked == [60] + 3 * [50]
-    assert fgsm.forward_passes == 3 * 50  # two points, and the judgement
-    assert pgd.attacked <= LOOKED_AT
-    # PGD gives an image up where it falls: those that stand are asked at 41 points, and all are judged once.
+    sizes = [size for size in linear.batches if size > CHECK_IMAGES]  # smaller batches are those of checks
+    assert sizes == [60] + 3 * [50]
+    assert fgsm.forward_passes == 3 * 50  # two points, and one pass to judge
+    assert pgd.attacked <= CHECK_IMAGES
+    # PGD stops an image at its first adversarial example: survivors take 41 passes, and all are judged once.
     stands = _counts(record)[0]
     assert 42 * stands + 2 * (pgd.attacked - stands) <= pgd.forward_passes <= 42 * pgd.attacked
     with torch.no_grad():
         wrong = linear(images).argmax(1) != labels
     linear.batches.clear()
     nothing = evaluate(linear, (images[wrong], labels[wrong]), suite="quick", eps=RADII)
-    assert linear.batches == [4, 10, 4]  # a first look, the images, and to find submodules that stop gradients
+    assert linear.batches == [4, 10, 4]  # fingerprint, clean images, and the search for submodules without gradients
     assert nothing.forward_passes == 4 + 10 + 4
 
 
-def test_every_attack_tries_all_and_gives_an_accuracy_per_attack(linear: Linear, data: Data) -> None:
+def test_every_attack_runs_on_all_and_has_its_own_accuracy(linear: Linear, data: Data) -> None:
     alone, some = (evaluate(linear, data, suite="quick", eps=RADII, every_attack=e) for e in (True, False))
     for attack in alone.attacks:
         assert attack.attacked == alone.clean.count
@@ -183,7 +183,7 @@ def test_the_seed_draws_the_images(linear: Linear, data: Data) -> None:
     assert len({seen(seed, count).data_sha256 for seed in (3, 4) for count in (None, 60, 1000)}) == 1
 
 
-def test_a_part_keeps_images_and_labels_together(linear: Linear, data: Data) -> None:
+def test_drawn_images_keep_their_labels(linear: Linear, data: Data) -> None:
     images, _ = data
     labels = linear(images).argmax(1)
     assert evaluate(linear, (images, labels), suite="first-look", eps=1e-6, num_images=23).clean.count == 23
@@ -204,7 +204,7 @@ def test_a_loader_gives_what_its_images_give(linear: Linear, data: Data) -> None
         assert _findings(evaluate(linear, source, suite="first-look", eps=RADII)) == whole  # type: ignore[arg-type]
 
 
-def test_an_observer_is_told_where_it_stands(linear: Linear, data: Data) -> None:
+def test_an_observer_gets_every_attack(linear: Linear, data: Data) -> None:
     stages: list[EvaluationProgress] = []
     record = evaluate(
         linear, data, suite="first-look", eps=(0.02, 0.05), observer=EvaluationObserver(on_attack=stages.append)
@@ -257,7 +257,7 @@ def _raises(classifier: nn.Module, images: Tensor, labels: Tensor, **options: An
         (_raises, r"IndexError: index 10 is out of bounds$"),
     ],
 )
-def test_an_attack_that_fails_turns_nothing_and_the_others_go_on(
+def test_an_attack_that_fails_misclassifies_nothing_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data, attack: Any, note: str
 ) -> None:
     alone = evaluate(linear, data, suite="first-look", eps=0.1)
@@ -306,7 +306,7 @@ def test_where_no_attack_runs_the_verdict_is_broken(
     assert record.verdict.status == "broken"
 
 
-def test_an_attack_that_changes_the_classifier_is_told_of_and_undone(
+def test_a_change_of_the_classifier_is_reported_and_undone(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, data: Data
 ) -> None:
     def spoils(classifier: Any, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -321,7 +321,7 @@ def test_an_attack_that_changes_the_classifier_is_told_of_and_undone(
     assert any(r.startswith("unchanged-state: FGSM") for r in record.verdict.reasons)
 
 
-def test_an_attack_that_changes_nothing_turns_nothing(
+def test_attacks_that_change_nothing_are_reported_as_idle(
     monkeypatch: pytest.MonkeyPatch, fpd: rf.FPD, small: Data
 ) -> None:
     images, _ = small
@@ -333,20 +333,29 @@ def test_an_attack_that_changes_nothing_turns_nothing(
 
     monkeypatch.setitem(attacks._ATTACKS, "fgsm", _attack(nothing))
     monkeypatch.setitem(attacks._ATTACKS, "pgd", _attack(nothing))
-    record = evaluate(fpd, (images, labels), suite="quick", eps=0.5, every_attack=True)
+    record = evaluate(fpd.classifier(), (images, labels), suite="first-look", eps=0.5, every_attack=True)
+    assert [a.attack for a in record.attacks] == ["FGSM", "FGSM, pre-squash", "PGD-40", "PGD-40, pre-squash"]
     assert record.robust_accuracy == record.clean_accuracy == 1
     assert {r.distance for r in record.ledger} == {0.0}
     assert record.verdict.status == "suspect"
     assert any(r.startswith("idle-attacks") for r in record.verdict.reasons)
 
 
-def test_an_fpd_gets_attacks_before_its_tanh_and_a_plain_module_none(fpd: rf.FPD, linear: Linear, small: Data) -> None:
-    images, labels = small
-    for model in (fpd, fpd.classifier()):
-        record = evaluate(model, small, suite="first-look", eps=0.01, every_attack=True)
-        assert [a.attack for a in record.attacks] == ["FGSM", "FGSM, pre-squash", "PGD-40", "PGD-40, pre-squash"]
+def test_an_fpd_is_attacked_before_its_tanh_and_its_state_is_restored(fpd: rf.FPD, small: Data) -> None:
+    next(m for m in fpd.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    flags = [m.training for m in fpd.modules()]
+    state = {k: v.clone() for k, v in fpd.state_dict().items()}
+    assert any("running_mean" in k for k in state)
+    record = evaluate(fpd, small, suite="first-look", eps=0.01, every_attack=True)
+    assert [a.attack for a in record.attacks] == ["FGSM", "FGSM, pre-squash", "PGD-40", "PGD-40, pre-squash"]
+    assert [m.training for m in fpd.modules()] == flags
+    assert all(torch.equal(v, state[k]) for k, v in fpd.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in fpd.parameters())
+
+
+def test_a_plain_module_has_no_pre_squash_view(small: Data) -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    record = evaluate(plain, (images, labels), suite="first-look", eps=0.01)
+    record = evaluate(plain, small, suite="first-look", eps=0.01)
     assert [a.attack for a in record.attacks] == ["FGSM", "PGD-40"]
 
 
@@ -367,17 +376,6 @@ def test_a_saturated_tanh_hides_the_gradient_but_not_from_the_suite(small: Data)
     assert accuracy["FGSM, pre-squash"] < accuracy["FGSM"]
     assert accuracy["PGD-40, pre-squash"] < accuracy["PGD-40"]
     assert record.worst_case[0].robust.count <= min(accuracy.values())
-
-
-def test_an_evaluation_leaves_the_model_as_it_was(fpd: rf.FPD, small: Data) -> None:
-    next(m for m in fpd.modules() if isinstance(m, nn.BatchNorm2d)).eval()
-    flags = [m.training for m in fpd.modules()]
-    state = {k: v.clone() for k, v in fpd.state_dict().items()}
-    assert any("running_mean" in k for k in state)
-    evaluate(fpd, small, suite="first-look", eps=0.01)
-    assert [m.training for m in fpd.modules()] == flags
-    assert all(torch.equal(v, state[k]) for k, v in fpd.state_dict().items())
-    assert all(p.grad is None and p.requires_grad for p in fpd.parameters())
 
 
 def test_a_model_that_raises_is_left_as_it_was(linear: Linear, small: Data) -> None:

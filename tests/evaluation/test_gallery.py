@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationObserver, EvaluationProgress, EvaluationRecord
-from robustfpd.evaluation.gallery import Gallery, GalleryImage, GalleryIndex, gallery_folder, picture_of, read_gallery
+from robustfpd.evaluation.gallery import Gallery, GalleryImage, GalleryIndex, gallery_folder, read_gallery, to_picture
 
 Digits = tuple[nn.Module, Tensor, Tensor]
 Evaluate = Callable[..., tuple[EvaluationRecord, Path]]
@@ -36,8 +36,8 @@ def _picture(folder: Path, gallery_image: GalleryImage, name: Any) -> Tensor:
     return torch.from_numpy(np.array(Image.open(folder / gallery_image.file(name)), dtype=np.float32)) / 255
 
 
-def _fallen(record: EvaluationRecord) -> dict[int, tuple[int, str, float, int]]:
-    """Of each image that fell: the place of the attack among all, its name, its radius, what it made of the image."""
+def _misclassified(record: EvaluationRecord) -> dict[int, tuple[int, str, float, int]]:
+    """Of each misclassified image: number, name and radius of the attack, and the prediction."""
     order = list(dict.fromkeys((r.attack, r.eps) for r in record.ledger))
     found: dict[int, tuple[int, str, float, int]] = {}
     for r in record.ledger:
@@ -46,36 +46,36 @@ def _fallen(record: EvaluationRecord) -> dict[int, tuple[int, str, float, int]]:
     return found
 
 
-def test_the_images_that_fell_first_are_shown_as_the_ledger_has_them(evaluate: Evaluate) -> None:
+def test_the_first_misclassified_images_are_shown_as_the_ledger_has_them(evaluate: Evaluate) -> None:
     record, folder = evaluate()
-    fallen, shown = _fallen(record), read_gallery(folder)
-    assert len(fallen) > LIMIT
+    misclassified, shown = _misclassified(record), read_gallery(folder)
+    assert len(misclassified) > LIMIT
     assert len(shown.misclassified) == LIMIT
     for gallery_image in shown.misclassified:
         assert gallery_image.misclassified
-        told = (gallery_image.attack, gallery_image.eps, gallery_image.adversarial_prediction)
-        assert told == fallen[gallery_image.image][1:]
-    latest = max(fallen[e.image][0] for e in shown.misclassified)
-    others = fallen.keys() - {e.image for e in shown.misclassified}
-    assert latest <= min(fallen[image][0] for image in others)
-    places = [fallen[e.image][0] for e in shown.misclassified]
+        expected = (gallery_image.attack, gallery_image.eps, gallery_image.adversarial_prediction)
+        assert expected == misclassified[gallery_image.image][1:]
+    latest = max(misclassified[e.image][0] for e in shown.misclassified)
+    others = misclassified.keys() - {e.image for e in shown.misclassified}
+    assert latest <= min(misclassified[image][0] for image in others)
+    places = [misclassified[e.image][0] for e in shown.misclassified]
     assert places == sorted(places)
 
 
-def test_images_that_fell_together_are_drawn_by_lot(evaluate: Evaluate) -> None:
+def test_images_of_one_attack_are_drawn_at_random(evaluate: Evaluate) -> None:
     """Data often come sorted by class: the first ones would be all of one."""
     record, folder = evaluate(eps=0.3)
-    fallen, shown = _fallen(record), [e.image for e in read_gallery(folder).misclassified]
-    together = sorted(image for image, (place, *_) in fallen.items() if place == fallen[shown[0]][0])
-    assert len(together) > 3 * LIMIT
-    assert shown != together[:LIMIT]
+    misclassified, shown = _misclassified(record), [e.image for e in read_gallery(folder).misclassified]
+    same_attack = sorted(image for image, (place, *_) in misclassified.items() if place == misclassified[shown[0]][0])
+    assert len(same_attack) > 3 * LIMIT
+    assert shown != same_attack[:LIMIT]
 
 
-def test_images_that_never_fell_show_the_closest_point(evaluate: Evaluate) -> None:
+def test_survivors_show_the_largest_margin(evaluate: Evaluate) -> None:
     record, folder = evaluate()
-    stood = read_gallery(folder).robust
-    assert 0 < len(stood) <= LIMIT
-    for gallery_image in stood:
+    robust = read_gallery(folder).robust
+    assert 0 < len(robust) <= LIMIT
+    for gallery_image in robust:
         rows = [r for r in record.ledger if r.image == gallery_image.image and r.attack != "clean"]
         assert {r.outcome for r in rows} == {"robust"}
         last = [r for r in rows if r.eps == 0.1]
@@ -100,7 +100,7 @@ def test_pictures_show_image_point_and_perturbation(digits: Digits, evaluate: Ev
 
 def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, tmp_path: Path) -> None:
     _, images, labels = digits
-    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8)
+    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8)
     fpd.train()(images)
     rf.evaluate(fpd, (images, labels), suite="first-look", eps=0.2, out_dir=tmp_path, gallery=2)
     folder = gallery_folder(tmp_path / "record.json")
@@ -109,24 +109,24 @@ def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, 
     assert all(e.has_restored for e in (*shown.misclassified, *shown.robust))
     for gallery_image in [*shown.misclassified, *shown.robust][:2]:
         seen = fpd.restore(_picture(folder, gallery_image, "adversarial")[None, None])[0].clamp(0, 1)
-        told = _picture(folder, gallery_image, "restored")[None]
-        assert float((seen - told).detach().abs().max()) < 0.05  # the adversarial image was rounded to 8 bits
+        expected = _picture(folder, gallery_image, "restored")[None]
+        assert float((seen - expected).detach().abs().max()) < 0.05  # the adversarial image was rounded to 8 bits
 
 
-def test_the_surface_is_right_at_the_image_and_wrong_at_the_adversarial_point(evaluate: Evaluate) -> None:
+def test_the_landscape_is_right_at_the_image_and_wrong_at_the_adversarial_point(evaluate: Evaluate) -> None:
     _, folder = evaluate()
     shown = read_gallery(folder)
-    surface = shown.landscape
-    assert surface is not None
-    assert (surface.image, surface.attack, surface.eps) == (
+    landscape = shown.landscape
+    assert landscape is not None
+    assert (landscape.image, landscape.attack, landscape.eps) == (
         shown.misclassified[0].image, shown.misclassified[0].attack, shown.misclassified[0].eps
     )  # fmt: skip
-    middle = min(range(len(surface.across)), key=lambda i: abs(surface.across[i]))
-    here, there = (min(range(21), key=lambda i: abs(surface.along[i] - place)) for place in (0, 1))
-    assert surface.margin[middle][here] < 0 < surface.margin[middle][there]
+    middle = min(range(len(landscape.across)), key=lambda i: abs(landscape.across[i]))
+    here, there = (min(range(21), key=lambda i: abs(landscape.along[i] - place)) for place in (0, 1))
+    assert landscape.margin[middle][here] < 0 < landscape.margin[middle][there]
 
 
-def test_exhibits_change_nothing_of_the_record(digits: Digits, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_the_gallery_changes_nothing_of_the_record(digits: Digits, evaluate: Evaluate, tmp_path: Path) -> None:
     _, images, labels = digits
     with_, _ = evaluate()
     without = rf.evaluate(digits[0], (images, labels), suite="first-look", eps=(0.05, 0.1), batch_size=16)
@@ -138,7 +138,7 @@ def test_exhibits_change_nothing_of_the_record(digits: Digits, evaluate: Evaluat
 
 
 @pytest.mark.parametrize("options", [{"gallery": 0}, {"out_dir": None}])
-def test_no_exhibits_where_none_are_asked_for(evaluate: Evaluate, options: dict[str, Any], tmp_path: Path) -> None:
+def test_no_gallery_without_images_or_folder(evaluate: Evaluate, options: dict[str, Any], tmp_path: Path) -> None:
     _, folder = evaluate(**options)
     assert not folder.exists()
     assert (tmp_path / "record.json").is_file() is ("out_dir" not in options)
@@ -155,9 +155,9 @@ def test_an_evaluation_that_was_killed_keeps_what_it_had(evaluate: Evaluate) -> 
     with pytest.raises(Killed):
         evaluate(observer=EvaluationObserver(on_attack=kill))
     record, folder = evaluate()
-    shown, fallen = read_gallery(folder), _fallen(record)
+    shown, misclassified = read_gallery(folder), _misclassified(record)
     assert len(shown.misclassified) == LIMIT
-    assert all((e.attack, e.eps) == fallen[e.image][1:3] for e in shown.misclassified)
+    assert all((e.attack, e.eps) == misclassified[e.image][1:3] for e in shown.misclassified)
     assert all((folder / e.file(p)).is_file() for e in (*shown.misclassified, *shown.robust) for p in e.pictures)
     named = {e.image for e in (*shown.misclassified, *shown.robust)}
     assert {int(path.name[:6]) for path in folder.glob("*.png")} == named
@@ -190,9 +190,11 @@ def test_what_a_smallest_perturbation_turns_at_a_larger_radius_is_shown(evaluate
         record, folder = evaluate(suite="smallest", norm="l2", eps=(0.1, 0.5, 1.0), gallery=100)
     finally:
         del _SUITES["smallest"]
-    fallen, shown = _fallen(record), read_gallery(folder)
-    assert len({eps for _, _, eps, _ in fallen.values()}) > 1
-    assert {e.image: e.eps for e in shown.misclassified} == {image: eps for image, (_, _, eps, _) in fallen.items()}
+    misclassified, shown = _misclassified(record), read_gallery(folder)
+    assert len({eps for _, _, eps, _ in misclassified.values()}) > 1
+    assert {e.image: e.eps for e in shown.misclassified} == {
+        image: eps for image, (_, _, eps, _) in misclassified.items()
+    }
     assert all(e.distance <= e.eps * (1 + 1e-5) + 1e-5 for e in shown.misclassified)
 
 
@@ -205,7 +207,7 @@ def test_a_picture_that_cannot_be_made_costs_no_evaluation(evaluate: Evaluate, m
     shown = read_gallery(folder)
     assert shown.misclassified
     assert shown.landscape is None
-    assert shown.problems == ("the loss surface was not drawn: RuntimeError: out of memory",)
+    assert shown.problems == ("the loss landscape was not drawn: RuntimeError: out of memory",)
     assert record.worst_case
 
 
@@ -213,7 +215,7 @@ def test_what_cannot_be_restored_is_shown_without(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, images, labels = digits
-    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8)
+    fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8)
     fpd.train()(images)
     cut = torch.split
 
@@ -243,10 +245,10 @@ def test_candidates_do_not_hold_the_batches_that_they_were_in(
     sizes: list[int] = []
     finish = Gallery.finish
 
-    def watched(self: Gallery, view: nn.Module, standing: Tensor) -> None:
-        kept = [*self._fallen.values(), *self._standing.values()]
-        sizes.extend(t.untyped_storage().nbytes() for c in kept for t in c.pixels)
-        finish(self, view, standing)
+    def watched(self: Gallery, view: nn.Module, survivors: Tensor) -> None:
+        candidates = [*self._misclassified.values(), *self._survivors.values()]
+        sizes.extend(t.untyped_storage().nbytes() for c in candidates for t in c.pixels)
+        finish(self, view, survivors)
 
     monkeypatch.setattr(Gallery, "finish", watched)
     evaluate()
@@ -267,7 +269,7 @@ def test_another_evaluation_does_not_keep_the_pictures_of_the_one_before(evaluat
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "norm": "linf"}'])
-def test_damaged_exhibits_are_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_gallery_is_an_input_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "gallery.json").write_text(text)
     with pytest.raises(InputError, match=r"gallery\.json"):
         read_gallery(tmp_path)
@@ -282,7 +284,7 @@ def test_what_is_listed_is_read_back(evaluate: Evaluate) -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "L")])
 def test_pictures_of_any_number_of_channels(channels: int, mode: str) -> None:
     image = torch.linspace(-1, 2, channels * 20).reshape(channels, 4, 5)
-    picture = picture_of(image)
+    picture = to_picture(image)
     assert (picture.mode, picture.size) == (mode, (5, 4))
     first = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(4, 5, -1)[..., 0] / 255
     torch.testing.assert_close(first, image[0].clamp(0, 1), atol=1 / 500, rtol=0)

@@ -16,7 +16,7 @@ from robustfpd.evaluation.ledger import Ledger, read_rows
 
 def install_suite() -> None:
     """Install a short suite with attacks of every kind."""
-    from robustfpd.evaluation import memory, suites
+    from robustfpd.evaluation import inputs, suites
     from robustfpd.evaluation.suites import AttackSpec, Suite, SuiteContext
 
     def short(target: SuiteContext) -> list[AttackSpec]:
@@ -25,10 +25,10 @@ def install_suite() -> None:
             AttackSpec("PGD", "pgd", options={"steps": 4, "restarts": 2, "early_stop": True}),
             AttackSpec("APGD-T", "apgd-t", options={"steps": 4, "targets": 2}),
             AttackSpec("FMN", "fmn", options={"steps": 6}),
-            AttackSpec("Square", "square", options={"queries": 6}, screened=True),
+            AttackSpec("Square", "square", options={"queries": 6}, early_stopping=True),
         ]
 
-    memory.SMALLEST_BLOCK = 10
+    inputs.SMALLEST_BLOCK = 10
     suites._SUITES["short"] = Suite(short, probes=4)
 
 
@@ -113,14 +113,14 @@ def _timeless(record: EvaluationRecord) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int]:
     """The record of one process, with as many threads as a rank, and its number of forward passes."""
-    from robustfpd.evaluation import memory, suites
+    from robustfpd.evaluation import inputs, suites
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    smallest, net = memory.SMALLEST_BLOCK, Net()
+    smallest, net = inputs.SMALLEST_BLOCK, Net()
     install_suite()
     record = evaluate(net, images(), out_dir=tmp_path_factory.mktemp("single"), **SETTINGS)
-    memory.SMALLEST_BLOCK = smallest
+    inputs.SMALLEST_BLOCK = smallest
     del suites._SUITES["short"]
     torch.set_num_threads(threads)
     assert {a.attack for a in record.attacks if a.misclassified} >= {"FGSM", "PGD"}

@@ -12,7 +12,7 @@ from robustfpd.attacks import adaptive
 from robustfpd.config import NORMS
 from robustfpd.errors import InputError
 from robustfpd.evaluation import suite_names
-from robustfpd.evaluation.suites import EOT, AttackSpec, SuiteContext, plan
+from robustfpd.evaluation.suites import EOT, AttackSpec, SuiteContext, attack_specs
 
 if TYPE_CHECKING:
     from robustfpd.config import Norm
@@ -43,7 +43,7 @@ def test_suites_have_names() -> None:
 @pytest.mark.parametrize("random", [False, True])
 def test_every_suite_plans_known_attacks_under_labels_of_their_own(suite: str, norm: Norm, random: bool) -> None:
     views = _views()
-    planned = plan(suite, SuiteContext(norm, views, ("baseline", "other"), random))
+    planned = attack_specs(suite, SuiteContext(norm, views, ("baseline", "other"), random))
     labels = [p.label for p in planned]
     assert len(set(labels)) == len(labels) > 0
     assert {p.attack for p in planned} <= set(attacks.names())
@@ -54,7 +54,7 @@ def test_every_suite_plans_known_attacks_under_labels_of_their_own(suite: str, n
 @pytest.mark.parametrize("suite", ["first-look", "quick", "pgd-100"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_fpd_gets_every_attack_before_its_tanh_too_and_a_plain_module_none(suite: str, norm: Norm) -> None:
-    defended, plain = plan(suite, SuiteContext(norm, _views())), plan(suite, SuiteContext(norm))
+    defended, plain = attack_specs(suite, SuiteContext(norm, _views())), attack_specs(suite, SuiteContext(norm))
     kinds = [{_options(p) for p in defended if p.view == v} for v in (adaptive.LOGITS, adaptive.PRE_SQUASH)]
     assert kinds[0] == kinds[1] != set()
     assert [p for p in defended if p.view == adaptive.LOGITS] == plain
@@ -63,7 +63,7 @@ def test_an_fpd_gets_every_attack_before_its_tanh_too_and_a_plain_module_none(su
 @pytest.mark.parametrize("suite", ["standard", "full"])
 @pytest.mark.parametrize("random", [False, True])
 def test_what_is_asked_of_gradients_is_asked_before_the_tanh(suite: str, random: bool) -> None:
-    planned = plan(suite, SuiteContext("linf", _views(), random=random))
+    planned = attack_specs(suite, SuiteContext("linf", _views(), randomised=random))
     before = {_options(p) for p in planned if p.view == adaptive.PRE_SQUASH}
     after = [p for p in planned if p.view == adaptive.LOGITS and attacks.get(p.attack).access == "gradients"]
     assert after != []
@@ -73,7 +73,7 @@ def test_what_is_asked_of_gradients_is_asked_before_the_tanh(suite: str, random:
 @pytest.mark.parametrize("suite", ["quick", "standard", "full", "pgd-100"])
 def test_an_fpd_gets_the_adaptive_views(suite: str) -> None:
     views = _views()
-    seen = {p.view for p in plan(suite, SuiteContext("linf", views))}
+    seen = {p.view for p in attack_specs(suite, SuiteContext("linf", views))}
     assert seen == set(views)
     assert {"bpda-restoration", "bpda-denoising", "front-pass", "back-pass", "joint", "joint-hidden"} <= seen
 
@@ -81,34 +81,36 @@ def test_an_fpd_gets_the_adaptive_views(suite: str) -> None:
 def test_an_fpd_without_a_tanh_has_no_other_logits() -> None:
     views = _views("spectral")
     assert adaptive.PRE_SQUASH not in views
-    planned = plan("standard", SuiteContext("linf", views))
+    planned = attack_specs("standard", SuiteContext("linf", views))
     assert {p.view for p in planned} == set(views)
     assert "apgd-t" in {p.attack for p in planned if p.view == adaptive.LOGITS}
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_standard_is_autoattack_with_more_and_dear_attacks_come_last(norm: Norm) -> None:
-    planned = plan("standard", SuiteContext(norm))
+def test_standard_is_autoattack_with_more_and_expensive_attacks_come_last(norm: Norm) -> None:
+    planned = attack_specs("standard", SuiteContext(norm))
     names = [p.attack for p in planned]
     assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
     assert names[-2:] == ["fab-t", "square"]
-    assert [p.screened for p in planned] == [False] * (len(planned) - 2) + [True] * 2
+    assert [p.early_stopping for p in planned] == [False] * (len(planned) - 2) + [True] * 2
     options = {p.attack: dict(p.options) for p in planned}
     assert options["apgd-ce"] == {"restarts": 5 if norm == "l1" else 1}
     assert options["apgd-t"] == {"targets": 5 if norm == "l1" else 9}
-    assert not any(p.screened for p in plan("full", SuiteContext(norm)) if p.attack not in ("zoo", "hopskipjump"))
+    assert not any(
+        p.early_stopping for p in attack_specs("full", SuiteContext(norm)) if p.attack not in ("zoo", "hopskipjump")
+    )
 
 
 def test_a_random_classifier_has_its_gradients_averaged() -> None:
-    planned = plan("standard", SuiteContext(random=True))
+    planned = attack_specs("standard", SuiteContext(randomised=True))
     averaged = [p.attack for p in planned if p.options.get("eot") == EOT == 20]
     assert averaged == ["apgd-ce", "apgd-dlr"]
-    assert all("eot" not in p.options for p in plan("standard", SuiteContext()))
+    assert all("eot" not in p.options for p in attack_specs("standard", SuiteContext()))
 
 
 @pytest.mark.parametrize("suite", ["quick", "standard", "full", "pgd-100", "published"])
 def test_every_surrogate_is_attacked(suite: str) -> None:
-    planned = plan(suite, SuiteContext(surrogates=("baseline", "other")))
+    planned = attack_specs(suite, SuiteContext(surrogates=("baseline", "other")))
     assert {p.view for p in planned} == {adaptive.LOGITS, "baseline", "other"}
     for name in ("baseline", "other"):
         assert any(p.label == f"PGD-40, transfer from {name}" or "PGD-40, no" in p.label for p in planned)
@@ -120,7 +122,7 @@ def test_every_surrogate_is_attacked(suite: str) -> None:
 def test_published_suites_hold_the_papers_list_on_the_squashed_logits_alone(
     suite: str, steps: int, step_size: float, norm: Norm
 ) -> None:
-    planned = plan(suite, SuiteContext(norm, _views()))
+    planned = attack_specs(suite, SuiteContext(norm, _views()))
     assert {p.view for p in planned} == {adaptive.LOGITS}
     assert [p.attack for p in planned] == PUBLISHED[norm]
     fixed = (steps, step_size) if norm == "linf" else (100, 0.1)
@@ -130,14 +132,14 @@ def test_published_suites_hold_the_papers_list_on_the_squashed_logits_alone(
 
 def test_the_papers_attacks_are_all_there_in_some_norm() -> None:
     paper = {"fgsm", "pgd", "bim", "cw", "deepfool", "jsma", "zoo", "hopskipjump"}
-    assert {p.attack for norm in PUBLISHED for p in plan("published", SuiteContext(norm))} == paper
+    assert {p.attack for norm in PUBLISHED for p in attack_specs("published", SuiteContext(norm))} == paper
 
 
 def test_an_unknown_suite_comes_with_near_ones() -> None:
     with pytest.raises(InputError, match="unknown suite 'quik'; did you mean 'quick'"):
-        plan("quik", SuiteContext())
+        attack_specs("quik", SuiteContext())
     with pytest.raises(InputError, match=r"unknown suite 'zzz'; choose from .*first-look.*quick"):
-        plan("zzz", SuiteContext())
+        attack_specs("zzz", SuiteContext())
 
 
 def test_a_plain_module_without_dead_parts_has_itself_alone() -> None:

@@ -161,7 +161,7 @@ def _load(
 ) -> _Attacked:  # fmt: skip
     """Load networks and images."""
     from robustfpd.cli.common import load_images
-    from robustfpd.evaluation.normalised_space import in_space
+    from robustfpd.evaluation.inputs import in_space
 
     classifier = target.classifier().to(device)
     images, class_names = load_images(data_config, split, target, classifier)
@@ -210,7 +210,7 @@ def _dry_run(
         "attacks": [
             {
                 "label": spec.label, "attack": spec.attack, "view": spec.view, "options": dict(spec.options),
-                "screened": spec.screened, "radii": radii, "iterations_per_image": spec.iterations,
+                "early_stopping": spec.early_stopping, "radii": radii, "iterations_per_image": spec.iterations,
                 "estimated_seconds": round(spent, 1),
             }
             for spec, radii, spent in rows
@@ -229,12 +229,11 @@ def _timed_suite(
     from robustfpd.attacks.adaptive import LOGITS, adaptive_views
     from robustfpd.attacks.base import preserve_state
     from robustfpd.cli.common import timed
-    from robustfpd.evaluation.memory import block_size, found_batch_size
-    from robustfpd.evaluation.suites import SuiteContext
-    from robustfpd.evaluation.suites import plan as suite_attacks
+    from robustfpd.evaluation.inputs import auto_batch_size, block_size
+    from robustfpd.evaluation.suites import SuiteContext, attack_specs
 
     images = torch.rand(1, task.in_channels, *task.image_size, device=device)
-    count = batch_size or found_batch_size(images, device, block_size(plan.num_images, None))
+    count = batch_size or auto_batch_size(images, device, block_size(plan.num_images, None))
     images = torch.rand(count, *images.shape[1:], device=device)
 
     def gradient() -> None:
@@ -249,7 +248,7 @@ def _timed_suite(
         # In normalised space attacks see the logits only.
         views = adaptive_views(classifier, images[:4]) if plan.space == "pixels" else (LOGITS,)
         seconds = timed(forward, device) / count, timed(gradient, device) / count
-    return suite_attacks(plan.suite, SuiteContext(plan.norm, tuple(views), tuple(surrogates))), *seconds
+    return attack_specs(plan.suite, SuiteContext(plan.norm, tuple(views), tuple(surrogates))), *seconds
 
 
 def _attack_table(rows: Sequence[tuple[AttackSpec, int, float]]) -> Table:

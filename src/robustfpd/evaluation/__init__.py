@@ -3,10 +3,9 @@
 from robustfpd.evaluation.doctor import diagnose
 from robustfpd.evaluation.evaluator import evaluate
 from robustfpd.evaluation.ledger import LedgerRow, OtherEvaluation, is_unfinished
-from robustfpd.evaluation.record import AttackResult, EvaluationRecord, Proportion, WorstCase
-from robustfpd.evaluation.stages import EvaluationObserver, EvaluationProgress
+from robustfpd.evaluation.loop import EvaluationObserver, EvaluationProgress
+from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, Proportion, Verdict, WorstCase
 from robustfpd.evaluation.suites import suite_names
-from robustfpd.evaluation.verdict import Check, Verdict
 
 __all__ = [
     "AttackResult",

@@ -1,11 +1,11 @@
-"""The runner: one attack, one batch, what came of it."""
+"""Run one attack on one batch, and judge the adversarial images in float32."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,220 +18,240 @@ from robustfpd.attacks.losses import dlr
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError, first_line
+from robustfpd.evaluation.inputs import EvaluationData
 from robustfpd.evaluation.ledger import CLEAN, LedgerRow, Outcome
-from robustfpd.evaluation.memory import is_out_of_memory, make_room, refills
 from robustfpd.evaluation.suites import AttackSpec
 from robustfpd.rng import generator
 
 CHANGED = "it changed the classifier's"
-"""How the note begins where an attack did what it must not, and what it found counts all the same."""
+"""The note of a row starts with this if its attack changed a weight or a buffer; the outcome counts."""
 COSTS = ("queries", "gradients", "seconds")
-"""Columns that add up where an image was attacked twice."""
-OUTSIDE = 1e-5
-"""How far, by rounding, an adversarial image may lie outside its ball; more in half precision."""
+"""Columns that add up for an image that is attacked twice."""
+TOLERANCE = 1e-5
+"""How far an adversarial image may lie outside its ball, by rounding, relative and absolute; more in half precision."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate", "cannot allocate memory", "not enough memory", "alloc_failed")
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """Result of one attack on one batch."""
+
+    rows: list[LedgerRow]
+    """One for each image."""
+    adversarial: Tensor | None = None
+    """Adversarial images M×C×H×W; None if the attack raised an error, and for rows of the ledger or another rank."""
+
+
+@dataclass(frozen=True)
+class _Measurements:
+    """Values of one batch, an entry per image, on the CPU."""
+
+    predictions: Tensor
+    distances: Tensor
+    margins: Tensor
+    failures: list[str]
+    """Why the attack failed on an image; empty where it did not."""
+    queries: Tensor
+    gradients: Tensor
+    seconds: float
 
 
 class AttackRunner:
-    """A classifier in evaluation mode, images, and what is attacked of it; images and labels are on the CPU."""
+    """Attacks a classifier batch by batch.
+
+    Args:
+        classifier: images N×C×H×W in [0, 1] → logits N×K, in evaluation mode.
+        data: images and labels, on the CPU.
+        device: device of the classifier.
+        norm: norm of the Lp ball.
+        seed: seed of the attacks.
+        batch_size: images per forward pass; halved for good when memory runs out.
+        num_classes: K; 0 if unknown.
+        bfloat16: attacks differentiate the classifier in bfloat16. Adversarial images are judged in float32.
+    """
 
     def __init__(
-        self, classifier: nn.Module, images: Tensor, labels: Tensor, numbers: Tensor, device: torch.device,
-        norm: Norm, seed: int, batch_size: int, classes: int = 0, *, bfloat16: bool = False,
+        self, classifier: nn.Module, data: EvaluationData, device: torch.device, norm: Norm, seed: int,
+        batch_size: int, num_classes: int = 0, *, bfloat16: bool = False,
     ) -> None:  # fmt: skip
-        self.classifier, self.images, self.labels, self.numbers = classifier, images, labels, numbers
-        self.device, self.norm, self.seed, self.batch_size = device, norm, seed, batch_size
-        self.bfloat16 = bfloat16
-        """Attacks search in bfloat16; what they find is judged in float32 all the same."""
+        self.classifier, self.data, self.device = classifier, data, device
+        self.images, self.labels = data.images, data.labels
+        self.norm, self.seed, self.batch_size = norm, seed, batch_size
+        self.num_classes, self.bfloat16 = num_classes, bfloat16
+        self.clean_predictions = torch.zeros(len(data.images), dtype=torch.long)
         self.views: dict[str, View] = {}
         self._counters: dict[str, QueryCounter] = {}
-        self._looks = 0, 0
+        self._check_passes = 0, 0
         self._state = {name: value.detach().clone() for name, value in tensors(classifier).items()}
-        self.classes = classes
-        self.clean = torch.zeros(len(images), dtype=torch.long)
-        self.found: Tensor | None = None
-        """Where the last attack left its batch; None where it raised an error, and for batches read from a ledger."""
 
-    def offer(self, views: Mapping[str, View]) -> None:
-        """Set what attacks may differentiate."""
+    def set_views(self, views: Mapping[str, View]) -> None:
+        """Set the modules that attacks differentiate, by name; their passes are counted."""
         self._counters = {name: QueryCounter(view.module) for name, view in views.items()}
         self.views = {name: replace(view, module=self._counters[name]) for name, view in views.items()}
 
-    def uncounted(self, view: str) -> nn.Module:
-        """The module of a view, for who only wants to draw it."""
-        return self._counters[view].classifier
+    def view_module(self, name: str) -> nn.Module:
+        """Return the module of a view without its counter."""
+        return self._counters[name].classifier
 
     @property
-    def looks(self) -> tuple[int, int]:
-        """Images that went forward and backward through the views, but in no attack of the runner's own."""
-        unsettled = self._counters.values()
-        forward = self._looks[0] + sum(c.forward_passes for c in unsettled)
-        return forward, self._looks[1] + sum(c.backward_passes for c in unsettled)
+    def check_passes(self) -> tuple[int, int]:
+        """Images that went forward and backward through the views outside of attacks."""
+        counters = self._counters.values()
+        forward = self._check_passes[0] + sum(c.forward_passes for c in counters)
+        return forward, self._check_passes[1] + sum(c.backward_passes for c in counters)
 
-    def ask(self, indices: Tensor) -> list[LedgerRow]:
-        """Rows of images as they are; an InputError where the classifier cannot be asked at all."""
+    def classify(self, indices: Tensor) -> AttackOutcome:
+        """Classify clean images, and keep the predictions.
+
+        Raises:
+            InputError: the classifier raises an error, or its output is not logits N×K of at least 2 classes.
+        """
         if len(indices) > self.batch_size:
-            return [row for part in torch.split(indices, self.batch_size) for row in self.ask(part)]
+            parts = torch.split(indices, self.batch_size)
+            return AttackOutcome([row for part in parts for row in self.classify(part).rows])
         start = time.perf_counter()
         x = self.images[indices].to(self.device)
-        draws = generator(self.seed, CLEAN, *self.numbers[indices].tolist())
+        draws = generator(self.seed, CLEAN, *self.data.ids[indices].tolist())
         logits = None
         try:
             logits = self._logits(self.classifier, x, draws)
         except InputError:
             raise
         except Exception as error:
-            if not self._halved(error, len(indices)):
+            if not self._halve_batch_size(error, len(indices)):
                 raise InputError(
                     f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
-        if logits is None:  # out here: an error that is being handled keeps alive all that filled the memory
-            make_room(self.device)
-            return self.ask(indices)
-        logits = check_logits(logits, self.labels.max().expand(len(x)))
+        if logits is None:  # outside of `except`: an error that is being handled keeps its tensors in memory
+            _empty_cache(self.device)
+            return self.classify(indices)
+        logits = check_logits(logits, self.labels.max().expand(len(x))).cpu()
         if logits.shape[1] < 2:
-            raise InputError(f"the classifier must tell at least 2 classes apart, found {logits.shape[1]}")
-        self.clean[indices] = logits.argmax(dim=1).cpu()
-        ones = torch.ones(len(x), dtype=torch.long)
-        return self._rows(
-            CLEAN, 0.0, indices, logits.cpu(), torch.zeros(len(x)), ones, 0 * ones, time.perf_counter() - start
-        )
+            raise InputError(f"the classifier must have at least 2 classes, found {logits.shape[1]}")
+        self.clean_predictions[indices] = logits.argmax(dim=1)
+        measured = _Measurements(
+            predictions=logits.argmax(dim=1), distances=torch.zeros(len(x)), margins=self._margins(logits, indices),
+            failures=[""] * len(x), queries=torch.ones(len(x), dtype=torch.long),
+            gradients=torch.zeros(len(x), dtype=torch.long), seconds=time.perf_counter() - start,
+        )  # fmt: skip
+        return AttackOutcome(self._rows(CLEAN, 0.0, indices, measured))
 
-    def units(self, planned: AttackSpec, block: Tensor, batch_size: int) -> list[Tensor]:
-        """What `run` takes at once of a block: all of it where the attack keeps its batches full by itself."""
-        return [block] if refills(planned) else list(torch.split(block, batch_size))
+    def run(self, spec: AttackSpec, eps: float, indices: Tensor) -> AttackOutcome:
+        """Run one attack on one batch. An error of the attack becomes the note of the batch's rows.
 
-    def run(self, planned: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
-        """Run one attack on one block or batch; whatever it raises is noted and costs only one batch.
-
-        Where memory does not suffice, the batch size is halved for good and the images are attacked again.
+        When memory runs out, the batch size is halved for good and the images are attacked again.
         """
-        if len(indices) > self.batch_size and not refills(planned):
-            return self._in_parts(planned, eps, indices)
+        if len(indices) > self.batch_size and not fills_batches(spec):
+            return self._run_in_parts(spec, eps, indices)
         try:
-            return self._once(planned, eps, indices, bfloat16=self.bfloat16)
+            return self._attack(spec, eps, indices, bfloat16=self.bfloat16)
         except Exception as error:
-            halved, note = self._halved(error, len(indices)), f"{type(error).__name__}: {first_line(error)}"
-        # Out here: an error that is being handled keeps alive all that filled the memory.
+            halved, note = self._halve_batch_size(error, len(indices)), f"{type(error).__name__}: {first_line(error)}"
+        # Outside of `except`: an error that is being handled keeps its tensors in memory.
         if halved:
-            make_room(self.device)
-            return self.run(planned, eps, indices)
+            _empty_cache(self.device)
+            return self.run(spec, eps, indices)
         if len(indices) > self.batch_size:
-            return self._in_parts(planned, eps, indices)
-        return self._failed(planned, eps, indices, note)
+            return self._run_in_parts(spec, eps, indices)
+        return self._failed(spec, eps, indices, note)
 
-    def _in_parts(self, planned: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
-        rows, found = [], []
+    def _run_in_parts(self, spec: AttackSpec, eps: float, indices: Tensor) -> AttackOutcome:
+        rows, adversarial = list[LedgerRow](), list[Tensor]()
         for part in torch.split(indices, self.batch_size):
-            rows += self.run(planned, eps, part)
-            found.append(self.images[part].to(self.device) if self.found is None else self.found)
-        self.found = torch.cat(found)
-        return rows
+            outcome = self.run(spec, eps, part)
+            rows += outcome.rows
+            found = outcome.adversarial
+            adversarial.append(self.images[part].to(self.device) if found is None else found)
+        return AttackOutcome(rows, torch.cat(adversarial))
 
-    def _halved(self, error: Exception, images: int) -> bool:
-        """Halve the batch size where that may help."""
-        if not is_out_of_memory(error) or min(images, self.batch_size) == 1:
+    def _halve_batch_size(self, error: Exception, num_images: int) -> bool:
+        """Halve the batch size if that may help, and return whether it was."""
+        if not is_out_of_memory(error) or min(num_images, self.batch_size) == 1:
             return False
-        self.batch_size = min(images, self.batch_size) // 2
+        self.batch_size = min(num_images, self.batch_size) // 2
         return True
 
-    def _once(self, planned: AttackSpec, eps: float, indices: Tensor, *, bfloat16: bool) -> list[LedgerRow]:
-        """Run one attack in one precision; it raises what the attack raises, with the classifier put back."""
+    def _attack(self, spec: AttackSpec, eps: float, indices: Tensor, *, bfloat16: bool) -> AttackOutcome:
+        """Run one attack in one precision, and restore the classifier's state, also if the attack raises an error."""
         start = time.perf_counter()
         x, y = self.images[indices].to(self.device), self.labels[indices].to(self.device)
-        attack, view, counter = attacks.get(planned.attack), self.views[planned.view], self._counters[planned.view]
-        options = dict(planned.options) if view.loss is None else {**planned.options, "loss": view.loss}
-        options |= {"batch_size": self.batch_size} if refills(planned) else {}
-        draws = generator(self.seed, planned.label, repr(eps), *self.numbers[indices].tolist())
-        self._settle(counter)
-        self.found, open_logits = None, None
+        attack, view, counter = attacks.get(spec.attack), self.views[spec.view], self._counters[spec.view]
+        options = dict(spec.options) if view.loss is None else {**spec.options, "loss": view.loss}
+        options |= {"batch_size": self.batch_size} if fills_batches(spec) else {}
+        draws = generator(self.seed, spec.label, repr(eps), *self.data.ids[indices].tolist())
+        self._count_as_checks(counter)
+        misclassified, pre_squash = None, None
         try:
             counter.low_precision = bfloat16
-            found = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
-            unsure = self._wrong(counter, found, y, draws) if bfloat16 else None
+            adversarial = attack(counter, x, y, eps=eps, norm=self.norm, generator=draws, **options)
+            if bfloat16:
+                misclassified = (self._batched_logits(counter, adversarial, draws).argmax(dim=1) != y).cpu()
             counter.low_precision = False
-            distance, faults = self._measure(found, x, eps, minimal=attack.minimal)
-            logits = check_shape(self._answers(self.classifier, found, draws), y).cpu()
-            if PRE_SQUASH in self.views:  # saturated logits are all alike
-                open_logits = self._answers(self._counters[PRE_SQUASH].classifier, found, draws).cpu()
+            distances, failures = self._distances(adversarial, x, eps, minimal=attack.minimal)
+            logits = check_shape(self._batched_logits(self.classifier, adversarial, draws), y).cpu()
+            if PRE_SQUASH in self.views:  # saturated logits have no margins
+                pre_squash = self._batched_logits(self.view_module(PRE_SQUASH), adversarial, draws).cpu()
         finally:
             counter.low_precision = False
-            changed = self._restore()
+            changed = self._restore_state()
         queries, gradients = self._passes(counter, len(x))
-        rows = self._rows(
-            planned.label, eps, indices, logits, distance, queries + 1 + (open_logits is not None), gradients,
-            time.perf_counter() - start, faults=faults, changed=changed, open_logits=open_logits,
-            minimal=attack.minimal,
+        finite = logits.isfinite().all(dim=1).tolist()
+        not_finite = "adversarial image cannot be classified: NaN or infinite logits"
+        measured = _Measurements(
+            predictions=logits.nan_to_num().argmax(dim=1), distances=distances,
+            margins=self._margins(logits if pre_squash is None else pre_squash, indices),
+            failures=[f or ("" if fine else not_finite) for f, fine in zip(failures, finite, strict=True)],
+            queries=queries + 1 + (pre_squash is not None), gradients=gradients, seconds=time.perf_counter() - start,
         )  # fmt: skip
-        if unsure is not None:
-            rows, found = self._confirmed(planned, eps, indices, rows, found, unsure)
-        self.found = found
-        return rows
+        note = f"{CHANGED} {changed}" if changed else ""
+        outcome = AttackOutcome(self._rows(spec.label, eps, indices, measured, attack.minimal, note), adversarial)
+        return outcome if misclassified is None else self._repeat_in_float32(spec, eps, indices, outcome, misclassified)
 
-    def _confirmed(
-        self, planned: AttackSpec, eps: float, indices: Tensor, rows: list[LedgerRow], found: Tensor, wrong: Tensor
-    ) -> tuple[list[LedgerRow], Tensor]:
-        """Attack again in float32 what bfloat16 alone misclassifies, before it counts as robust."""
-        right = torch.tensor([r.adversarial_prediction == r.label and r.outcome != "failed" for r in rows])
-        again = torch.nonzero(wrong.cpu() & right).flatten()
-        found = found.clone()
-        for part in torch.split(again, self.batch_size):
-            redone = self._once(planned, eps, indices[part], bfloat16=False)
-            assert self.found is not None
-            found[part.to(found.device)] = self.found
-            for place, row in zip(part.tolist(), redone, strict=True):
-                spent = {name: getattr(rows[place], name) + getattr(row, name) for name in COSTS}
-                rows[place] = row.model_copy(update=spent)
-        return rows, found
+    def _repeat_in_float32(
+        self, spec: AttackSpec, eps: float, indices: Tensor, outcome: AttackOutcome, misclassified: Tensor
+    ) -> AttackOutcome:
+        """Attack again in float32 the images that are misclassified in bfloat16 alone, before they count as robust."""
+        rows, adversarial = outcome.rows, outcome.adversarial
+        assert adversarial is not None
+        correct = torch.tensor([r.adversarial_prediction == r.label and r.outcome != "failed" for r in rows])
+        adversarial = adversarial.clone()
+        for part in torch.split(torch.nonzero(misclassified & correct).flatten(), self.batch_size):
+            repeated = self._attack(spec, eps, indices[part], bfloat16=False)
+            assert repeated.adversarial is not None
+            adversarial[part.to(adversarial.device)] = repeated.adversarial
+            for position, row in zip(part.tolist(), repeated.rows, strict=True):
+                costs = {name: getattr(rows[position], name) + getattr(row, name) for name in COSTS}
+                rows[position] = row.model_copy(update=costs)
+        return AttackOutcome(rows, adversarial)
 
-    def _failed(self, planned: AttackSpec, eps: float, indices: Tensor, note: str) -> list[LedgerRow]:
-        """Rows of a batch on which the attack raised an error."""
-        self.found = None
-        nothing = torch.zeros(len(indices))
-        queries, gradients = self._passes(self._counters[planned.view], len(indices))
-        return self._rows(
-            planned.label, eps, indices, None, nothing, queries, gradients, 0.0, faults=[note] * len(indices),
-            minimal=attacks.get(planned.attack).minimal,
+    def _failed(self, spec: AttackSpec, eps: float, indices: Tensor, note: str) -> AttackOutcome:
+        """Return the rows of a batch on which the attack raised an error."""
+        queries, gradients = self._passes(self._counters[spec.view], len(indices))
+        zeros = torch.zeros(len(indices))
+        measured = _Measurements(
+            self.clean_predictions[indices], zeros, zeros, [note] * len(indices), queries, gradients, seconds=0.0
+        )
+        return AttackOutcome(self._rows(spec.label, eps, indices, measured))
+
+    def _count_as_checks(self, counter: QueryCounter) -> None:
+        """Count the passes of a view since the last attack as those of checks."""
+        self._check_passes = (
+            self._check_passes[0] + counter.forward_passes, self._check_passes[1] + counter.backward_passes
         )  # fmt: skip
-
-    def _settle(self, counter: QueryCounter) -> None:
-        """Whatever went through a view until now was of no attack that counts."""
-        self._looks = self._looks[0] + counter.forward_passes, self._looks[1] + counter.backward_passes
         counter.reset()
 
-    def _passes(self, counter: QueryCounter, images: int) -> tuple[Tensor, Tensor]:
-        """Passes of the last attack on each image, forward and backward."""
-        told = torch.zeros(images, dtype=torch.long) if counter.per_image is None else counter.per_image
-        queries = told + _shares(max(counter.forward_passes - int(told.sum()), 0), images)
-        gradients = _shares(counter.backward_passes, images)
+    def _passes(self, counter: QueryCounter, num_images: int) -> tuple[Tensor, Tensor]:
+        """Return the last attack's forward and backward passes per image, and reset the counter."""
+        known = torch.zeros(num_images, dtype=torch.long) if counter.per_image is None else counter.per_image
+        queries = known + _spread(max(counter.forward_passes - int(known.sum()), 0), num_images)
+        gradients = _spread(counter.backward_passes, num_images)
         counter.reset()
         return queries, gradients
 
-    def _wrong(self, module: nn.Module, images: Tensor, labels: Tensor, draws: torch.Generator) -> Tensor:
-        """Which images a module misclassifies."""
-        return self._answers(module, images, draws).argmax(dim=1) != labels
-
-    def _answers(self, module: nn.Module, images: Tensor, draws: torch.Generator) -> Tensor:
-        """Logits, `batch_size` images at a time."""
+    def _batched_logits(self, module: nn.Module, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Return logits, `batch_size` images at a time."""
         return torch.cat([self._logits(module, part, draws) for part in torch.split(images, self.batch_size)])
-
-    def _measure(self, found: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, list[str]]:
-        """Distances, and what is wrong with each image if anything is."""
-        if found.shape != images.shape:
-            raise InputError(f"it returned no images but {tuple(found.shape)}")
-        found, images = found.cpu(), images.cpu()  # not all devices have float64
-        delta = (found.double() - images.double()).nan_to_num(torch.inf)
-        distance = lp_ball(self.norm).norm(delta).float().cpu()
-        rounding = max(OUTSIDE, torch.finfo(found.dtype).eps)
-        low, high = found.flatten(1).amin(dim=1), found.flatten(1).amax(dim=1)
-        inside = (distance <= eps * (1 + rounding) + rounding) | (minimal & distance.isfinite())
-        right = inside & (low >= 0) & (high <= 1)
-        ball = f"it left the {self.norm} ball of radius {eps:.4g}"
-        faults = [
-            "" if fine else f"{ball}: distance {d:.6g}, pixels in [{least:.4g}, {most:.4g}]"
-            for fine, d, least, most in zip(*(v.tolist() for v in (right, distance, low, high)), strict=True)
-        ]
-        return distance.nan_to_num(0, 0, 0), faults
 
     @torch.no_grad()
     def _logits(self, module: nn.Module, images: Tensor, draws: torch.Generator) -> Tensor:
@@ -239,8 +259,30 @@ class AttackRunner:
             logits: Tensor = module(images)
         return logits
 
-    def _restore(self) -> str:
-        """Put back what an attack changed in the classifier, and name the first of it; "" where nothing is."""
+    def _distances(self, adversarial: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, list[str]]:
+        """Return the norm of each perturbation, and what is wrong with each adversarial image, empty if nothing is."""
+        if adversarial.shape != images.shape:
+            raise InputError(f"it returned no images but {tuple(adversarial.shape)}")
+        adversarial, images = adversarial.cpu(), images.cpu()  # not all devices have float64
+        delta = (adversarial.double() - images.double()).nan_to_num(torch.inf)
+        distances = lp_ball(self.norm).norm(delta).float()
+        tolerance = max(TOLERANCE, torch.finfo(adversarial.dtype).eps)
+        low, high = adversarial.flatten(1).amin(dim=1), adversarial.flatten(1).amax(dim=1)
+        inside = (distances <= eps * (1 + tolerance) + tolerance) | (minimal & distances.isfinite())
+        valid = inside & (low >= 0) & (high <= 1)
+        ball = f"it left the {self.norm} ball of radius {eps:.4g}"
+        failures = [
+            "" if fine else f"{ball}: distance {d:.6g}, pixels in [{least:.4g}, {most:.4g}]"
+            for fine, d, least, most in zip(*(v.tolist() for v in (valid, distances, low, high)), strict=True)
+        ]
+        return distances.nan_to_num(0, 0, 0), failures
+
+    def _margins(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Return the margins of logits N×K: best wrong logit minus the true one, over the largest minus the third."""
+        return dlr(logits.float(), self.labels[indices]).nan_to_num(0, 0, 0)
+
+    def _restore_state(self) -> str:
+        """Restore the weights and buffers that an attack changed; return the first one's name, empty if none was."""
         changed = ""
         for name, value in tensors(self.classifier).items():
             if not torch.equal(value.nan_to_num(), self._state[name].nan_to_num()):
@@ -249,57 +291,68 @@ class AttackRunner:
         return changed
 
     def _rows(
-        self, label: str, eps: float, indices: Tensor, logits: Tensor | None, distance: Tensor, queries: Tensor,
-        gradients: Tensor, seconds: float, *, faults: Sequence[str] = (), changed: str = "",
-        open_logits: Tensor | None = None, minimal: bool = False,
-    ) -> list[LedgerRow]:  # fmt: skip
-        """One row per image; where something went wrong, nothing was found."""
-        labels, rows = self.labels[indices], []
-        notes = list(faults) or [""] * len(indices)
-        if logits is not None:
-            finite = logits.isfinite().all(dim=1).tolist()
-            lost = "adversarial image cannot be classified: NaN or infinite logits"
-            notes = [note or ("" if fine else lost) for note, fine in zip(notes, finite, strict=True)]
-        prediction = self.clean[indices] if logits is None else logits.nan_to_num().argmax(dim=1)
-        told = logits if open_logits is None else open_logits
-        near = torch.zeros(len(indices)) if told is None else dlr(told.float(), labels)
-        limit = eps * (1 + OUTSIDE) if minimal else float("inf")
-        for row, index in enumerate(indices.tolist()):
-            wrong = int(prediction[row]) != int(labels[row]) and float(distance[row]) <= limit
-            outcome: Outcome = "failed" if notes[row] else "misclassified" if wrong else "robust"
+        self, label: str, eps: float, indices: Tensor, measured: _Measurements, minimal: bool = False, note: str = ""
+    ) -> list[LedgerRow]:
+        """Return one row for each image; `note` is that of images on which the attack did not fail."""
+        labels, distances = self.labels[indices], measured.distances
+        limit = eps * (1 + TOLERANCE) if minimal else torch.inf
+        misclassified = ((measured.predictions != labels) & (distances.double() <= limit)).tolist()
+        rows = []
+        for i, index in enumerate(indices.tolist()):
+            failure = measured.failures[i]
+            outcome: Outcome = "failed" if failure else "misclassified" if misclassified[i] else "robust"
             rows.append(
                 LedgerRow(
-                    image=int(self.numbers[index]), label=int(labels[row]), clean_prediction=int(self.clean[index]),
-                    attack=label, eps=eps, adversarial_prediction=int(prediction[row]), distance=float(distance[row]),
-                    outcome=outcome, margin=float(near[row].nan_to_num(0, 0, 0)), queries=int(queries[row]),
-                    gradients=int(gradients[row]), seconds=seconds / len(indices), seed=self.seed,
-                    note=notes[row] or (f"{CHANGED} {changed}" if changed else ""),
+                    image=int(self.data.ids[index]), label=int(labels[i]),
+                    clean_prediction=int(self.clean_predictions[index]), attack=label, eps=eps,
+                    adversarial_prediction=int(measured.predictions[i]), distance=float(distances[i]),
+                    outcome=outcome, margin=float(measured.margins[i]), queries=int(measured.queries[i]),
+                    gradients=int(measured.gradients[i]), seconds=measured.seconds / len(indices), seed=self.seed,
+                    note=failure or note,
                 )
             )  # fmt: skip
         return rows
 
 
 @contextmanager
-def forward_passes(classifier: nn.Module) -> Iterator[list[int]]:
-    """Sizes of the batches that a classifier is asked meanwhile."""
+def forward_passes(classifier: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count the images that go through a classifier; yields a function that returns the count.
+
+    TorchScript modules have no hooks: theirs are not counted.
+    """
     sizes: list[int] = []
-    if isinstance(
-        classifier, torch.jit.ScriptModule
-    ):  # takes no hooks: what is looked at beside attacks goes uncounted
-        yield sizes
+    if isinstance(classifier, torch.jit.ScriptModule):
+        yield lambda: 0
         return
-    hook = classifier.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    hook = classifier.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     try:
-        yield sizes
+        yield lambda: sum(sizes)
     finally:
         hook.remove()
 
 
+def fills_batches(spec: AttackSpec) -> bool:
+    """Return whether the attack takes a whole block and keeps its batches full."""
+    return "batch_size" in attacks.get(spec.attack).options
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a smaller batch may avoid this error."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
 def tensors(classifier: nn.Module) -> dict[str, Tensor]:
-    """Weights and statistics; quantised modules also keep what is no tensor."""
+    """Return weights and buffers by name; the state of quantised modules holds other objects as well."""
     return {name: value for name, value in classifier.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _shares(total: int, count: int) -> Tensor:
-    """`total` passes split evenly over `count` images, the first ones taking what is left over."""
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """Return `total` passes spread evenly over `count` images; the first images take the remainder."""
     return torch.full((count,), total // count) + (torch.arange(count) < total % count).long()

@@ -20,8 +20,8 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
 from robustfpd.evaluation.checks.context import CheckContext, judge, run_check, skipped
-from robustfpd.evaluation.inputs import check_count, check_module, concatenate, device_of
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.inputs import EvaluationData, check_count, check_module, concatenate, device_of
+from robustfpd.evaluation.record import Check
 from robustfpd.rng import generator
 
 DOCTOR_CHECKS = (
@@ -249,10 +249,11 @@ def _context(classifier: nn.Module, images: Tensor, logits: Tensor, device: torc
     """Return the context of an evaluation in which every prediction is correct: labels may be wrong."""
     predictions = logits.argmax(dim=1)
     runner = AttackRunner(
-        classifier, images, predictions, torch.arange(len(images)), device, "linf", seed, 64, logits.shape[1]
+        classifier, EvaluationData(images, predictions, torch.arange(len(images))), device, "linf", seed, 64,
+        logits.shape[1],
     )  # fmt: skip
-    runner.clean = predictions
-    runner.offer({name: View(module) for name, module in views(classifier).items()})
+    runner.clean_predictions = predictions
+    runner.set_views({name: View(module) for name, module in views(classifier).items()})
     return CheckContext(runner, torch.ones(len(images), dtype=torch.bool), (RADIUS,), probes=1)
 
 

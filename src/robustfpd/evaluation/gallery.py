@@ -1,6 +1,6 @@
-"""Images worth a look: some that fell first, some that never fell, and the loss around one of them.
+"""The gallery of an evaluation: pictures of adversarial examples and survivors, and the loss landscape of one image.
 
-They lie in a folder beside the record, as pictures and `gallery.json`, so that a report needs neither model nor data.
+Pictures and `gallery.json` lie in a folder beside the record, so that a report needs neither model nor data.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from robustfpd.attacks.base import reproducible
+from robustfpd.attacks.losses import margin
+from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, first_line
-from robustfpd.evaluation.attack_runner import OUTSIDE, AttackRunner
-from robustfpd.evaluation.ledger import LedgerRow, Outcome, writing
-from robustfpd.evaluation.loss_landscape import LossLandscape, loss_landscape
+from robustfpd.evaluation.attack_runner import TOLERANCE, AttackOutcome, AttackRunner
+from robustfpd.evaluation.ledger import LedgerRow, writing
 from robustfpd.evaluation.suites import AttackSpec
 from robustfpd.io import write_json
 from robustfpd.models import FPD
@@ -31,230 +33,258 @@ FORMAT = 1
 FOLDER = ".gallery"
 FILE = "gallery.json"
 CANDIDATES = 4
-"""Times as many images that still stand are held in memory as are shown: most of them fall later."""
+"""Survivors in memory for each that is shown: later attacks misclassify most of them."""
+ALONG, ACROSS = (-0.5, 1.5), (-1.0, 1.0)
+"""Range of the loss landscape's axes, in norms of the perturbation."""
+POINTS = 21
+"""Of the loss landscape, on each axis."""
 Picture = Literal["clean", "adversarial", "perturbation", "restored"]
 PICTURES: tuple[Picture, ...] = ("clean", "adversarial", "perturbation", "restored")
 
 
 class GalleryImage(Config):
-    """One image, and the point that an attack found near it."""
+    """One image, and an adversarial image that an attack returned for it."""
 
     image: int
-    """Its place in the data that was given."""
+    """Index in the data given."""
     label: int
     clean_prediction: int
     adversarial_prediction: int
     attack: str
-    """Of an image that never fell: the one that came closest."""
+    """Of a survivor: the attack that reached the largest margin."""
     eps: float
     distance: float
     misclassified: bool
     margin: float
-    """How near it came to falling, as the ledger has it."""
+    """As in the ledger."""
     amplification: float
-    """What the perturbation was multiplied by for its picture, in which 0 is middle grey."""
+    """Factor of the perturbation in its picture, where 0 is middle grey."""
     has_restored: bool = False
-    """There is a picture of what the decoder makes of the adversarial image."""
+    """There is a picture of the decoder's restoration of the adversarial image."""
 
     def file(self, picture: Picture) -> str:
-        """Name of one of its pictures."""
+        """Return the file name of one of its pictures."""
         return f"{self.image:06d}-{picture}.png"
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """What there should be of it."""
+        """Kinds of its pictures."""
         return PICTURES if self.has_restored else PICTURES[:-1]
 
 
+class LossLandscape(Config):
+    """Margins on a plane through an image and an adversarial image.
+
+    As in Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, but over pixels instead of weights.
+    """
+
+    image: int
+    attack: str
+    eps: float
+    distance: float
+    """Norm of the perturbation: one unit of either axis."""
+    along: tuple[float, ...]
+    """Steps towards the adversarial image: 0 is the image, 1 the adversarial image."""
+    across: tuple[float, ...]
+    """Steps of the same norm in a random direction."""
+    margin: tuple[tuple[float, ...], ...]
+    """Best wrong logit minus the true one, a row for each step across; above 0 the image is misclassified."""
+
+
 class GalleryIndex(Config):
-    """All gallery of an evaluation."""
+    """Content of `gallery.json`."""
 
     format: int = FORMAT
     settings_sha256: str
     norm: Norm
     misclassified: tuple[GalleryImage, ...] = ()
-    """In the order in which they fell."""
+    """In the order in which attacks found them."""
     robust: tuple[GalleryImage, ...] = ()
-    """Beside each the point that came closest at the largest radius."""
+    """Survivors, with the adversarial image of the largest margin at the largest radius."""
     landscape: LossLandscape | None = None
     problems: tuple[str, ...] = ()
-    """What could not be drawn, and why."""
+    """Errors that left something out."""
 
 
 def gallery_folder(record: Path) -> Path:
-    """Where the gallery of the evaluation with this record lie."""
+    """Return the folder of the gallery that belongs to a record."""
     return record.with_name(record.name.removesuffix(".json") + FOLDER)
 
 
 def read_gallery(folder: Path) -> GalleryIndex:
-    """Read `gallery.json`; a missing or damaged one is an InputError, missing pictures are not looked for."""
+    """Read `gallery.json`; a missing or damaged file is an InputError. Pictures may be missing."""
     path = folder / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise InputError(f"{path} does not hold gallery of format {FORMAT}")
+        raise InputError(f"{path} is not a gallery of format {FORMAT}")
     return parse(GalleryIndex, values, str(path))
 
 
 @dataclass
 class _Candidate:
-    """An image that may be shown, with the point that was found, C×H×W on the CPU."""
+    """An image that may be shown."""
 
-    row: LedgerRow
+    entry: GalleryImage
     order: tuple[int, float]
-    """The attack that found it, by number, and a lot drawn for the image: data often come sorted by class."""
+    """Number of the attack that found it, and a number drawn for the image: data may be sorted by class."""
     pixels: tuple[Tensor, Tensor]
-    gallery_image: GalleryImage | None = None
-    """What was written of it; None until its pictures are."""
+    """The image and the adversarial image, C×H×W on the CPU."""
+    written: bool = False
+    """The pictures are in the folder."""
 
 
 class Gallery:
-    """Chooses images while an evaluation runs and keeps pictures of them.
+    """Chooses images during an evaluation and writes their pictures.
 
-    Nothing that goes wrong here ends the evaluation: it is told in `GalleryIndex.problems`.
+    Errors do not end the evaluation: they are listed in `GalleryIndex.problems`.
+
+    Args:
+        folder: folder for the pictures; that of an interrupted evaluation is continued, any other is replaced.
+        runner: runner of the evaluation.
+        settings_sha256: of the evaluation.
+        limit: number of misclassified images, and of robust ones, to show; 0 for none.
     """
 
     def __init__(self, folder: Path, runner: AttackRunner, settings_sha256: str, limit: int) -> None:
         self.folder, self.runner, self.limit = folder, runner, limit
-        self._settings = settings_sha256
-        self._lots = torch.rand(len(runner.images), generator=generator(runner.seed, "gallery")).tolist()
-        self._place = {int(number): i for i, number in enumerate(runner.numbers)}
-        self._fallen: dict[int, _Candidate] = {}
-        self._standing: dict[int, _Candidate] = {}
+        self._settings_sha256 = settings_sha256
+        self._drawn = torch.rand(len(runner.images), generator=generator(runner.seed, "gallery")).tolist()
+        self._attacks = 0  # that are done
+        self._misclassified: dict[int, _Candidate] = {}
+        self._survivors: dict[int, _Candidate] = {}
         self._outside: dict[str, dict[int, Tensor]] = {}
-        """Points of attacks that look for the smallest perturbation, which a larger ball may hold; by attack, image."""
+        """Adversarial images of minimal attacks that lie outside the ball, and may lie in a larger one; by attack."""
         self._problems: dict[str, None] = {}
-        self._surface: LossLandscape | None = None
-        self._guarded("what was kept before cannot be read", self._go_on)
-        self._down = set(self._fallen)
+        self._landscape: LossLandscape | None = None
+        self._guarded("pictures of the interrupted evaluation cannot be read", self._resume)
+        self._seen = set(self._misclassified)
+        """Images that are misclassified already."""
 
-    def see(self, stage: int, planned: AttackSpec, eps: float, indices: Tensor, rows: list[LedgerRow]) -> None:
-        """Look at what an attack made of a batch; where it was read from the ledger there may be no images."""
+    def add(self, spec: AttackSpec, indices: Tensor, outcome: AttackOutcome) -> None:
+        """Consider the images of one batch. Without adversarial images (ledger, other ranks) few can be shown."""
         if not self.limit:
             return
-        outside = self._outside.setdefault(planned.label, {})
-        for place, (index, row) in enumerate(zip(indices.tolist(), rows, strict=True)):
-            first = row.image not in self._down
+        outside = self._outside.setdefault(spec.label, {})
+        for i, (index, row) in enumerate(zip(indices.tolist(), outcome.rows, strict=True)):
+            first = row.image not in self._seen
             if row.outcome == "misclassified":
-                self._down.add(row.image)
-                self._standing.pop(row.image, None)
+                self._seen.add(row.image)
+                self._survivors.pop(row.image, None)
             if not first or row.outcome == "failed":
                 continue
-            found = outside.get(row.image) if self.runner.found is None else self.runner.found[place]
-            if found is not None:
-                self._keep(row, (stage, self._lots[index]), index, found, outside)
+            adversarial = outside.get(row.image) if outcome.adversarial is None else outcome.adversarial[i]
+            if adversarial is not None:
+                # A copy: a slice would keep the whole batch in memory.
+                self._keep(row, index, adversarial.detach().cpu().clone(), outside)
 
-    def _keep(
-        self, row: LedgerRow, order: tuple[int, float], index: int, found: Tensor, outside: dict[int, Tensor]
-    ) -> None:
-        """Keep a point if it is among those that will be shown; copied, because it is a part of its whole batch."""
-        most, key = CANDIDATES * self.limit, row.image
-        if row.distance > row.eps * (1 + OUTSIDE) + OUTSIDE:
-            outside[key] = found.detach().cpu().clone()
-            self._drop(outside, most, lambda image: self._lots[self._place[image]])
+    def _keep(self, row: LedgerRow, index: int, adversarial: Tensor, outside: dict[int, Tensor]) -> None:
+        """Keep an adversarial image if it is among those to show."""
+        if row.distance > row.eps * (1 + TOLERANCE) + TOLERANCE:
+            outside[row.image] = adversarial
+            positions = self.runner.data.positions
+            _limit(outside, CANDIDATES * self.limit, lambda image: self._drawn[positions[image]])
             return
-        kept, most = (self._fallen, self.limit) if row.outcome == "misclassified" else (self._standing, most)
-        before = kept.get(key)
-        if before is not None and (before.row.eps, before.row.margin) > (row.eps, row.margin):
+        before = self._survivors.get(row.image)
+        if before is not None and (before.entry.eps, before.entry.margin) > (row.eps, row.margin):
             return
-        kept[key] = _Candidate(row, order, (self.runner.images[index].clone(), found.detach().cpu().clone()))
-        fell = row.outcome == "misclassified"
-        self._drop(kept, most, lambda image: kept[image].order if fell else (0, kept[image].order[1]))
-
-    @staticmethod
-    def _drop(kept: dict[int, Any], most: int, rank: Callable[[int], Any]) -> None:
-        if len(kept) > most:
-            del kept[max(kept, key=rank)]
+        clean = self.runner.images[index].clone()
+        largest = float((adversarial.float() - clean.float()).abs().max())
+        entry = GalleryImage(
+            image=row.image, label=row.label, clean_prediction=row.clean_prediction,
+            adversarial_prediction=row.adversarial_prediction, attack=row.attack, eps=row.eps, distance=row.distance,
+            misclassified=row.outcome == "misclassified", margin=row.margin, amplification=0.5 / max(largest, 1 / 255),
+        )  # fmt: skip
+        candidate = _Candidate(entry, (self._attacks, self._drawn[index]), (clean, adversarial))
+        if entry.misclassified:
+            self._misclassified[row.image] = candidate
+            _limit(self._misclassified, self.limit, lambda image: self._misclassified[image].order)
+        else:
+            self._survivors[row.image] = candidate
+            _limit(self._survivors, CANDIDATES * self.limit, lambda image: self._survivors[image].order[1])
 
     def save(self, *, final: bool) -> None:
-        """Write what was found so far; called after each attack, so that little is lost to whoever is killed.
+        """Write the pictures so far. Call it after each attack, so that an interruption loses little.
 
         Args:
-            final: the radius is the largest, so that what stands now may never fall.
+            final: the radius is the largest, so that survivors may be shown.
         """
+        self._attacks += 1
         if self.limit:
             self._guarded("pictures were not written", lambda: self._write(final=final))
 
-    def finish(self, view: nn.Module, standing: Tensor) -> None:
-        """Leave out what does not stand after all, and add the loss around the first image that fell.
+    def finish(self, view: nn.Module, survivors: Tensor) -> None:
+        """Remove images that are no survivors, and add the loss landscape of the first misclassified image.
 
         Args:
-            view: images → logits, before squashing where these can be had; whose loss is looked at.
-            standing: which images robust everything, N.
+            view: images → logits, before squashing if possible, for the loss landscape.
+            survivors: which images survived every attack, N.
         """
         if not self.limit:
             return
-        up = {int(number) for number in self.runner.numbers[standing.cpu()]}
-        self._standing = {image: c for image, c in self._standing.items() if image in up}
-        around = next((c for c in [*self._ordered(), *self._shown()] if not torch.equal(*c.pixels)), None)
-        if around is not None and self._surface is None:
-            self._guarded("the loss surface was not drawn", lambda: self._draw(view, around))
+        robust = {int(image) for image in self.runner.data.ids[survivors.cpu()]}
+        self._survivors = {image: c for image, c in self._survivors.items() if image in robust}
+        candidates = [*self._shown_misclassified(), *self._shown_survivors()]
+        candidate = next((c for c in candidates if not torch.equal(*c.pixels)), None)
+
+        def draw() -> None:
+            if candidate is not None and self._landscape is None:
+                self._landscape = loss_landscape(view, *candidate.pixels, candidate.entry, self.runner)
+
+        self._guarded("the loss landscape was not drawn", draw)
         self.save(final=True)
 
-    def _draw(self, view: nn.Module, around: _Candidate) -> None:
-        draws = generator(self.runner.seed, "surface", around.row.image)
-        self._surface = loss_landscape(view, *around.pixels, around.row, self.runner, draws)
+    def _shown_misclassified(self) -> list[_Candidate]:
+        """Return the misclassified images to show, in the order in which attacks found them."""
+        return sorted(self._misclassified.values(), key=lambda c: c.order)
 
-    def _ordered(self) -> list[_Candidate]:
-        """Images that fell, the first ones first."""
-        return sorted(self._fallen.values(), key=lambda c: c.order)
+    def _shown_survivors(self) -> list[_Candidate]:
+        """Return the survivors to show, drawn at random."""
+        return sorted(self._survivors.values(), key=lambda c: c.order[1])[: self.limit]
 
-    def _shown(self) -> list[_Candidate]:
-        """Images that stand, as many as are shown, by lot."""
-        return sorted(self._standing.values(), key=lambda c: c.order[1])[: self.limit]
-
-    def _guarded(self, what: str, action: Callable[[], None]) -> None:
-        """Do something that the evaluation can do without."""
+    def _guarded(self, problem: str, action: Callable[[], None]) -> None:
+        """Run an action; list an error under `problems` instead of raising it."""
         try:
             action()
         except Exception as error:  # a classifier may raise anything, a disk may be full
-            self._problems[f"{what}: {type(error).__name__}: {first_line(error)}"] = None
+            self._problems[f"{problem}: {type(error).__name__}: {first_line(error)}"] = None
 
     def _write(self, *, final: bool) -> None:
-        """Write the pictures that are not there yet, remove those of images that are no longer shown, and the list."""
-        fell, stood = self._ordered(), self._shown() if final else []
-        new = [c for c in [*fell, *stood] if c.gallery_image is None]
-        restored = self._restored([c.pixels[1] for c in new])
+        """Write missing pictures and the index; remove pictures of images that are no longer shown."""
+        misclassified, robust = self._shown_misclassified(), self._shown_survivors() if final else []
+        new = [c for c in [*misclassified, *robust] if not c.written]
+        restored = self._restore([c.pixels[1] for c in new])
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for place, candidate in enumerate(new):
-                self._pictures(candidate, None if restored is None else restored[place])
-            shown = {c.row.image for c in [*fell, *stood]}
+            for i, candidate in enumerate(new):
+                self._write_pictures(candidate, None if restored is None else restored[i])
+            shown = {c.entry.image for c in [*misclassified, *robust]}
             for path in self.folder.glob("*-*.png"):
                 number = path.name.partition("-")[0]
                 if number.isdecimal() and int(number) not in shown:
                     path.unlink()
-            listed = GalleryIndex(
-                settings_sha256=self._settings, norm=self.runner.norm, landscape=self._surface,
-                misclassified=tuple(c.gallery_image for c in fell if c.gallery_image),
-                robust=tuple(c.gallery_image for c in stood if c.gallery_image),
+            index = GalleryIndex(
+                settings_sha256=self._settings_sha256, norm=self.runner.norm, landscape=self._landscape,
+                misclassified=tuple(c.entry for c in misclassified), robust=tuple(c.entry for c in robust),
                 problems=tuple(self._problems),
             )  # fmt: skip
-            write_json(self.folder / FILE, listed.model_dump(mode="json"))
+            write_json(self.folder / FILE, index.model_dump(mode="json"))
 
-    def _pictures(self, candidate: _Candidate, restored: Tensor | None) -> None:
-        row, (clean, adversarial) = candidate.row, candidate.pixels
-        delta = adversarial.float() - clean.float()
-        amplification = 0.5 / max(float(delta.abs().max()), 1 / 255)
-        gallery_image = GalleryImage(
-            image=row.image, label=row.label, clean_prediction=row.clean_prediction,
-            adversarial_prediction=row.adversarial_prediction, attack=row.attack, eps=row.eps, distance=row.distance,
-            misclassified=row.outcome == "misclassified", margin=row.margin, amplification=amplification,
-            has_restored=restored is not None,
-        )  # fmt: skip
-        pictures: dict[Picture, Tensor] = {
-            "clean": clean, "adversarial": adversarial, "perturbation": 0.5 + amplification * delta,
-        }  # fmt: skip
+    def _write_pictures(self, candidate: _Candidate, restored: Tensor | None) -> None:
+        clean, adversarial = candidate.pixels
+        delta = candidate.entry.amplification * (adversarial.float() - clean.float())
+        pictures: dict[Picture, Tensor] = {"clean": clean, "adversarial": adversarial, "perturbation": 0.5 + delta}
         pictures |= {} if restored is None else {"restored": restored}
         for name, pixels in pictures.items():
-            picture_of(pixels).save(self.folder / gallery_image.file(name))
-        candidate.gallery_image = gallery_image
+            to_picture(pixels).save(self.folder / candidate.entry.file(name))
+        candidate.entry = candidate.entry.model_copy(update={"has_restored": restored is not None})
+        candidate.written = True
 
     @torch.no_grad()
-    def _restored(self, adversarial: list[Tensor]) -> Tensor | None:
-        """What the decoder makes of adversarial images, M×C×H×W; None for a classifier without one."""
+    def _restore(self, adversarial: list[Tensor]) -> Tensor | None:
+        """Return the decoder's restorations of adversarial images, M×C×H×W; None for a classifier without decoder."""
         fpd = getattr(self.runner.classifier, "fpd", None)
         if not adversarial or not isinstance(fpd, FPD):
             return None
@@ -267,49 +297,81 @@ class Gallery:
         self._guarded("nothing was restored", restore)
         return torch.cat(restored) if sum(map(len, restored)) == len(adversarial) else None
 
-    def _go_on(self) -> None:
-        """Take up what this evaluation had kept before it was killed; whatever else lies there is another's."""
+    def _resume(self) -> None:
+        """Read the pictures of this evaluation from before it was interrupted; remove those of another one."""
         if not self.folder.is_dir():
             return
         try:
-            found = read_gallery(self.folder)
+            index = read_gallery(self.folder)
         except InputError:
-            found = None
-        if found is None or found.settings_sha256 != self._settings:
+            index = None
+        if index is None or index.settings_sha256 != self._settings_sha256:
             shutil.rmtree(self.folder)
             return
-        self._surface = found.landscape
-        for place, gallery_image in enumerate((*found.misclassified, *found.robust)):
-            pixels = _pixels(self.folder, gallery_image), _pixels(self.folder, gallery_image, "adversarial")
-            if gallery_image.image not in self._place or pixels[0] is None or pixels[1] is None:
+        self._landscape = index.landscape
+        positions = self.runner.data.positions
+        for number, entry in enumerate((*index.misclassified, *index.robust)):
+            clean, adversarial = (_read_picture(self.folder / entry.file(p)) for p in PICTURES[:2])
+            if entry.image not in positions or clean is None or adversarial is None:
                 continue
-            # What fell before fell before everything that comes now.
-            order = (
-                (-1, float(place)) if gallery_image.misclassified else (0, self._lots[self._place[gallery_image.image]])
-            )
-            outcome: Outcome = "misclassified" if gallery_image.misclassified else "robust"
-            row = LedgerRow(
-                image=gallery_image.image, label=gallery_image.label, clean_prediction=gallery_image.clean_prediction,
-                attack=gallery_image.attack, eps=gallery_image.eps,
-                adversarial_prediction=gallery_image.adversarial_prediction,
-                distance=gallery_image.distance, outcome=outcome, margin=gallery_image.margin,
-            )  # fmt: skip
-            kept = self._fallen if gallery_image.misclassified else self._standing
-            kept[gallery_image.image] = _Candidate(row, order, (pixels[0], pixels[1]), gallery_image)
+            # Images from before the interruption precede all that come now.
+            order = (-1, float(number)) if entry.misclassified else (0, self._drawn[positions[entry.image]])
+            candidates = self._misclassified if entry.misclassified else self._survivors
+            candidates[entry.image] = _Candidate(entry, order, (clean, adversarial), written=True)
 
 
-def _pixels(folder: Path, gallery_image: GalleryImage, picture: Picture = "clean") -> Tensor | None:
-    """A picture as it was written, C×H×W in [0, 1]; None where it is missing."""
+@torch.no_grad()
+def loss_landscape(
+    view: nn.Module, clean: Tensor, adversarial: Tensor, entry: GalleryImage, runner: AttackRunner
+) -> LossLandscape:
+    """Return the margins around an image, on a plane through an adversarial image.
+
+    Args:
+        view: images → logits.
+        clean: the image, C×H×W in [0, 1].
+        adversarial: an adversarial image, C×H×W; it must differ from the image.
+        entry: the adversarial image's values.
+        runner: device, norm, batch size and seed.
+    """
+    draws = generator(runner.seed, "loss landscape", entry.image)
+    along_direction = (adversarial - clean).float()
+    across_direction = (2 * torch.randint(0, 2, clean.shape, generator=draws) - 1).float()
+    norm = lp_ball(runner.norm).norm
+    across_direction *= float(norm(along_direction[None])) / float(norm(across_direction[None]))
+    along, across = torch.linspace(*ALONG, POINTS), torch.linspace(*ACROSS, POINTS)
+    b, a = torch.meshgrid(across, along, indexing="ij")
+    points = clean + a.reshape(-1, 1, 1, 1) * along_direction + b.reshape(-1, 1, 1, 1) * across_direction
+    points = points.clamp(0, 1).to(clean.dtype)  # POINTS² C H W
+    margins = []
+    with reproducible(draws):
+        for part in torch.split(points, runner.batch_size):
+            labels = torch.full((len(part),), entry.label, device=runner.device)
+            margins.append(margin(view(part.to(runner.device)).float(), labels).cpu())
+    grid = torch.cat(margins).nan_to_num(0, 0, 0).reshape(POINTS, POINTS)
+    return LossLandscape(
+        image=entry.image, attack=entry.attack, eps=entry.eps, distance=entry.distance, along=tuple(along.tolist()),
+        across=tuple(across.tolist()), margin=tuple(tuple(line) for line in grid.tolist()),
+    )  # fmt: skip
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Return an image C×H×W in [0, 1] as 8-bit picture; of other than 1 or 3 channels, the first."""
+    pixels = (image.detach().float().nan_to_num(0, 1, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+    shown = pixels if len(pixels) == 3 else pixels[:1]
+    return Image.fromarray(np.ascontiguousarray(shown.permute(1, 2, 0).squeeze(-1).numpy()))
+
+
+def _read_picture(path: Path) -> Tensor | None:
+    """Return a picture C×H×W in [0, 1]; None if it is missing or damaged."""
     try:
-        with Image.open(folder / gallery_image.file(picture)) as file:
+        with Image.open(path) as file:
             values = torch.from_numpy(np.array(file, dtype=np.float32)) / 255
     except (OSError, ValueError):
         return None
     return values[None] if values.ndim == 2 else values.permute(2, 0, 1)
 
 
-def picture_of(image: Tensor) -> Image.Image:
-    """An image C×H×W in [0, 1] as 8 bits; of other than 1 or 3 channels, the first."""
-    pixels = (image.detach().float().nan_to_num(0, 1, 0).clamp(0, 1) * 255).round().to(torch.uint8)
-    shown = pixels if len(pixels) == 3 else pixels[:1]
-    return Image.fromarray(np.ascontiguousarray(shown.permute(1, 2, 0).squeeze(-1).numpy()))
+def _limit(candidates: dict[int, Any], most: int, key: Callable[[int], Any]) -> None:
+    """Remove the image with the largest key if there are more than `most`."""
+    if len(candidates) > most:
+        del candidates[max(candidates, key=key)]

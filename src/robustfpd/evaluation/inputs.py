@@ -1,10 +1,12 @@
-"""What an evaluation is given: images, labels and a classifier that can be asked."""
+"""Check what an evaluation is given: images, labels, radii, classifier; choose its batch sizes."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,52 +17,94 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
 from robustfpd.data import ImageSet
 from robustfpd.errors import InputError, first_line
+from robustfpd.models import FPD, Baseline, FPDClassifier
 from robustfpd.models.mode import evaluating
 from robustfpd.rng import generator
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
-
-def concatenate(data: Any) -> tuple[Any, Any]:
-    """Return the images and labels of (images, labels) or of a loader of such batches, as they are."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list)):
-        return data[0], data[1]
-    if isinstance(data, Iterable):
-        batches = list(data)
-        if not batches:
-            raise InputError("data must hold at least one image, found none")
-        odd = [b for b in batches if not isinstance(b, (tuple, list)) or len(b) != 2]
-        if odd or not all(isinstance(t, Tensor) for b in batches for t in b):
-            found = type((odd or batches)[0]).__name__
-            raise InputError(f"data must be (images, labels) or batches of such, as tensors; found batches of {found}")
-        try:
-            images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        except RuntimeError as error:
-            raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
-        return images, labels
-    raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
+MIN_BLOCKS = 4
+"""Blocks that an evaluation of few images has still, for as many ranks."""
+CPU_BATCH_SIZE = 64
+"""Larger batches are no faster on a CPU."""
+CPU_BATCH_VALUES = 1 << 20
+"""Pixels of a batch on a CPU; the features of a network take hundreds of times their memory."""
 
 
-def gather(data: Data, num_images: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return checked images and labels and their indices in `data`; `num_images` drawn by the seed, in order."""
+@dataclass(frozen=True)
+class EvaluationData:
+    """Images to attack and their labels, on the CPU."""
+
+    images: Tensor
+    """N×C×H×W in [0, 1]."""
+    labels: Tensor
+    """N."""
+    ids: Tensor
+    """Index of each image in the data given, N; the ledger's column `image`."""
+
+    @cached_property
+    def positions(self) -> dict[int, int]:
+        """Position in `images` by id."""
+        return {int(image): position for position, image in enumerate(self.ids)}
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the images as 8-bit pixels, and the labels."""
+        return ImageSet((self.images * 255).round().to(torch.uint8), self.labels).digest()
+
+    def exact_digest(self) -> str:
+        """Return the SHA-256 of every bit of the images, and the labels."""
+        sha256 = hashlib.sha256(repr((self.images.dtype, tuple(self.images.shape))).encode())
+        for values in (self.images, self.labels):
+            sha256.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha256.hexdigest()
+
+
+def gather(data: Data, num_images: int | None, seed: int) -> EvaluationData:
+    """Return images and labels on the CPU, checked; `num_images` of them, drawn by `seed`, in the order of `data`.
+
+    Raises:
+        InputError: no images N×C×H×W in [0, 1], or no labels that fit them.
+    """
     images, labels = concatenate(data)
     images = check_images(images).detach().cpu()
     labels = check_labels(labels, len(images)).cpu()
     if num_images is not None:
         check_count("num_images", num_images)
     if num_images is None or num_images >= len(images):
-        return images, labels, torch.arange(len(images))
+        return EvaluationData(images, labels, torch.arange(len(images)))
     chosen = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
-    return images[chosen], labels[chosen], chosen
+    return EvaluationData(images[chosen], labels[chosen], chosen)
 
 
-def look(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[str, int]:
-    """What identifies a classifier beside its weights, and its number of classes; "" and 0 where it cannot be asked.
+def concatenate(data: Any) -> tuple[Any, Any]:
+    """Return the images and labels of (images, labels) or of a loader of such batches, unchecked."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list)):
+        return data[0], data[1]
+    if not isinstance(data, Iterable):
+        raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
+    batches = list(data)
+    if not batches:
+        raise InputError("data must hold at least one image, found none")
+    invalid = [b for b in batches if not isinstance(b, (tuple, list)) or len(b) != 2]
+    if invalid or not all(isinstance(t, Tensor) for b in batches for t in b):
+        found = type((invalid or batches)[0]).__name__
+        raise InputError(f"data must be (images, labels) or batches of such, as tensors; found batches of {found}")
+    try:
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    except RuntimeError as error:
+        raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
+    return images, labels
 
-    Its kind and its answers to the first images: code and plain attributes are no weights.
+
+def fingerprint(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[str, int]:
+    """Return a hash of a classifier's type and its logits of the first images, and its number of classes.
+
+    The hash identifies what weights do not: code and plain attributes. Both are empty, "" and 0, if the classifier
+    raises an error or returns no logits; classifying the images reports why.
 
     Raises:
-        InputError: its weights are not real, or it changes the images that it is given.
+        InputError: its weights are not loaded, or it changes the images that it is given.
     """
     if device.type == "meta" or any(isinstance(p, nn.UninitializedParameter) for p in classifier.parameters()):
         raise InputError("the classifier's weights hold no values yet (meta device, lazy modules); load them first")
@@ -69,7 +113,7 @@ def look(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[s
     try:
         with evaluating(classifier), reproducible(torch.Generator().manual_seed(0)), torch.no_grad():
             logits = classifier(x)
-    except Exception:  # told by name when the images are classified
+    except Exception:
         return "", 0
     if not torch.equal(x, before):
         raise InputError(
@@ -77,13 +121,13 @@ def look(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[s
         )
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.is_complex() or logits.layout != torch.strided:
         return "", 0
-    said = " ".join(f"{value:.3e}" for value in logits.float().flatten().tolist())
+    values = " ".join(f"{value:.3e}" for value in logits.float().flatten().tolist())
     kind = f"{type(classifier).__module__}.{type(classifier).__qualname__}"
-    return hashlib.sha256(f"{kind} {said}".encode()).hexdigest(), logits.shape[1]
+    return hashlib.sha256(f"{kind} {values}".encode()).hexdigest(), logits.shape[1]
 
 
-def checked_radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
-    """Radii, checked, smallest first."""
+def check_radii(eps: float | Sequence[float], norm: Norm) -> tuple[float, ...]:
+    """Return the radii, checked, smallest first."""
     if isinstance(eps, str):
         raise InputError(f"eps must be a number or several, found the text {eps!r}")
     lp_ball(norm)
@@ -91,11 +135,11 @@ def checked_radii(eps: float | Sequence[float], norm: Norm) -> list[float]:
     radii = sorted({check_eps(e, norm) for e in several})
     if not radii:
         raise InputError("eps must hold at least one radius, found none")
-    return radii
+    return tuple(radii)
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`."""
+    """Raise an InputError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         whole = "" if isinstance(value, int) else "a whole number, "
         raise InputError(f"{name} must be {whole}at least {least}, found {value!r}")
@@ -108,20 +152,64 @@ def check_module(classifier: Any, name: str = "classifier") -> nn.Module:
     return classifier
 
 
-def digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of the images as 8-bit pixels, and the labels."""
-    return ImageSet((images * 255).round().to(torch.uint8), labels).digest()
-
-
-def exact_digest(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of every bit of the images, and the labels."""
-    found = hashlib.sha256(repr((images.dtype, tuple(images.shape))).encode())
-    for values in (images, labels):
-        found.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def device_of(classifier: nn.Module, images: Tensor) -> torch.device:
-    """Where the classifier's weights lie; where the images do if it has none."""
+    """Return the device of the classifier's weights; that of the images if it has none."""
     tensors = [*classifier.parameters(), *classifier.buffers()]
     return tensors[0].device if tensors else images.device
+
+
+def block_size(num_images: int, batch_size: int | None) -> int:
+    """Return the number of images that one rank attacks at a time, and that the ledger takes at a time.
+
+    It depends on the arguments of the evaluation alone: not on ranks, machine, or the batch size that memory allows.
+    """
+    return max(min(max(-(-num_images // MIN_BLOCKS), SMALLEST_BLOCK), LARGEST_BLOCK), batch_size or 1)
+
+
+def auto_batch_size(images: Tensor, device: torch.device, block: int) -> int:
+    """Return the first batch size to try: a block on a GPU; on a CPU a power of two that keeps features in memory."""
+    if device.type == "cuda":
+        return block
+    fits = max(CPU_BATCH_VALUES // images[0].numel(), 1)
+    return min(1 << (fits.bit_length() - 1), CPU_BATCH_SIZE, block)
+
+
+class NormalisedInput(nn.Module):
+    """A classifier of normalised images: undoes mean and std before it."""
+
+    def __init__(self, classifier: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """Classify normalised images N×C×H×W: logits N×K."""
+        logits: Tensor = self.classifier(normalised * self.std + self.mean)
+        return logits
+
+
+def in_space(
+    classifier: nn.Module, images: ImageSet, space: Literal["pixels", "normalised"]
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Return classifier and (images, labels) to evaluate in `space`, as the published CALTECH evaluation does.
+
+    In `normalised` space images are (x - mean) / std, clamped to [0, 1] as the published attacks clamp them: pixels
+    below the mean become the mean, and eps 8/255 is 8/255 · std in pixels. Attacks see the logits only.
+
+    Raises:
+        InputError: normalised space for a classifier that is not ours, so that mean and std are unknown.
+    """
+    pixels, labels = images.floats()
+    if space == "pixels":
+        return classifier, (pixels, labels)
+    owner = classifier.fpd if isinstance(classifier, FPDClassifier) else classifier
+    if not isinstance(owner, (FPD, Baseline)):
+        raise InputError(
+            "evaluation.space=normalised needs a robustfpd model, which knows mean and std; "
+            f"found {type(classifier).__name__}"
+        )
+    normalised = (pixels - owner.mean.cpu()) / owner.std.cpu()
+    return NormalisedInput(classifier, owner.mean, owner.std), (normalised.clamp(0, 1), labels)

@@ -1,4 +1,4 @@
-"""The ledger: one row per image and attack, written as the evaluation goes, so that one that was killed goes on."""
+"""The ledger: a CSV row per image and attack, written during the evaluation, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from robustfpd.io import write_json, write_text
 
 Outcome = Literal["misclassified", "robust", "failed"]
 CLEAN = "clean"
-"""What the rows of the images as they are call their attack."""
+"""`attack` of the rows of clean images."""
 
 
 class LedgerRow(Config):
     """One image under one attack at one radius."""
 
     image: int
-    """Its place in the data that was given, before `num_images` were drawn."""
+    """Index in the data given, before `num_images` were drawn."""
     label: int
     clean_prediction: int
     attack: str
-    """`clean` in the rows of the images themselves, misclassified ones included."""
+    """The attack's label in the suite; `clean` in the rows of clean images."""
     eps: float
     adversarial_prediction: int
     distance: float
-    """Norm of the perturbation; the smallest that was found where the attack looks for that."""
+    """Norm of the perturbation."""
     outcome: Outcome
-    """`failed` where the attack raised an error or left its ball."""
+    """`failed`: the attack raised an error or left its ball."""
     margin: float
-    """Best wrong logit minus the true one, over the largest minus the third, at the point that was found."""
+    """Best wrong logit minus the true one, over the largest minus the third; above 0 if misclassified."""
     queries: int = 0
-    """Forward passes spent on it."""
+    """Forward passes."""
     gradients: int = 0
-    """Backward passes spent on it."""
+    """Backward passes."""
     seconds: float = 0.0
-    """Its share of the batch's time."""
+    """Time of the batch over its number of images."""
     seed: int = 0
     note: str = ""
-    """What went wrong."""
+    """Why the outcome is `failed`, or what the attack changed in the classifier."""
 
 
 class OtherEvaluation(InputError):
-    """Files that should be this evaluation's are another's."""
+    """The files in `out_dir` belong to another evaluation."""
 
 
 class Ledger:
-    """Rows in the order they were found, kept in a file as they come, where one is given.
+    """Rows in the order of the evaluation, written to a file as they come if one is opened.
 
-    An evaluation that is repeated after it was killed asks for the same batches in the same order: `replay` gives the
-    rows that are there, and the file is cut where they end.
+    An interrupted evaluation that is repeated runs the same batches in the same order: `replay` returns the rows that
+    the file has, and the file is truncated where these end.
     """
 
     def __init__(self, path: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
@@ -69,22 +69,22 @@ class Ledger:
             self.open(path, settings or {})
 
     def open(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Keep rows in this file, and take up those that an evaluation with these settings left there."""
+        """Write rows to this file, and read those that an interrupted evaluation with these settings left there."""
         self._known, self.path = self._open(path, settings), path
 
     def replay(self, attack: str, eps: float, images: Sequence[int]) -> list[LedgerRow] | None:
-        """Rows of a batch that was finished before; None where it was not, and whatever followed is dropped."""
+        """Return the rows of a batch from before the interruption; None without them, and later rows are dropped."""
         known = self._known[self._next : self._next + len(images)]
-        asked = [(attack, eps, image) for image in images]
-        if [(r.attack, r.eps, r.image) for r in known] != asked:
-            self._cut()
+        expected = [(attack, eps, image) for image in images]
+        if [(r.attack, r.eps, r.image) for r in known] != expected:
+            self._truncate()
             return None
         self._next += len(images)
         self.rows.extend(known)
         return known
 
     def add(self, rows: Sequence[LedgerRow]) -> None:
-        """Keep the rows of one batch."""
+        """Add the rows of one batch."""
         self.rows.extend(rows)
         if self.path is None:
             return
@@ -94,16 +94,16 @@ class Ledger:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """The evaluation is done: nothing is left to be continued."""
+        """Mark the evaluation as finished."""
         if self.path is not None:
             _settings_file(self.path).unlink(missing_ok=True)
 
     def _open(self, path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
-        """Rows of an unfinished evaluation with these settings; one with others is an InputError."""
+        """Return the rows of an interrupted evaluation with these settings; raise OtherEvaluation if they differ."""
         marker = _settings_file(path)
-        asked = json.loads(json.dumps(settings))
+        given = json.loads(json.dumps(settings))
         if not marker.is_file():
-            return self._begin(path, asked)
+            return self._begin(path, given)
         try:
             found = json.loads(marker.read_text())
         except ValueError:
@@ -113,18 +113,18 @@ class Ledger:
         except UnicodeDecodeError:
             raise InputError(f"{path} is damaged; delete it and {marker.name} to start anew") from None
         if not rows:
-            return self._begin(path, asked)
+            return self._begin(path, given)
         if not isinstance(found, dict):
             raise InputError(f"{marker} is damaged; delete it and {path} to start anew")
-        differing = [k for k in {*asked, *found} if asked.get(k) != found.get(k)]
-        differing.sort(key=lambda k: (k == "behaviour", k))  # which tells nobody anything, where others differ as well
+        differing = [k for k in {*given, *found} if given.get(k) != found.get(k)]
+        differing.sort(key=lambda k: (k == "behaviour", k))  # a hash, so last
         if differing:
             name = differing[0]
             raise OtherEvaluation(
                 f"{path.parent} holds an unfinished evaluation with {name}={found.get(name)!r}, this one has "
-                f"{asked.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start anew"
+                f"{given.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start anew"
             )
-        write_rows(path, rows)  # without a last line that was cut off
+        write_rows(path, rows)  # without an incomplete last line
         return rows
 
     def _begin(self, path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
@@ -133,7 +133,7 @@ class Ledger:
             write_json(_settings_file(path), settings)
         return []
 
-    def _cut(self) -> None:
+    def _truncate(self) -> None:
         if self._next < len(self._known) and self.path is not None:
             write_rows(self.path, self.rows)
         self._known, self._next = [], 0
@@ -144,7 +144,7 @@ def _settings_file(path: Path) -> Path:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether the evaluation with this record, or ledger, was begun and not ended."""
+    """Return whether the evaluation with this record or ledger was interrupted."""
     return _settings_file(path).is_file()
 
 
@@ -156,21 +156,21 @@ def write_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make a full disk, and the like, an InputError; what was in the file before is there still."""
+    """Raise errors of the file system, such as a full disk, as InputError."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; what it holds is kept: make room and repeat the evaluation, it goes on from there" if full else ""
+        advice = "; free some space and repeat the evaluation, which resumes" if full else ""
         raise InputError(f"{path} cannot be written: {first_line(error)}{advice}") from error
 
 
 def read_rows(path: Path, *, cut_off: bool = False) -> list[LedgerRow]:
-    """Read a ledger; with `cut_off`, a last line that was not written to its end is left out."""
+    """Read a ledger; with `cut_off`, without an incomplete last line."""
     from robustfpd.config import parse
 
     content = path.read_bytes()
-    if cut_off:  # in bytes: the cut may go through a character
+    if cut_off:  # in bytes: a character may be incomplete
         content = content[: content.rfind(b"\n") + 1]
     rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
     return [parse(LedgerRow, row, str(path)) for row in rows]

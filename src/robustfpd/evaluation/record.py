@@ -1,24 +1,60 @@
-"""What an evaluation found, as JSON and back."""
+"""EvaluationRecord: the result of an evaluation with its verdict, to JSON and back."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows, writing
-from robustfpd.evaluation.verdict import Verdict
 from robustfpd.io import write_json
 
 FORMAT = 3
 LEDGER = ".ledger.csv"
+CheckOutcome = Literal["passed", "suspicious", "failed", "skipped"]
+Status = Literal["trusted", "suspect", "broken"]
+
+
+class Check(Config):
+    """Result of one check of an evaluation or of the doctor; `docs/checks.md` explains each by name."""
+
+    name: str
+    outcome: CheckOutcome
+    """`suspicious`: a stronger attack would probably find more, or the number may mislead; `failed`: the number means
+    nothing; `skipped`: there is nothing to measure, or another check must pass first."""
+    evidence: str
+    """What was measured, in words and numbers."""
+    fix: str = ""
+    """What to do, with the code to write; empty unless suspicious or failed."""
+    values: Mapping[str, float] = {}
+    """The measured numbers by name."""
+
+
+class Verdict(Config):
+    """Conclusion from all checks of an evaluation."""
+
+    status: Status
+    """`broken` if a check failed, `suspect` if one is suspicious, `trusted` otherwise."""
+    reasons: tuple[str, ...] = ()
+    """Evidence of the checks that failed, then of those that are suspicious."""
+    checks: tuple[Check, ...] = ()
+
+    @classmethod
+    def of(cls, checks: Sequence[Check]) -> Verdict:
+        """Return the verdict that follows from `checks`."""
+        failed = [c for c in checks if c.outcome == "failed"]
+        suspicious = [c for c in checks if c.outcome == "suspicious"]
+        status: Status = "broken" if failed else "suspect" if suspicious else "trusted"
+        reasons = tuple(f"{c.name}: {c.evidence}" for c in (*failed, *suspicious))
+        return cls(status=status, reasons=reasons, checks=tuple(checks))
 
 
 class Proportion(Config):
-    """k of n images, with the 95 % Wilson interval."""
+    """A count of images, with the 95 % Wilson interval of the fraction."""
 
     count: int
     total: int
@@ -27,7 +63,7 @@ class Proportion(Config):
 
     @classmethod
     def of(cls, count: int, total: int) -> Proportion:
-        """Count `count` of `total` images."""
+        """Return `count` of `total` images with the interval."""
         from scipy.stats import binomtest
 
         interval = binomtest(count, total).proportion_ci(confidence_level=0.95, method="wilson")
@@ -35,7 +71,7 @@ class Proportion(Config):
 
     @property
     def value(self) -> float:
-        """The fraction k/n."""
+        """The fraction count / total."""
         return self.count / self.total
 
     def __str__(self) -> str:
@@ -43,81 +79,81 @@ class Proportion(Config):
 
 
 class AttackResult(Config):
-    """One attack at one radius."""
+    """Result of one attack at one radius."""
 
     attack: str
     eps: float
     attacked: int
-    """Images it was tried on: those that still stood, or all that were classified correctly."""
+    """Images that it was run on: the survivors, or all correctly classified images."""
     misclassified: int
-    """Of these, images it turned."""
+    """Images for which it found an adversarial example."""
     accuracy: Proportion | None = None
-    """Accuracy under this attack alone; known only when it was tried on all images."""
+    """Accuracy under this attack alone; None unless it was run on all correctly classified images."""
     seconds: float
     failed: int = 0
-    """Images for which it raised an error or left its ball: it says nothing about these."""
+    """Images for which it raised an error or left its ball."""
     skipped: int = 0
-    """Images that still stood but were left out: no closer one had fallen to it."""
+    """Survivors that it was not run on, by early stopping."""
     forward_passes: int = 0
     backward_passes: int = 0
     median_queries: float | None = None
-    """Forward passes until an image fell, for attacks that see no gradients; None where none fell."""
+    """Per misclassified image, of attacks without gradients; None if there is none."""
     median_distance: float | None = None
-    """Norm of the smallest perturbations, for attacks that look for these; None where they found none."""
+    """Norm of the perturbations of minimal attacks; None if they found none."""
 
 
 class WorstCase(Config):
-    """Images that robust every attack at a radius and at all smaller ones."""
+    """Images that survive every attack at a radius and at all smaller ones."""
 
     eps: float
     robust: Proportion
 
 
 class EvaluationRecord(Config):
-    """The result of an evaluation; fractions are of all images, misclassified ones included."""
+    """The result of an evaluation. Fractions are of all images, those misclassified without an attack included."""
 
     format: int = FORMAT
     model_name: str
-    """What the classifier is called."""
+    """The classifier's name."""
     suite: str
     norm: Norm
     seed: int
     batch_size: int
-    """Images that went through the classifier at once, at the least: it is halved where memory does not suffice."""
+    """Images per forward pass at the end: the batch size is halved when memory runs out."""
     batch_size_auto: bool
     """The batch size was chosen automatically."""
     search_precision: Literal["fp32", "bf16"]
-    """What attacks differentiated the classifier in; what they found was judged in float32."""
+    """Precision in which attacks differentiated the classifier; adversarial images are judged in float32."""
     every_attack: bool
     clean: Proportion
     worst_case: tuple[WorstCase, ...]
     attacks: tuple[AttackResult, ...]
     ledger: tuple[LedgerRow, ...] = ()
     data_sha256: str
-    """Of the images as 8-bit pixels, and the labels."""
+    """SHA-256 of the images as 8-bit pixels, and the labels."""
     weights_sha256: str | None = None
-    """Of the classifier's weights; None where they cannot be read as bytes."""
+    """SHA-256 of the classifier's weights; None if they cannot be read as bytes."""
     environment: dict[str, Any]
     verdict: Verdict
-    """Whether the number can be trusted."""
+    """Whether the robust accuracy can be trusted."""
     check_forward_passes: int = 0
-    """Images that the checks sent forward; those of the attacks are told with these."""
+    """Images that went forward for checks and preparation."""
     check_backward_passes: int = 0
     surrogates: tuple[str, ...] = ()
-    """Networks that transferred attacks were made on."""
+    """Names of the classifiers that transferred attacks were made on."""
     class_names: tuple[str, ...] = ()
-    """Of the K classes; empty where nobody told them."""
+    """Names of the K classes; empty if unknown."""
     settings_sha256: str
-    """Of all settings that decide the result."""
+    """SHA-256 of all settings that decide the result."""
 
     @property
     def forward_passes(self) -> int:
-        """Images that went forward through the classifier and its views, checks and clean predictions included."""
+        """Images that went forward through the classifier and its views, including checks and clean images."""
         return sum(row.queries for row in self.ledger) + self.check_forward_passes
 
     @property
     def backward_passes(self) -> int:
-        """Images whose gradient was asked for."""
+        """Images whose gradient was computed, including checks."""
         return sum(row.gradients for row in self.ledger) + self.check_backward_passes
 
     @property
@@ -132,7 +168,7 @@ class EvaluationRecord(Config):
 
     @property
     def robust_accuracy(self) -> float:
-        """Fraction that robust every attack at the largest radius; see `worst_case` for the others."""
+        """Fraction of images that survive every attack at the largest radius; see `worst_case` for other radii."""
         return self.worst_case[-1].robust.value
 
     def save(self, path: Path) -> Path:
@@ -144,7 +180,7 @@ class EvaluationRecord(Config):
 
     @classmethod
     def load(cls, path: Path) -> EvaluationRecord:
-        """Read what `save` wrote; a missing or damaged file is an InputError."""
+        """Read a record and its ledger; a missing or damaged file is an InputError."""
         if not path.is_file():
             raise MissingDataError(f"no evaluation in {path.absolute()}; run robustfpd evaluate first")
         try:

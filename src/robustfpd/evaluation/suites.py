@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from robustfpd import attacks
@@ -15,7 +15,7 @@ from robustfpd.errors import unknown_name
 UNSTATED_STEPS = 200
 """Steps that `AttackSpec.iterations` assumes where an attack's options give none."""
 EOT = 20
-"""How often a random classifier is asked at each step."""
+"""Gradient samples per step for a classifier with randomised outputs (expectation over transformation)."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,16 @@ class AttackSpec:
     """One attack of a suite, on one view of the classifier."""
 
     label: str
-    """How records and tables call it, unique in a suite."""
+    """Name in records and tables, unique in a suite; part of the seed."""
     attack: str
-    """Name in the registry."""
+    """Name in `attacks.names()`."""
     view: str = LOGITS
-    """Which of the views it differentiates."""
+    """Name of the view that it differentiates."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the attack."""
-    screened: bool = False
-    """It is dear: images go to it closest to falling first, and the rest is skipped when none of these falls."""
+    early_stopping: bool = False
+    """For expensive attacks: images with the largest margins come first, and the others are skipped when the attack
+    finds no adversarial example among these."""
 
     @property
     def iterations(self) -> int:
@@ -51,136 +52,139 @@ class AttackSpec:
 
 @dataclass(frozen=True)
 class SuiteContext:
-    """What a plan depends on."""
+    """What the attacks of a suite depend on."""
 
     norm: Norm = "linf"
     views: Collection[str] = (LOGITS,)
     surrogates: Collection[str] = ()
-    random: bool = False
-    """The classifier answers the same question differently: gradients are averaged."""
+    randomised: bool = False
+    """The classifier's logits differ from pass to pass, so that gradients are averaged."""
 
     @property
-    def best(self) -> str:
-        """The view with the clearest gradients."""
+    def best_view(self) -> str:
+        """The view with the clearest gradients: pre-squash logits if there are any."""
         return PRE_SQUASH if PRE_SQUASH in self.views else LOGITS
 
     @property
-    def own(self) -> list[str]:
-        """The classifier and its logits before squashing."""
+    def logit_views(self) -> list[str]:
+        """The logits, and the pre-squash logits if there are any."""
         return [v for v in (LOGITS, PRE_SQUASH) if v in self.views]
 
     @property
-    def detours(self) -> list[str]:
-        """Views with another way back for gradients."""
+    def adaptive_views(self) -> list[str]:
+        """Views that replace the gradients of a part of the defence."""
         return [v for v in self.views if v not in (LOGITS, PRE_SQUASH, *self.surrogates)]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Attacks, and how many images the checks may attack for themselves."""
+    """Attacks, and the number of images for the checks that run attacks."""
 
     attacks: Callable[[SuiteContext], list[AttackSpec]]
     probes: int
-    """0: only the checks that need no attack."""
+    """0 leaves these checks out."""
 
 
-def _named(
-    label: str, attack: str, views: Iterable[str], *, screened: bool = False, **options: Any
+def _on_views(
+    label: str, attack: str, views: Iterable[str], *, early_stopping: bool = False, **options: Any
 ) -> list[AttackSpec]:
-    """One attack on several views."""
-    return [AttackSpec(label if v == LOGITS else f"{label}, {v}", attack, v, options, screened) for v in views]
+    """Return one attack on several views."""
+    labels = {view: label if view == LOGITS else f"{label}, {view}" for view in views}
+    return [AttackSpec(name, attack, view, options, early_stopping) for view, name in labels.items()]
 
 
-def _pgd(target: SuiteContext, restarts: int, steps: int = 40, **options: Any) -> list[AttackSpec]:
-    """PGD on the classifier and on its logits before squashing."""
+def _pgd(context: SuiteContext, restarts: int, steps: int = 40, **options: Any) -> list[AttackSpec]:
+    """Return PGD on the logits and the pre-squash logits."""
     name = f"PGD-{steps} {options['loss']}" if "loss" in options else f"PGD-{steps}"
-    return _named(name, "pgd", target.own, steps=steps, restarts=restarts, early_stop=True, **options)
+    return _on_views(name, "pgd", context.logit_views, steps=steps, restarts=restarts, early_stop=True, **options)
 
 
-def _adaptive(target: SuiteContext, steps: int = 40) -> list[AttackSpec]:
-    """What an attacker tries who knows the defence: ways round its parts, and other networks' weaknesses."""
-    transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name) for name in target.surrogates]
-    detours = _named(f"PGD-{steps} margin", "pgd", target.detours, steps=steps, loss="margin", early_stop=True)
-    return [*detours, *transfers]
+def _adaptive(context: SuiteContext, steps: int = 40) -> list[AttackSpec]:
+    """Return the attacks of an attacker who knows the defence: PGD on adaptive views, and transferred attacks."""
+    transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name) for name in context.surrogates]
+    adaptive = _on_views(
+        f"PGD-{steps} margin", "pgd", context.adaptive_views, steps=steps, loss="margin", early_stop=True
+    )
+    return [*adaptive, *transfers]
 
 
-def _averaged(target: SuiteContext, steps: int) -> list[AttackSpec]:
-    """AutoAttack `rand` for a classifier that answers differently each time; nothing for others."""
-    if not target.random:
+def _eot(context: SuiteContext, steps: int) -> list[AttackSpec]:
+    """Return AutoAttack `rand` for a classifier with randomised outputs; nothing for others."""
+    if not context.randomised:
         return []
     return [
-        *_named(f"APGD-CE, EOT {EOT}", "apgd-ce", target.own, steps=steps, eot=EOT),
-        *_named(f"APGD-DLR, EOT {EOT}", "apgd-dlr", target.own, steps=steps, eot=EOT),
+        *_on_views(f"APGD-CE, EOT {EOT}", "apgd-ce", context.logit_views, steps=steps, eot=EOT),
+        *_on_views(f"APGD-DLR, EOT {EOT}", "apgd-dlr", context.logit_views, steps=steps, eot=EOT),
     ]
 
 
-def _first_look(target: SuiteContext) -> list[AttackSpec]:
-    return [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=1)]
+def _first_look(context: SuiteContext) -> list[AttackSpec]:
+    return [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=1)]
 
 
-def _quick(target: SuiteContext) -> list[AttackSpec]:
-    averaged = _averaged(target, steps=20)
-    return [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=2), *_adaptive(target, steps=20), *averaged]
+def _quick(context: SuiteContext) -> list[AttackSpec]:
+    first = [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=2)]
+    return [*first, *_adaptive(context, steps=20), *_eot(context, steps=20)]
 
 
-def _pgd_100(target: SuiteContext) -> list[AttackSpec]:
-    found = [*_named("FGSM", "fgsm", target.own), *_pgd(target, restarts=5, steps=100), *_adaptive(target)]
-    return [*found, *_averaged(target, steps=100)]
+def _pgd_100(context: SuiteContext) -> list[AttackSpec]:
+    first = [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=5, steps=100)]
+    return [*first, *_adaptive(context), *_eot(context, steps=100)]
 
 
-def _standard(target: SuiteContext) -> list[AttackSpec]:
-    """AutoAttack's members and the adaptive attacks; what needs no gradients comes last."""
+def _standard(context: SuiteContext) -> list[AttackSpec]:
+    """Return AutoAttack's members and the adaptive attacks; the attack without gradients comes last."""
     cheap = [
-        *_named("FGSM", "fgsm", target.own),
-        *_named("PGD-20 margin", "pgd", [target.best], steps=20, loss="margin", early_stop=True),
-        *_adaptive(target),
+        *_on_views("FGSM", "fgsm", context.logit_views),
+        *_on_views("PGD-20 margin", "pgd", [context.best_view], steps=20, loss="margin", early_stop=True),
+        *_adaptive(context),
     ]
-    if target.random:
-        return [*cheap, *_averaged(target, steps=100), *_named("Square", "square", [LOGITS], screened=True)]
-    first, targets = (5, 5) if target.norm == "l1" else (1, 9)  # as AutoAttack has it
+    if context.randomised:
+        return [*cheap, *_eot(context, steps=100), *_on_views("Square", "square", [LOGITS], early_stopping=True)]
+    restarts, targets = (5, 5) if context.norm == "l1" else (1, 9)  # AutoAttack's
+    other_views = [view for view in context.logit_views if view != context.best_view]
     return [
         *cheap,
-        *_named("APGD-CE", "apgd-ce", target.own, restarts=first),
-        *_named("APGD-T", "apgd-t", [target.best], targets=targets),
-        *_named("APGD-T", "apgd-t", [v for v in target.own if v != target.best], screened=True, targets=targets),
-        *_named("FAB-T", "fab-t", [target.best], screened=True),
-        *_named("Square", "square", [LOGITS], screened=True),
+        *_on_views("APGD-CE", "apgd-ce", context.logit_views, restarts=restarts),
+        *_on_views("APGD-T", "apgd-t", [context.best_view], targets=targets),
+        *_on_views("APGD-T", "apgd-t", other_views, early_stopping=True, targets=targets),
+        *_on_views("FAB-T", "fab-t", [context.best_view], early_stopping=True),
+        *_on_views("Square", "square", [LOGITS], early_stopping=True),
     ]
 
 
-def _full(target: SuiteContext) -> list[AttackSpec]:
-    """`standard` with nothing skipped, more starts, the smallest perturbations, and attacks on decisions."""
-    standard = [AttackSpec(p.label, p.attack, p.view, p.options) for p in _standard(target)]
-    more = [
-        *_pgd(target, restarts=5, steps=100),
-        *_named("APGD-DLR", "apgd-dlr", target.own),
-        *_named("FMN", "fmn", target.own),
-        *_named("DeepFool", "deepfool", target.own),
-        *_named("DDN", "ddn", target.own),
-        *_named("C&W", "cw", target.own),
-        *_named("JSMA", "jsma", [target.best]),
-        *_named("ZOO", "zoo", [LOGITS], screened=True),
-        *_named("HopSkipJump", "hopskipjump", [LOGITS], screened=True),
+def _full(context: SuiteContext) -> list[AttackSpec]:
+    """Return `standard` without early stopping, with more restarts, minimal-norm and decision-based attacks."""
+    return [
+        *(replace(spec, early_stopping=False) for spec in _standard(context)),
+        *_pgd(context, restarts=5, steps=100),
+        *_on_views("APGD-DLR", "apgd-dlr", context.logit_views),
+        *_on_views("FMN", "fmn", context.logit_views),
+        *_on_views("DeepFool", "deepfool", context.logit_views),
+        *_on_views("DDN", "ddn", context.logit_views),
+        *_on_views("C&W", "cw", context.logit_views),
+        *_on_views("JSMA", "jsma", [context.best_view]),
+        *_on_views("ZOO", "zoo", [LOGITS], early_stopping=True),
+        *_on_views("HopSkipJump", "hopskipjump", [LOGITS], early_stopping=True),
     ]
-    return [*standard, *more]
 
 
 def _published(steps: int, step_size: float) -> Callable[[SuiteContext], list[AttackSpec]]:
-    """The paper's attacks, on the squashed logits as the authors ran them; made to work where theirs did nothing.
+    """Return the paper's attacks on the squashed logits, as the authors ran them, without their attacks' errors.
 
-    FGSM and PGD have the authors' steps and start at the image; in L2 and L1 theirs were .1 × 100. BIM follows eps and
-    norm, JSMA has wrong classes as targets, C&W, ZOO and HopSkipJump run until they find something.
+    FGSM and PGD have the authors' steps and start at the image; in L2 and L1 they take 100 steps of 0.1. BIM follows
+    eps and norm, JSMA has wrong classes as targets, C&W, ZOO and HopSkipJump run until they succeed.
     """
 
-    def planned(target: SuiteContext) -> list[AttackSpec]:
-        count, size = (steps, step_size) if target.norm == "linf" else (100, 0.1)
+    def specs(context: SuiteContext) -> list[AttackSpec]:
+        count, size = (steps, step_size) if context.norm == "linf" else (100, 0.1)
         fixed = {"steps": count, "step_size": size, "random_start": False}
         return [
             AttackSpec("FGSM", "fgsm"),
             AttackSpec(f"PGD-{count}, no random start", "pgd", options=fixed),
             AttackSpec("BIM", "bim", options={"steps": 100}),
-            *(AttackSpec(f"FGSM, transfer from {name}", "fgsm", name) for name in target.surrogates),
-            *(AttackSpec(f"PGD-{count}, transfer from {name}", "pgd", name, fixed) for name in target.surrogates),
+            *(AttackSpec(f"FGSM, transfer from {name}", "fgsm", name) for name in context.surrogates),
+            *(AttackSpec(f"PGD-{count}, transfer from {name}", "pgd", name, fixed) for name in context.surrogates),
             AttackSpec("DeepFool", "deepfool"),
             AttackSpec("C&W", "cw"),
             AttackSpec("JSMA", "jsma"),
@@ -188,7 +192,7 @@ def _published(steps: int, step_size: float) -> Callable[[SuiteContext], list[At
             AttackSpec("HopSkipJump", "hopskipjump"),
         ]
 
-    return planned
+    return specs
 
 
 _SUITES: dict[str, Suite] = {
@@ -203,7 +207,7 @@ _SUITES: dict[str, Suite] = {
 
 
 STRENGTH = ("full", "standard", "published-mnist", "published", "pgd-100", "quick", "first-look")
-"""From the suite whose number says most to the one whose says least."""
+"""Suites from the strongest to the weakest."""
 
 
 def suite_names() -> list[str]:
@@ -212,17 +216,18 @@ def suite_names() -> list[str]:
 
 
 def suite(name: str) -> Suite:
-    """Return a suite; an unknown name is an InputError with the nearest ones."""
+    """Return a suite by name; an unknown one is an InputError that lists the nearest names."""
     if name not in _SUITES:
         raise unknown_name("suite", name, _SUITES)
     return _SUITES[name]
 
 
-def plan(name: str, target: SuiteContext) -> list[AttackSpec]:
-    """Return the attacks of a suite for a target: those that its norm and its views allow.
+def attack_specs(name: str, context: SuiteContext) -> list[AttackSpec]:
+    """Return the attacks of a suite that offer the norm, on the views that there are.
 
     Raises:
         InputError: unknown suite.
     """
-    offered = {*target.views, *target.surrogates}
-    return [p for p in suite(name).attacks(target) if p.view in offered and target.norm in attacks.get(p.attack).norms]
+    views = {*context.views, *context.surrogates}
+    specs = suite(name).attacks(context)
+    return [s for s in specs if s.view in views and context.norm in attacks.get(s.attack).norms]

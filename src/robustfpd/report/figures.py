@@ -16,7 +16,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.evaluation.loss_landscape import LossLandscape
+from robustfpd.evaluation.gallery import LossLandscape
 from robustfpd.report.metrics import NORMS, after_each_attack
 from robustfpd.training import EpochMetrics
 

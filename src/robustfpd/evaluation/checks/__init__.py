@@ -16,7 +16,7 @@ from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import attacks as attack_checks
 from robustfpd.evaluation.checks import gradients, inputs, outputs, results
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, run_check, skipped
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 
 __all__ = ["NAMES", "AttackFindings", "CheckContext", "after_attacks", "before_attacks", "input_checks", "is_random"]
 

@@ -12,7 +12,7 @@ from robustfpd.attacks import apgd_ce, apgd_dlr, fgsm, noise, pgd
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, judge, skipped
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 
 STEPS = 20
 TOLERATED = 0.05  # share of the images that may contradict a check by chance; two images always may

@@ -13,9 +13,8 @@ from robustfpd.attacks.base import QueryCounter
 from robustfpd.errors import first_line
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.ledger import LedgerRow
-from robustfpd.evaluation.record import AttackResult
+from robustfpd.evaluation.record import AttackResult, Check, CheckOutcome
 from robustfpd.evaluation.suites import AttackSpec
-from robustfpd.evaluation.verdict import Check, CheckOutcome
 from robustfpd.rng import generator
 
 NUM_IMAGES = 32  # images for the checks that run no attack

@@ -9,7 +9,7 @@ from torch import Tensor
 from robustfpd.attacks.losses import LossFunction, cross_entropy, margin
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.evaluation.checks.context import NUM_IMAGES, AttackFindings, CheckContext, judge, skipped
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 
 STEP = 1e-3  # of the finite differences, in pixels: far above float32's rounding, a quarter of a grey level
 COARSE = 1e-5  # relative rounding of a dtype above which finite differences of that step are lost

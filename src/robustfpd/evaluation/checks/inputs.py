@@ -17,7 +17,7 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import tensors
 from robustfpd.evaluation.checks.context import CheckContext, judge, skipped
 from robustfpd.evaluation.inputs import device_of
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 from robustfpd.models.mode import evaluating
 
 GREY_LEVEL = 1 / 255
@@ -86,7 +86,7 @@ def stays_in_evaluation_mode(context: CheckContext) -> Check:
 def clean_accuracy(context: CheckContext) -> Check:
     """Check that the accuracy without an attack is better than chance."""
     runner = context.runner
-    return better_than_chance(runner.clean, runner.labels, runner.classes)
+    return better_than_chance(runner.clean_predictions, runner.labels, runner.num_classes)
 
 
 def better_than_chance(predictions: Tensor, labels: Tensor, classes: int) -> Check:

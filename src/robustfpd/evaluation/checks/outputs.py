@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks.context import FIXES, CheckContext, judge
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 
 TOLERANCE = 1e-3
 """Logits that differ by less than this share of their spread are equal: rounding differs between batch sizes."""

@@ -8,7 +8,7 @@ from robustfpd import attacks
 from robustfpd.evaluation.attack_runner import CHANGED
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, judge, skipped
 from robustfpd.evaluation.ledger import LedgerRow
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 
 BLACK_BOX = 0.02  # share of all images that attacks without gradients may misclassify after those with gradients failed
 
