@@ -36,21 +36,30 @@ class Linear(nn.Module):
         return (x @ w + self.bias) * side - (against.abs() * reach).sum(1) > 0
 
 
-@pytest.fixture
-def linear() -> Linear:
+def make_linear() -> Linear:
+    """Return a linear classifier of 6×6 images."""
     weight = torch.randn(36, generator=torch.Generator().manual_seed(1))
     return Linear(weight, -0.5 * float(weight.sum()))
 
 
-@pytest.fixture
-def data(linear: Linear) -> Data:
-    """60 images with pixels at 0 and 1 too; every sixth is labelled against the model."""
+def make_data(linear: Linear) -> Data:
+    """Return 60 images with pixels at 0 and 1 too; every sixth is misclassified."""
     draws = torch.Generator().manual_seed(2)
     images = (1.2 * torch.rand(60, 1, 6, 6, generator=draws) - 0.1).clamp(0, 1)
     labels = linear(images).argmax(1)
     labels[::6] = 1 - labels[::6]
     linear.batches.clear()
     return images, labels
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return make_linear()
+
+
+@pytest.fixture
+def data(linear: Linear) -> Data:
+    return make_data(linear)
 
 
 def install_suite(monkeypatch: pytest.MonkeyPatch, *specs: AttackSpec, probes: int = 0) -> None:

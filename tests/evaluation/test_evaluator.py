@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from tests.evaluation.conftest import install_suite, make_data, make_linear
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -14,7 +15,9 @@ from robustfpd import attacks
 from robustfpd.attacks.base import attack as make_attack
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationObserver, EvaluationProgress, EvaluationRecord, LedgerRow, evaluate
+from robustfpd.evaluation.inputs import gather
 from robustfpd.evaluation.ledger import CLEAN
+from robustfpd.evaluation.suites import AttackSpec
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import Data, Linear
@@ -49,12 +52,24 @@ def small() -> Data:
     return images, torch.arange(6) % 3
 
 
+@pytest.fixture(scope="module")
+def records() -> dict[tuple[str, bool], EvaluationRecord]:
+    """Records of the linear classifier by suite and `every_attack`."""
+    linear = make_linear()
+    data = make_data(linear)
+    return {
+        (suite, every): evaluate(linear, data, suite=suite, eps=RADII, every_attack=every, batch_size=17)
+        for suite in ("quick", "first-look")
+        for every in (False, True)
+    }
+
+
 @pytest.mark.parametrize("suite", ["quick", "first-look"])
 @pytest.mark.parametrize("every_attack", [False, True])
 def test_worst_case_is_the_closed_form_image_by_image(
-    linear: Linear, data: Data, suite: str, every_attack: bool
+    records: dict[tuple[str, bool], EvaluationRecord], linear: Linear, data: Data, suite: str, every_attack: bool
 ) -> None:
-    record = evaluate(linear, data, suite=suite, eps=RADII, every_attack=every_attack, batch_size=17)
+    record = records[suite, every_attack]
     images, labels = data
     assert record.clean.count == 50
     expected = [linear.within(images, labels, eps) for eps in RADII]
@@ -82,8 +97,8 @@ def test_other_norms_never_rise_either(linear: Linear, data: Data, norm: Any) ->
     assert all(r.distance <= r.eps + 1e-5 for r in record.ledger)
 
 
-def test_a_misclassified_image_is_not_attacked_again(linear: Linear, data: Data) -> None:
-    record = evaluate(linear, data, suite="quick", eps=RADII)
+def test_a_misclassified_image_is_not_attacked_again(records: dict[tuple[str, bool], EvaluationRecord]) -> None:
+    record = records["quick", False]
     survivors = record.clean.count
     for attack in record.attacks:
         assert attack.attacked == survivors
@@ -117,8 +132,8 @@ def test_misclassified_images_take_no_forward_pass(linear: Linear, data: Data) -
     assert nothing.forward_passes == 4 + 10 + 4
 
 
-def test_every_attack_runs_on_all_and_has_its_own_accuracy(linear: Linear, data: Data) -> None:
-    alone, some = (evaluate(linear, data, suite="quick", eps=RADII, every_attack=e) for e in (True, False))
+def test_every_attack_runs_on_all_and_has_its_own_accuracy(records: dict[tuple[str, bool], EvaluationRecord]) -> None:
+    alone, some = records["quick", True], records["quick", False]
     for attack in alone.attacks:
         assert attack.attacked == alone.clean.count
         assert attack.accuracy is not None
@@ -159,7 +174,7 @@ def test_the_ledger_holds_every_try(linear: Linear, data: Data) -> None:
 
 
 def test_on_a_linear_model_the_batch_size_does_not_change_what_is_found(linear: Linear, data: Data) -> None:
-    a, b = (evaluate(linear, data, suite="first-look", eps=RADII, batch_size=n) for n in (60, 7))
+    a, b = (evaluate(linear, data, suite="first-look", eps=RADII[1:3], batch_size=n) for n in (60, 7))
     assert _counts(a) == _counts(b)
     sizes: set[int] = set()
 
@@ -174,13 +189,13 @@ def test_on_a_linear_model_the_batch_size_does_not_change_what_is_found(linear: 
 
 
 def test_the_seed_draws_the_images(linear: Linear, data: Data) -> None:
-    def seen(seed: int, count: int | None) -> EvaluationRecord:
-        return evaluate(linear, data, suite="first-look", eps=0.02, num_images=count, seed=seed)
-
-    assert _findings(seen(3, 20)) == _findings(seen(3, 20))
-    assert seen(3, 20).num_images == 20
-    assert seen(3, 20).data_sha256 != seen(4, 20).data_sha256
-    assert len({seen(seed, count).data_sha256 for seed in (3, 4) for count in (None, 60, 1000)}) == 1
+    first, second, other = (
+        evaluate(linear, data, suite="first-look", eps=0.02, num_images=20, seed=seed) for seed in (3, 3, 4)
+    )
+    assert _findings(first) == _findings(second)
+    assert first.num_images == 20
+    assert first.data_sha256 == gather(data, 20, 3).digest() != other.data_sha256
+    assert len({gather(data, count, seed).digest() for seed in (3, 4) for count in (None, 60, 1000)}) == 1
 
 
 def test_drawn_images_keep_their_labels(linear: Linear, data: Data) -> None:
@@ -198,10 +213,14 @@ def test_a_loader_gives_what_its_images_give(linear: Linear, data: Data) -> None
 
     dataset = torch.utils.data.TensorDataset(images, labels)
     loader: Any = torch.utils.data.DataLoader(dataset, batch_size=11)
-    whole = _findings(evaluate(linear, data, suite="first-look", eps=RADII))
     halves = list(zip(torch.chunk(images, 2), torch.chunk(labels, 2), strict=True))
     for source in (pairs, batches(), loader, tuple(halves), [images, labels]):
-        assert _findings(evaluate(linear, source, suite="first-look", eps=RADII)) == whole  # type: ignore[arg-type]
+        gathered = gather(source, None, 0)  # type: ignore[arg-type]
+        assert torch.equal(gathered.images, images)
+        assert torch.equal(gathered.labels, labels)
+        assert gathered.ids.tolist() == list(range(60))
+    whole, loaded = (evaluate(linear, source, suite="first-look", eps=0.02) for source in (data, loader))
+    assert _findings(loaded) == _findings(whole)
 
 
 def test_an_observer_gets_every_attack(linear: Linear, data: Data) -> None:
@@ -341,13 +360,17 @@ def test_attacks_that_change_nothing_are_reported_as_idle(
     assert any(r.startswith("idle-attacks") for r in record.verdict.reasons)
 
 
-def test_an_fpd_is_attacked_before_its_tanh_and_its_state_is_restored(fpd: rf.FPD, small: Data) -> None:
+def test_an_fpd_is_attacked_before_its_tanh_and_its_state_is_restored(
+    monkeypatch: pytest.MonkeyPatch, fpd: rf.FPD, small: Data
+) -> None:
+    views = [AttackSpec(view, "pgd", view, {"steps": 3}) for view in ("logits", "pre-squash")]
+    install_suite(monkeypatch, AttackSpec("FGSM", "fgsm"), *views)
     next(m for m in fpd.modules() if isinstance(m, nn.BatchNorm2d)).eval()
     flags = [m.training for m in fpd.modules()]
     state = {k: v.clone() for k, v in fpd.state_dict().items()}
     assert any("running_mean" in k for k in state)
-    record = evaluate(fpd, small, suite="first-look", eps=0.01, every_attack=True)
-    assert [a.attack for a in record.attacks] == ["FGSM", "FGSM, pre-squash", "PGD-40", "PGD-40, pre-squash"]
+    record = evaluate(fpd, small, suite="ours", eps=0.01, every_attack=True)
+    assert [a.attack for a in record.attacks] == ["FGSM", "logits", "pre-squash"]
     assert [m.training for m in fpd.modules()] == flags
     assert all(torch.equal(v, state[k]) for k, v in fpd.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in fpd.parameters())

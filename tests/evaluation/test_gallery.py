@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.evaluation.conftest import install_suite
 from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationObserver, EvaluationProgress, EvaluationRecord
 from robustfpd.evaluation.gallery import Gallery, GalleryImage, GalleryIndex, gallery_folder, read_gallery, to_picture
+from robustfpd.evaluation.suites import AttackSpec
 
 Digits = tuple[nn.Module, Tensor, Tensor]
 Evaluate = Callable[..., tuple[EvaluationRecord, Path]]
@@ -32,6 +34,15 @@ def evaluate(digits: Digits, tmp_path: Path) -> Evaluate:
     return run
 
 
+@pytest.fixture(scope="module")
+def evaluated(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationRecord, Path]:
+    """The record and the gallery's folder of one evaluation, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("gallery")
+    options: dict[str, Any] = {"suite": "first-look", "eps": (0.05, 0.1), "gallery": LIMIT, "batch_size": 16}
+    record = rf.evaluate(digits[0], digits[1:], out_dir=folder, **options)
+    return record, gallery_folder(folder / "record.json")
+
+
 def _picture(folder: Path, gallery_image: GalleryImage, name: Any) -> Tensor:
     return torch.from_numpy(np.array(Image.open(folder / gallery_image.file(name)), dtype=np.float32)) / 255
 
@@ -46,8 +57,10 @@ def _misclassified(record: EvaluationRecord) -> dict[int, tuple[int, str, float,
     return found
 
 
-def test_the_first_misclassified_images_are_shown_as_the_ledger_has_them(evaluate: Evaluate) -> None:
-    record, folder = evaluate()
+def test_the_first_misclassified_images_are_shown_as_the_ledger_has_them(
+    evaluated: tuple[EvaluationRecord, Path],
+) -> None:
+    record, folder = evaluated
     misclassified, shown = _misclassified(record), read_gallery(folder)
     assert len(misclassified) > LIMIT
     assert len(shown.misclassified) == LIMIT
@@ -71,8 +84,8 @@ def test_images_of_one_attack_are_drawn_at_random(evaluate: Evaluate) -> None:
     assert shown != same_attack[:LIMIT]
 
 
-def test_survivors_show_the_largest_margin(evaluate: Evaluate) -> None:
-    record, folder = evaluate()
+def test_survivors_show_the_largest_margin(evaluated: tuple[EvaluationRecord, Path]) -> None:
+    record, folder = evaluated
     robust = read_gallery(folder).robust
     assert 0 < len(robust) <= LIMIT
     for gallery_image in robust:
@@ -98,11 +111,14 @@ def test_pictures_show_image_point_and_perturbation(digits: Digits, evaluate: Ev
         assert not gallery_image.has_restored
 
 
-def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, tmp_path: Path) -> None:
+def test_an_fpd_has_pictures_of_its_restorations(
+    monkeypatch: pytest.MonkeyPatch, digits: Digits, tmp_path: Path
+) -> None:
+    install_suite(monkeypatch, AttackSpec("FGSM", "fgsm"))
     _, images, labels = digits
     fpd = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8)
     fpd.train()(images)
-    rf.evaluate(fpd, (images, labels), suite="first-look", eps=0.2, out_dir=tmp_path, gallery=2)
+    rf.evaluate(fpd, (images, labels), suite="ours", eps=0.2, out_dir=tmp_path, gallery=2)
     folder = gallery_folder(tmp_path / "record.json")
     shown = read_gallery(folder)
     fpd.eval()
@@ -113,8 +129,10 @@ def test_an_fpd_shows_what_it_restores_of_the_adversarial_image(digits: Digits, 
         assert float((seen - expected).detach().abs().max()) < 0.05  # the adversarial image was rounded to 8 bits
 
 
-def test_the_landscape_is_right_at_the_image_and_wrong_at_the_adversarial_point(evaluate: Evaluate) -> None:
-    _, folder = evaluate()
+def test_the_landscape_is_right_at_the_image_and_wrong_at_the_adversarial_point(
+    evaluated: tuple[EvaluationRecord, Path],
+) -> None:
+    _, folder = evaluated
     shown = read_gallery(folder)
     landscape = shown.landscape
     assert landscape is not None
@@ -183,7 +201,7 @@ def test_one_killed_after_its_attacks_keeps_all_its_pictures(
 
 
 def test_what_a_smallest_perturbation_turns_at_a_larger_radius_is_shown(evaluate: Evaluate) -> None:
-    from robustfpd.evaluation.suites import _SUITES, AttackSpec, Suite
+    from robustfpd.evaluation.suites import _SUITES, Suite
 
     _SUITES["smallest"] = Suite(lambda target: [AttackSpec("FMN", "fmn", options={"steps": 20})], probes=0)
     try:
@@ -232,7 +250,8 @@ def test_what_cannot_be_restored_is_shown_without(
             finish(self, final=final)
 
     monkeypatch.setattr(Gallery, "save", failing)
-    rf.evaluate(fpd, (images[:9], labels[:9]), suite="first-look", eps=0.2, out_dir=tmp_path)
+    install_suite(monkeypatch, AttackSpec("FGSM", "fgsm"))
+    rf.evaluate(fpd, (images[:9], labels[:9]), suite="ours", eps=0.2, out_dir=tmp_path)
     shown = read_gallery(gallery_folder(tmp_path / "record.json"))
     assert shown.misclassified or shown.robust
     assert not any(e.has_restored for e in (*shown.misclassified, *shown.robust))
@@ -275,8 +294,8 @@ def test_a_damaged_gallery_is_an_input_error(tmp_path: Path, text: str) -> None:
         read_gallery(tmp_path)
 
 
-def test_what_is_listed_is_read_back(evaluate: Evaluate) -> None:
-    _, folder = evaluate()
+def test_what_is_listed_is_read_back(evaluated: tuple[EvaluationRecord, Path]) -> None:
+    _, folder = evaluated
     shown = read_gallery(folder)
     assert GalleryIndex.model_validate_json(shown.model_dump_json()) == shown
 
