@@ -52,7 +52,7 @@ def _ours(config: RunConfig, model: FPD, clean: Tensor, noisy: Tensor, labels: T
 
 
 def _step(model: nn.Module, stepped: list[nn.Parameter]) -> None:
-    """Clip all gradients together, step some parameters by plain gradient descent, behind autograd's back."""
+    """Clip the gradient of all parameters, then step some of them by plain gradient descent, unnoticed by autograd."""
     with_gradients = [p for p in model.parameters() if p.grad is not None]
     torch.nn.utils.clip_grad_norm_(with_gradients, CLIP)
     for p in stepped:

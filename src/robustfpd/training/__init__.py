@@ -20,23 +20,7 @@ from robustfpd.training.steps import (
 )
 
 __all__ = [
-    "EpochMetrics",
-    "Observer",
-    "OptimizerUpdate",
-    "PassLosses",
-    "Progress",
-    "RunFolder",
-    "StepResult",
-    "TrainResult",
-    "Update",
-    "adversarial_images",
-    "adversarial_step",
-    "baseline_step",
-    "parameter_groups",
-    "pass_losses",
-    "phase_one_loss",
-    "phase_two_loss",
-    "restoration_unit",
-    "train",
-    "two_phase_step",
-]
+    "EpochMetrics", "Observer", "OptimizerUpdate", "PassLosses", "Progress", "RunFolder", "StepResult",
+    "TrainResult", "Update", "adversarial_images", "adversarial_step", "baseline_step", "parameter_groups",
+    "pass_losses", "phase_one_loss", "phase_two_loss", "restoration_unit", "train", "two_phase_step",
+]  # fmt: skip

@@ -74,25 +74,18 @@ def pass_losses(
 
 def phase_one_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
     """Return α₁·CE + α₂·L2, phase 1's loss with the gate open; for a baseline α₁·CE."""
-    return _weighted(losses, config.alpha_ce, config.alpha_restore)
+    ce = config.alpha_ce * losses.ce
+    return ce if losses.restoration is None else ce + config.alpha_restore * losses.restoration
 
 
 def phase_two_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
     """Return α₁·CE + α₂'·L2, phase 2's loss."""
-    return _weighted(losses, config.alpha_ce, config.alpha_restore_second)
-
-
-def _weighted(losses: PassLosses, alpha_ce: float, alpha_restore: float) -> Tensor:
-    loss = alpha_ce * losses.ce
-    return loss if losses.restoration is None else loss + alpha_restore * losses.restoration
+    assert losses.restoration is not None
+    return config.alpha_ce * losses.ce + config.alpha_restore_second * losses.restoration
 
 
 def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
-    """Return the unit of noise and restoration loss, in pixels of [0, 1].
-
-    1 with `space: pixels`. With `space: normalised` it is the model's std, 1×C×1×1, because the published code
-    compares normalised images.
-    """
+    """Return the unit of noise and restoration loss: 1 pixel of [0, 1], or the model's std 1×C×1×1 (`space`)."""
     if config.space == "pixels":
         return 1.0
     std = model.std
@@ -140,7 +133,7 @@ def two_phase_step(
         raise InputError("two_phase_step trains an FPD, found a model without restored images; use baseline_step")
     gate_open = gate_opens(first.restoration, config)
     if not gate_open:
-        update(config.alpha_restore * first.restoration, only=gated_groups(config))
+        update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
     elif index % config.second_pass_interval:
         update(phase_one_loss(first, config))
     else:
@@ -194,7 +187,7 @@ def adversarial_step(
         gate_open = gate_opens(first.restoration, config)
     loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
     if first.restoration is not None and not gate_open:
-        update(config.alpha_restore * first.restoration, only=gated_groups(config))
+        update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
     elif restored is None or not settings.second_pass or index % config.second_pass_interval:
         update(loss)
     else:
@@ -230,7 +223,7 @@ def _clean_and_adversarial(
 
 def baseline_step(
     model: nn.Module, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig
-) -> StepResult:  # fmt: skip
+) -> StepResult:
     """Train a baseline on one batch of noisy images: one step on α₁·CE. Arguments are those of `two_phase_step`."""
     losses = pass_losses(model(noisy), None, noisy, labels)
     update(phase_one_loss(losses, config))
@@ -247,6 +240,11 @@ def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 GROUPS = ("front_and_pyramid", "upscaling", "head")
 """Names of the parameter groups: FPD_FD with the pyramid, the transposed convolutions of FPD_R, the head FPD_LCC."""
+GATED_GROUPS = {
+    "front_and_restoration": frozenset({"front_and_pyramid", "upscaling"}),
+    "upscaling": frozenset({"upscaling"}),
+}
+"""Groups that step while the gate is shut, by `gate_trains`."""
 
 
 def parameter_groups(model: FPD | Baseline) -> list[dict[str, Any]]:
@@ -264,15 +262,8 @@ def gate_opens(restoration: Tensor, config: TrainingConfig) -> bool:
     return not bool(ProcessGroup.current().all_reduce_mean(restoration) > config.threshold)
 
 
-def gated_groups(config: TrainingConfig) -> frozenset[str]:
-    """Return the names of the parameter groups that step while the gate is shut."""
-    if config.gate_trains == "upscaling":
-        return frozenset({"upscaling"})
-    return frozenset({"front_and_pyramid", "upscaling"})
-
-
 class Update(Protocol):
-    """Clears gradients, runs the backward pass, clips all gradients and steps the optimizer."""
+    """Clears the gradients, runs the backward pass, clips and steps the optimizer."""
 
     def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
         """Step on `loss`.
