@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from robustfpd.attacks import pgd
@@ -31,36 +32,36 @@ def _objective(model: FPD) -> Tensor:
 
 
 def test_gradients_and_statistics_are_those_without_it() -> None:
-    plain, recomputed = _model(), _model()
-    checkpoint_activations(recomputed)
-    for model in (plain, recomputed):
+    plain, checkpointed = _model(), _model()
+    checkpoint_activations(checkpointed)
+    for model in (plain, checkpointed):
         _objective(model).backward()  # type: ignore[no-untyped-call]
-    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6), name
-    for (name, x), y in zip(plain.named_buffers(), recomputed.buffers(), strict=True):
+    for (name, x), y in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
         assert torch.allclose(x, y, rtol=1e-5), name
-    assert all(m.momentum == 0.1 for m in recomputed.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(m.momentum == 0.1 for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_less_is_kept_between_the_passes() -> None:
-    kept = []
+def test_fewer_activations_are_saved_for_the_backward_pass() -> None:
+    sizes = []
     for activation_checkpointing in (False, True):
         model = _model()
         if activation_checkpointing:
             checkpoint_activations(model)
-        seen: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
-        def pack(x: Tensor, seen: dict[int, int] = seen) -> Tensor:
+        def pack(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
             if not isinstance(x, nn.Parameter):
-                seen[x.data_ptr()] = x.numel()
+                saved[x.data_ptr()] = x.numel()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             _objective(model)
-        kept.append(sum(seen.values()))
-    assert kept[1] < 0.8 * kept[0]
+        sizes.append(sum(saved.values()))
+    assert sizes[1] < 0.8 * sizes[0]
 
 
 @pytest.mark.parametrize("second_pass", ["detached", "joint", "through"])
@@ -81,7 +82,7 @@ def test_both_phases_train_the_same(second_pass: str) -> None:
             loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if (
                 not retain_graph
-            ):  # with `through` the weights would be recomputed with; only the statistics are compared
+            ):  # after a step `through` would recompute with other weights; only the statistics are compared
                 optimizer.step()
 
         two_phase_step(model, images, images, labels, update, config)
@@ -90,15 +91,15 @@ def test_both_phases_train_the_same(second_pass: str) -> None:
     assert {int(v) for k, v in ends[1].items() if "num_batches" in k} == {4}
 
 
-def test_an_attack_in_evaluation_mode_keeps_less_too_and_finds_the_same() -> None:
+def test_an_attack_on_a_checkpointed_model_in_evaluation_mode_finds_the_same() -> None:
     images, labels = _batch()
-    plain, recomputed = _model().eval(), _model().eval()
-    checkpoint_activations(recomputed)
-    found = [pgd(m.classifier(), images, labels, eps=0.1, steps=3) for m in (plain, recomputed)]
-    assert torch.allclose(found[0], found[1], atol=1e-5)
+    plain, checkpointed = _model().eval(), _model().eval()
+    checkpoint_activations(checkpointed)
+    adversarial = [pgd(m.classifier(), images, labels, eps=0.1, steps=3) for m in (plain, checkpointed)]
+    assert torch.allclose(adversarial[0], adversarial[1], atol=1e-5)
 
 
-def test_dense_blocks_get_their_list_as_it_was() -> None:
+def test_dense_blocks_recompute_from_the_list_of_the_forward_pass() -> None:
     model = enhance(
         "densenet121", num_classes=4, in_channels=1, image_size=32, pyramid_channels=8, denoise="none"
     ).train()
@@ -108,17 +109,31 @@ def test_dense_blocks_get_their_list_as_it_was() -> None:
     assert all(p.grad is not None for p in model.head.parameters())
 
 
+class EndsInNorm(nn.Module):
+    """A network whose first stage is a batch norm, and whose second one has timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.block = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), BatchNormAct2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(self.norm(self.stem(x)))
+        return out
+
+
 def test_synchronised_batch_norm_keeps_names_weights_and_hooks() -> None:
-    model = enhance("efficientnet_b0", num_classes=4, in_channels=1, image_size=32, pyramid_channels=8)
-    before = copy.deepcopy(model)
+    model = enhance(EndsInNorm(), stages=("norm", "block"), num_classes=4, in_channels=1, image_size=8)
+    expected = copy.deepcopy(model)
     synchronise_batch_norm(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert norms
+    assert len(norms) == 2
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-    before.load_state_dict(model.state_dict())
-    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    for expected, output in zip(before.eval()(images), model.eval()(images), strict=True):
-        assert torch.allclose(expected, output, atol=1e-5)
+    expected.load_state_dict(model.state_dict())
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(expected.eval()(images), model.eval()(images), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_batch_norm_that_overrides_forward_is_refused() -> None:
