@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,10 +149,21 @@ def failing(folder: Path) -> dict[str, Any]:
     return errors
 
 
+def command(folder: Path) -> dict[str, str]:
+    """Standard output and error of `robustfpd train` on this rank."""
+    from robustfpd.cli import main
+
+    words = ["digits/mini", "data.train_limit=64", "training.batch_size=16", "training.epochs=1", "--device", "cpu"]
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        main(["train", *words, "--out", str(folder / "command"), "--json"])
+    return {"out": out.getvalue(), "error": error.getvalue()}
+
+
 def run_all(folder: Path) -> str:
     """Run all scenarios on this rank, and write what it observed."""
     rank = ProcessGroup.current().rank
-    for scenario in (curves, resumed, attacked, failing):
+    for scenario in (curves, resumed, attacked, failing, command):
         torch.save(scenario(folder), folder / f"{scenario.__name__}-{rank}.pt")
         ProcessGroup.current().barrier()
     return ""
