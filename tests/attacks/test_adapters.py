@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
+from tests.attacks.closed_form import best_gain
 from torch import Tensor, nn
 
 from robustfpd.attacks.adapters import art
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 for library in ("foolbox", "art", "pyautoattack"):
     pytest.importorskip(library)
 
-# Less effort than by default, where the default takes long.
+# Fewer steps than by default, where the default takes long.
 QUICK: dict[str, dict[str, Any]] = {
     "cw": {"steps": 20, "binary_search_steps": 3},
     "ddn": {"steps": 40},
@@ -60,19 +61,19 @@ def _predicted(classifier: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("attack", "norm"), CASES)
-def test_results_are_images_that_fool_or_the_images_themselves(
+def test_results_are_misclassified_or_the_clean_image(
     attack: Attack[...], norm: Norm, net: nn.Module, corners: Tensor
 ) -> None:
     images, labels = corners[:5], _predicted(net, corners[:5])
     labels[1] = (labels[1] + 1) % 3
-    found = _run(attack, net, images, labels, norm)
-    assert float(found.min()) >= 0
-    assert float(found.max()) <= 1
-    assert found.dtype == images.dtype
-    assert not found.requires_grad
-    assert torch.equal(found[1], images[1])
-    size = lp_ball(norm).norm(found - images)
-    misclassified = _predicted(net, found) != labels
+    adversarial = _run(attack, net, images, labels, norm)
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
+    assert adversarial.dtype == images.dtype
+    assert not adversarial.requires_grad
+    assert torch.equal(adversarial[1], images[1])
+    size = lp_ball(norm).norm(adversarial - images)
+    misclassified = _predicted(net, adversarial) != labels
     if attack.minimal:
         assert bool((misclassified | (size == 0)).all())
         assert int(misclassified.sum()) == 5
@@ -81,8 +82,8 @@ def test_results_are_images_that_fool_or_the_images_themselves(
         assert float(size[0]) > 0
 
 
-class _Stubborn(nn.Module):
-    """Always the first of three classes, by a margin that falls with the brightness."""
+class _Robust(nn.Module):
+    """Always predicts class 0 of three; brighter images lower its margin."""
 
     def forward(self, images: Tensor) -> Tensor:
         bright = images.flatten(1).mean(1, keepdim=True)
@@ -90,20 +91,20 @@ class _Stubborn(nn.Module):
 
 
 @pytest.mark.parametrize(("attack", "norm"), CASES)
-def test_where_nothing_fools_the_image_comes_back(
+def test_failed_attacks_return_the_clean_image(
     monkeypatch: pytest.MonkeyPatch, attack: Attack[...], norm: Norm, corners: Tensor
 ) -> None:
     monkeypatch.setattr(art, "HOPSKIPJUMP_STARTS", 3)
     options = {"theta": 1.0} if attack is jsma else {}
-    found = _run(attack, _Stubborn(), corners[:2], torch.zeros(2, dtype=torch.long), norm, **options)
+    adversarial = _run(attack, _Robust(), corners[:2], torch.zeros(2, dtype=torch.long), norm, **options)
     if attack.minimal:
-        assert torch.equal(found, corners[:2])
+        assert torch.equal(adversarial, corners[:2])
     else:
-        assert float(lp_ball(norm).norm(found - corners[:2]).max()) <= EPS[norm] + 1e-5
+        assert float(lp_ball(norm).norm(adversarial - corners[:2]).max()) <= EPS[norm] + 1e-5
 
 
-class _Fussy(nn.Module):
-    """A network with a mode, a statistic, a frozen weight and a gradient of its own."""
+class _Stateful(nn.Module):
+    """A network in training mode with a running statistic, a frozen weight and a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,25 +128,25 @@ def _state(module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize(("attack", "norm"), ONCE)
-def test_the_classifier_and_the_random_states_are_left_alone(attack: Attack[...], norm: Norm, corners: Tensor) -> None:
+def test_the_classifier_and_the_random_states_do_not_change(attack: Attack[...], norm: Norm, corners: Tensor) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        fussy = _Fussy().train()
-    labels = _predicted(fussy.eval(), corners[:2])
-    fussy.train()
-    fussy.seen_training = False
-    before = _state(fussy)
+        stateful = _Stateful().train()
+    labels = _predicted(stateful.eval(), corners[:2])
+    stateful.train()
+    stateful.seen_training = False
+    before = _state(stateful)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
-    _run(attack, fussy, corners[:2], labels, norm)
-    assert not fussy.seen_training
-    assert _state(fussy) == before
+    _run(attack, stateful, corners[:2], labels, norm)
+    assert not stateful.seen_training
+    assert _state(stateful) == before
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index]  # noqa: NPY002
 
 
 @pytest.mark.parametrize(("attack", "norm"), CASES)
-def test_the_same_seed_finds_the_same(attack: Attack[...], norm: Norm, net: nn.Module, corners: Tensor) -> None:
+def test_equal_seeds_give_equal_results(attack: Attack[...], norm: Norm, net: nn.Module, corners: Tensor) -> None:
     images, labels = corners[:2], _predicted(net, corners[:2])
 
     def seeded(seed: int) -> Tensor:
@@ -157,7 +158,7 @@ def test_the_same_seed_finds_the_same(attack: Attack[...], norm: Norm, net: nn.M
 
 
 @pytest.mark.parametrize(("attack", "norm"), RANDOM)
-def test_another_seed_finds_something_else(attack: Attack[...], norm: Norm, net: nn.Module, corners: Tensor) -> None:
+def test_other_seeds_give_other_results(attack: Attack[...], norm: Norm, net: nn.Module, corners: Tensor) -> None:
     labels = _predicted(net, corners[:2])
     more = {"coordinates": 5} if attack is zoo else {}
     five, six = (
@@ -168,14 +169,14 @@ def test_another_seed_finds_something_else(attack: Attack[...], norm: Norm, net:
 
 
 @pytest.mark.parametrize(("attack", "norm"), ONCE)
-def test_images_keep_their_precision(attack: Attack[...], norm: Norm, two_classes: Linear, corners: Tensor) -> None:
+def test_results_have_the_images_dtype(attack: Attack[...], norm: Norm, two_classes: Linear, corners: Tensor) -> None:
     classifier = two_classes.double()
     images = corners[:2].double()
     labels = _predicted(classifier, images)
-    found = _run(attack, classifier, images, labels, norm)
-    assert found.dtype == torch.float64
+    adversarial = _run(attack, classifier, images, labels, norm)
+    assert adversarial.dtype == torch.float64
     if attack.minimal:
-        assert bool((_predicted(classifier, found) != labels).all())
+        assert bool((_predicted(classifier, adversarial) != labels).all())
 
 
 @pytest.mark.parametrize(("attack", "norm"), ONCE)
@@ -186,21 +187,21 @@ def test_any_number_of_classes(attack: Attack[...], norm: Norm, classes: int, co
     net[1].weight.data = torch.randn(classes, 64, generator=draws)
     net[1].bias.data = torch.randn(classes, generator=draws)
     labels = _predicted(net, corners[:2])
-    found = _run(attack, net, corners[:2], labels, norm, eps=8 * EPS[norm])
-    assert bool((_predicted(net, found) != labels).all())
+    adversarial = _run(attack, net, corners[:2], labels, norm, eps=8 * EPS[norm])
+    assert bool((_predicted(net, adversarial) != labels).all())
 
 
 @pytest.mark.parametrize("attack", [zoo, hopskipjump, jsma, cw], ids=lambda a: a.name)
-def test_no_image_depends_on_its_batch(attack: Attack[...], net: nn.Module, corners: Tensor) -> None:
+def test_an_image_does_not_depend_on_its_batch(attack: Attack[...], net: nn.Module, corners: Tensor) -> None:
     labels = _predicted(net, corners[:4])
     norm = attack.norms[0]
-    together = _run(attack, net, corners[:4], labels, norm)
-    alone = _run(attack, net, corners[2:3], labels[2:3], norm)
-    torch.testing.assert_close(alone, together[2:3], atol=1e-6, rtol=0)
+    batched = _run(attack, net, corners[:4], labels, norm)
+    single = _run(attack, net, corners[2:3], labels[2:3], norm)
+    torch.testing.assert_close(single, batched[2:3], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attack", [square, zoo, hopskipjump], ids=lambda a: a.name)
-def test_queries_are_told(attack: Attack[...], net: nn.Module, corners: Tensor) -> None:
+def test_queries_are_recorded(attack: Attack[...], net: nn.Module, corners: Tensor) -> None:
     counted, labels = QueryCounter(net), _predicted(net, corners[:3])
     labels[1] = (labels[1] + 1) % 3
     _run(attack, counted, corners[:3], labels, attack.norms[0])
@@ -220,33 +221,33 @@ def test_black_boxes_need_no_gradients(attack: Attack[...], two_classes: Linear,
 
     labels = _predicted(two_classes, corners[:2])
     with torch.inference_mode():
-        found = _run(attack, Detached(), corners[:2], labels, "linf", eps=0.5)
-    assert bool((_predicted(two_classes, found) != labels).all())
+        adversarial = _run(attack, Detached(), corners[:2], labels, "linf", eps=0.5)
+    assert bool((_predicted(two_classes, adversarial) != labels).all())
     for white in (fab, deepfool, jsma, cw):
         with pytest.raises(InputError, match="use a black-box attack"):
             _run(white, Detached(), corners[:2], labels, white.norms[0])
 
 
-class _Night(nn.Module):
-    """Day above a brightness of 0.2, night below."""
+class _DayOrNight(nn.Module):
+    """Class 0 above a brightness of 0.2, class 1 below."""
 
     def forward(self, images: Tensor) -> Tensor:
         bright = images.flatten(1).mean(1)
         return torch.stack([bright - 0.2, 0.2 - bright], dim=1)
 
 
-def test_a_black_image_is_no_find_of_carlini_and_wagner() -> None:
+def test_a_black_image_is_a_failure_of_carlini_and_wagner() -> None:
     images, labels = torch.full((2, 1, 8, 8), 0.9), torch.zeros(2, dtype=torch.long)
-    hardly: dict[str, Any] = {"steps": 2, "binary_search_steps": 1, "step_size": 1e-3}
-    assert torch.equal(cw(_Night(), images, labels, eps=1.0, norm="l2", **hardly), images)
-    found = cw(_Night(), images, labels, eps=1.0, norm="l2")
-    assert float(found.min()) > 0.1
-    assert bool((_predicted(_Night(), found) == 1).all())
+    weak: dict[str, Any] = {"steps": 2, "binary_search_steps": 1, "step_size": 1e-3}
+    assert torch.equal(cw(_DayOrNight(), images, labels, eps=1.0, norm="l2", **weak), images)
+    adversarial = cw(_DayOrNight(), images, labels, eps=1.0, norm="l2")
+    assert float(adversarial.min()) > 0.1
+    assert bool((_predicted(_DayOrNight(), adversarial) == 1).all())
 
 
-def test_no_search_goes_on_for_ever(corners: Tensor) -> None:
-    class Moody(nn.Module):
-        """Wrong about noise once, right ever after: the start of HopSkipJump is no start."""
+def test_every_search_ends(corners: Tensor) -> None:
+    class Inconsistent(nn.Module):
+        """Misclassifies the first noise image only, so HopSkipJump starts at a correctly classified image."""
 
         calls = 0
 
@@ -255,12 +256,12 @@ def test_no_search_goes_on_for_ever(corners: Tensor) -> None:
             return torch.tensor([[0.0, 1.0] if self.calls == 3 else [1.0, 0.0]]).expand(len(images), 2)
 
     labels = torch.zeros(1, dtype=torch.long)
-    moody = Moody()
-    assert torch.equal(_run(hopskipjump, moody, corners[:1], labels, "linf"), corners[:1])
-    assert moody.calls > 100
+    inconsistent = Inconsistent()
+    assert torch.equal(_run(hopskipjump, inconsistent, corners[:1], labels, "linf"), corners[:1])
+    assert inconsistent.calls > 100
 
 
-def test_square_goes_on_where_two_logits_are_equal(corners: Tensor) -> None:
+def test_square_does_not_stop_at_equal_logits(corners: Tensor) -> None:
     class Saturated(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             score = 100 * (images[:, 0, 7, 7] - 0.45)
@@ -269,51 +270,31 @@ def test_square_goes_on_where_two_logits_are_equal(corners: Tensor) -> None:
             )
 
     images = torch.full((3, 1, 8, 8), 0.5)
-    found = square(Saturated(), images, torch.zeros(3, dtype=torch.long), eps=0.1, queries=300)
-    assert bool((_predicted(Saturated(), found) != 0).all())
+    adversarial = square(Saturated(), images, torch.zeros(3, dtype=torch.long), eps=0.1, queries=300)
+    assert bool((_predicted(Saturated(), adversarial) != 0).all())
 
 
 # --- closed forms --------------------------------------------------------------------------------------------------
 
 
-def _gain(slope: Any, image: Any, eps: float, norm: str) -> float:
-    """Largest slope·δ over ball ∩ box, for one image."""
-    steep, room = np.abs(slope), np.where(slope > 0, 1 - image, image)
-    if norm == "linf":
-        return float(steep @ np.minimum(room, eps))
-    if norm == "l2":
-        largest = float((room / steep).max())
-
-        def length(t: float) -> float:
-            return float(np.linalg.norm(np.minimum(t * steep, room))) - eps
-
-        t = largest if length(largest) <= 0 else float(brentq(length, 0, largest, xtol=1e-14))
-        return float(steep @ np.minimum(t * steep, room))
-    order = np.argsort(-steep)
-    before = np.cumsum(room[order]) - room[order]
-    return float(steep[order] @ np.clip(eps - before, 0, room[order]))
-
-
-def _nearest(classifier: Linear, images: Tensor, labels: Tensor, norm: str) -> Tensor:
-    """Least perturbation that brings each image to the boundary between the classes 0 and 1, by bisection."""
-    margins, least = classifier(images).detach().double(), []
-    for image, label, logits in zip(images, labels.tolist(), margins, strict=True):
-        slope = (classifier.weight[1 - label] - classifier.weight[label]).detach().double().numpy()
+def _smallest_eps(classifier: Linear, images: Tensor, labels: Tensor, norm: str) -> Tensor:
+    """Return the smallest eps that reaches the boundary between the classes 0 and 1, N, by bisection."""
+    smallest, largest = [], {"linf": 1, "l2": 8, "l1": 64}[norm]
+    for x, label, logits in zip(images, labels.tolist(), classifier(images).detach().double(), strict=True):
+        slope = classifier.weight[1 - label] - classifier.weight[label]
         needed = float(logits[label] - logits[1 - label])
-        x = image.double().flatten().numpy()
-        least.append(
-            brentq(lambda e, g=slope, i=x, n=needed: _gain(g, i, e, norm) - n, 0, {"linf": 1, "l2": 8, "l1": 64}[norm])
-        )
-    return torch.tensor(least)
+        smallest.append(brentq(lambda e, g=slope, x=x, n=needed: best_gain(g, x, e, norm) - n, 0, largest))
+    return torch.tensor(smallest)
 
 
-# How far from the optimum, at most, at default effort. JSMA always changes two pixels, and by much: see its docstring.
+# Largest ratio to the optimum with default options. JSMA always changes two pixels, and by much: see its docstring.
 WITHIN: dict[tuple[str, str], float] = {("jsma", "l1"): 1.75, ("jsma", "l2"): 3.0}
+MODELS = [pytest.param("two_classes", marks=pytest.mark.slow), "three_classes"]
 MINIMAL = [pytest.param(a, norm, id=f"{a.name}-{norm}") for a in ATTACKS for norm in a.norms if a.minimal]
 
 
 @pytest.mark.parametrize(("attack", "norm"), MINIMAL)
-@pytest.mark.parametrize("model", ["two_classes", "three_classes"])
+@pytest.mark.parametrize("model", MODELS)
 def test_minimal_attacks_come_close_to_the_closed_form(
     request: pytest.FixtureRequest, attack: Attack[...], norm: Norm, model: str, corners: Tensor
 ) -> None:
@@ -321,27 +302,27 @@ def test_minimal_attacks_come_close_to_the_closed_form(
     images = corners[:3] if attack in (zoo, cw) else corners
     labels = _predicted(classifier, images)
     options = {"queries": 5000} if attack is hopskipjump else {}
-    found = attack(classifier, images, labels, eps=0.3, norm=norm, **options)
-    least = _nearest(classifier, images, labels, norm)
-    ratio = lp_ball(norm).norm(found - images) / least
-    assert bool((_predicted(classifier, found) != labels).all())
+    adversarial = attack(classifier, images, labels, eps=0.3, norm=norm, **options)
+    smallest = _smallest_eps(classifier, images, labels, norm)
+    ratio = lp_ball(norm).norm(adversarial - images) / smallest
+    assert bool((_predicted(classifier, adversarial) != labels).all())
     assert float(ratio.min()) >= 1 - 1e-3
     assert float(ratio.max()) <= WITHIN.get((attack.name, norm), 1.25)
 
 
-# In L2 and L1 its squares are at least three pixels wide: it cannot follow a random slope to the end.
+# In L2 and L1 its squares are at least three pixels wide, so it cannot follow a random slope.
 @pytest.mark.parametrize(("norm", "slack"), [("linf", 1.05), ("l2", 1.6), ("l1", 2.5)])
-@pytest.mark.parametrize("model", ["two_classes", "three_classes"])
-def test_square_succeeds_a_little_beyond_the_closed_form(
+@pytest.mark.parametrize("model", MODELS)
+def test_square_succeeds_slightly_beyond_the_closed_form(
     request: pytest.FixtureRequest, norm: Norm, slack: float, model: str, corners: Tensor
 ) -> None:
     classifier: Linear = request.getfixturevalue(model)
     images = corners[:4]
     labels = _predicted(classifier, images)
-    for image, label, least in zip(images, labels, _nearest(classifier, images, labels, norm), strict=True):
-        alone, eps = (image[None], label[None]), float(least)
-        assert _predicted(classifier, square(classifier, *alone, eps=slack * eps, norm=norm)) != label
-        assert _predicted(classifier, square(classifier, *alone, eps=0.99 * eps, norm=norm, queries=50)) == label
+    for image, label, smallest in zip(images, labels, _smallest_eps(classifier, images, labels, norm), strict=True):
+        single, eps = (image[None], label[None]), float(smallest)
+        assert _predicted(classifier, square(classifier, *single, eps=slack * eps, norm=norm)) != label
+        assert _predicted(classifier, square(classifier, *single, eps=0.99 * eps, norm=norm, queries=50)) == label
 
 
 def test_square_reaches_the_last_row_and_column(corners: Tensor) -> None:
@@ -353,11 +334,11 @@ def test_square_reaches_the_last_row_and_column(corners: Tensor) -> None:
             return (images - 0.5).flatten(1) @ weight.flatten(1).T - torch.tensor([0.0, 0.145 * 10])
 
     images = torch.full((2, 1, 8, 8), 0.5)
-    found = square(Edge(), images, torch.zeros(2, dtype=torch.long), eps=0.1, queries=2000)
-    assert bool((_predicted(Edge(), found) == 1).all())
+    adversarial = square(Edge(), images, torch.zeros(2, dtype=torch.long), eps=0.1, queries=2000)
+    assert bool((_predicted(Edge(), adversarial) == 1).all())
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------
+# --- invalid inputs ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("attack", "norm"), ONCE)
@@ -370,7 +351,7 @@ def test_a_missing_library_is_named(
 
 
 @pytest.mark.parametrize(("attack", "norm"), ONCE)
-def test_a_classifier_that_is_none_is_refused(attack: Attack[...], norm: Norm, corners: Tensor) -> None:
+def test_an_invalid_classifier_is_refused(attack: Attack[...], norm: Norm, corners: Tensor) -> None:
     labels = torch.zeros(12, dtype=torch.long)
     narrow = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     with pytest.raises(InputError, match="at least two classes"):
@@ -399,7 +380,7 @@ def test_a_classifier_that_is_none_is_refused(attack: Attack[...], norm: Norm, c
         (jsma, {"norm": "linf"}),
     ],
 )
-def test_options_that_make_no_attack_are_refused(
+def test_invalid_options_are_refused(
     attack: Attack[...], options: dict[str, Any], net: nn.Module, corners: Tensor
 ) -> None:
     with pytest.raises(InputError, match=next(iter(set(options) - {"norm"}), "norm")):

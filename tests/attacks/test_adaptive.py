@@ -14,7 +14,7 @@ from robustfpd.attacks.base import preserve_state
 from robustfpd.errors import InputError
 from robustfpd.models.denoise import Bottleneck, NonLocal
 
-DETOURS = ["bpda-restoration", "front-pass", "back-pass", "bpda-denoising", "joint", "joint-hidden"]
+GRADIENT_VIEWS = ["bpda-restoration", "front-pass", "back-pass", "bpda-denoising", "joint", "joint-hidden"]
 
 
 def _model(**options: Any) -> rf.FPD:
@@ -36,8 +36,8 @@ def images() -> Tensor:
 LABELS = torch.tensor([0, 1, 2, 1, 0])
 
 
-def _slope(module: nn.Module, images: Tensor) -> Tensor:
-    """Gradient of a fixed mixture of logits."""
+def _gradient(module: nn.Module, images: Tensor) -> Tensor:
+    """Return the gradient of a fixed mixture of logits."""
     x = images.clone().requires_grad_()
     logits = module(x)
     mixture = torch.linspace(-1, 2, logits.numel()).double().reshape(logits.shape)
@@ -52,7 +52,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("head", ["tanh", "spectral", "orthogonal", "linear"])
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
 @pytest.mark.parametrize("denoise_after", [(), (0, 1)])
-def test_every_view_answers_with_the_logits_before_squashing(
+def test_every_view_returns_pre_squash_logits(
     images: Tensor, head: str, middle: str, denoise_after: tuple[int, ...]
 ) -> None:
     model = _model(head=head, middle=middle, denoise_after=denoise_after)
@@ -74,20 +74,20 @@ def test_every_view_answers_with_the_logits_before_squashing(
 @pytest.mark.parametrize("normalise", ["each_pass", "once"])
 def test_every_kind_of_denoising_has_views_with_gradients(images: Tensor, denoise: str, normalise: str) -> None:
     model = _model(denoise=denoise, normalise=normalise)
-    exact = _slope(model.classifier(squash=False), images)
+    exact = _gradient(model.classifier(squash=False), images)
     with torch.no_grad():
         before = model.classifier(squash=False)(images)
-    for name in DETOURS:
+    for name in GRADIENT_VIEWS:
         view = adaptive_views(model.classifier(), images)[name]
         assert torch.equal(view.module(images), before)
-        slope = _slope(view.module, images)
-        assert bool(slope.isfinite().all())
-        assert bool((slope != 0).flatten(1).any(1).all())
-        assert _close(slope, exact) == name.startswith("joint")  # their loss differs, their way back is whole
+        gradient = _gradient(view.module, images)
+        assert bool(gradient.isfinite().all())
+        assert bool((gradient != 0).flatten(1).any(1).all())
+        assert _close(gradient, exact) == name.startswith("joint")  # their loss differs, their gradient is exact
 
 
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
-def test_straight_through_the_restoration_is_the_identity_there(images: Tensor, middle: str) -> None:
+def test_straight_through_restoration_equals_the_identity(images: Tensor, middle: str) -> None:
     model = _model(middle=middle)
     restored = model.restore(images).detach()
 
@@ -95,10 +95,10 @@ def test_straight_through_the_restoration_is_the_identity_there(images: Tensor, 
         moved = restored + (x - images)
         return model.head.pre_squash(model.back(moved, x))
 
-    found = _slope(adaptive_views(model.classifier(), images)["bpda-restoration"].module, images)
-    expected = _slope(_Function(by_hand), images)
-    assert _close(found, expected)
-    assert not _close(found, _slope(model.classifier(squash=False), images))
+    gradient = _gradient(adaptive_views(model.classifier(), images)["bpda-restoration"].module, images)
+    expected = _gradient(_Function(by_hand), images)
+    assert _close(gradient, expected)
+    assert not _close(gradient, _gradient(model.classifier(squash=False), images))
 
 
 class _Function(nn.Module):
@@ -112,35 +112,35 @@ class _Function(nn.Module):
 
 
 @pytest.mark.parametrize("denoise", ["dot", "bottleneck", "none"])
-def test_front_and_back_pass_alone_add_up_to_the_whole_gradient(images: Tensor, denoise: str) -> None:
+def test_front_and_back_pass_add_up_to_the_full_gradient(images: Tensor, denoise: str) -> None:
     model = _model(denoise=denoise)
     views = adaptive_views(model.classifier(), images)
-    front, back = (_slope(views[name].module, images) for name in ("front-pass", "back-pass"))
-    assert _close(front + back, _slope(model.classifier(squash=False), images))
+    front, back = (_gradient(views[name].module, images) for name in ("front-pass", "back-pass"))
+    assert _close(front + back, _gradient(model.classifier(squash=False), images))
     assert float(front.abs().max()) > 0 < float(back.abs().max())
 
 
-def test_the_front_pass_alone_is_the_whole_gradient_where_the_back_pass_sees_no_input(images: Tensor) -> None:
+def test_the_front_pass_has_the_full_gradient_where_the_back_pass_sees_no_input(images: Tensor) -> None:
     model = _model(middle="none")
-    front = _slope(adaptive_views(model.classifier(), images)["front-pass"].module, images)
-    assert _close(front, _slope(model.classifier(squash=False), images))
+    front = _gradient(adaptive_views(model.classifier(), images)["front-pass"].module, images)
+    assert _close(front, _gradient(model.classifier(squash=False), images))
 
 
-def test_straight_through_denoising_is_the_gradient_of_a_network_without(images: Tensor) -> None:
+def test_straight_through_denoising_equals_a_network_without_denoising(images: Tensor) -> None:
     model = _model(denoise="dot")
     view = adaptive_views(model.classifier(), images)["bpda-denoising"].module
-    found = _slope(view, images)
-    kinds = [m for m in model.modules() if isinstance(m, (NonLocal, Bottleneck))]
-    assert len(kinds) == 2
-    hooks = [m.register_forward_hook(lambda m, given, out: given[0] + (out - given[0]).detach()) for m in kinds]
+    gradient = _gradient(view, images)
+    layers = [m for m in model.modules() if isinstance(m, (NonLocal, Bottleneck))]
+    assert len(layers) == 2
+    hooks = [m.register_forward_hook(lambda m, inputs, out: inputs[0] + (out - inputs[0]).detach()) for m in layers]
     constant = images.clone()
-    expected = _slope(
+    expected = _gradient(
         _Function(lambda x: model.head.pre_squash(model.back(model.restore(x), constant))), images
     )  # fmt: skip
     for hook in hooks:
         hook.remove()
-    assert _close(found, expected)
-    assert not _close(found, _slope(adaptive_views(model.classifier(), images)["front-pass"].module, images))
+    assert _close(gradient, expected)
+    assert not _close(gradient, _gradient(adaptive_views(model.classifier(), images)["front-pass"].module, images))
 
 
 @pytest.mark.parametrize(("name", "sign"), [("joint", 1), ("joint-hidden", -1)])
@@ -162,31 +162,29 @@ def test_joint_losses_are_cross_entropy_and_ten_times_the_squared_error(images: 
     assert losses.shape == (5,)
 
 
-def test_joint_attacks_move_the_restoration_the_way_they_say(images: Tensor) -> None:
+def test_joint_attacks_raise_and_lower_the_restoration_loss(images: Tensor) -> None:
     model = _model()
     views, error = adaptive_views(model.classifier(), images), {}
     for name in ("joint", "joint-hidden"):
         view = views[name]
-        found = pgd(view.module, images, LABELS, eps=0.2, steps=10, loss=view.loss or "ce")
+        gradient = pgd(view.module, images, LABELS, eps=0.2, steps=10, loss=view.loss or "ce")
         with torch.no_grad():
-            error[name] = float((model.restore(found) - found).square().mean())
+            error[name] = float((model.restore(gradient) - gradient).square().mean())
     assert error["joint"] > error["joint-hidden"]
 
 
 @pytest.mark.parametrize("images_dtype", [torch.float32, torch.float64])
-def test_views_take_images_in_the_precision_of_the_classifier_and_in_double(
-    images: Tensor, images_dtype: torch.dtype
-) -> None:
+def test_views_accept_float_and_double_images(images: Tensor, images_dtype: torch.dtype) -> None:
     model = _model().float()
     for name, view in adaptive_views(model.classifier(), images.float()).items():
-        found = pgd(
+        gradient = pgd(
             view.module, images.to(images_dtype), LABELS, eps=0.05, steps=2, loss=view.loss or "margin"
         )  # fmt: skip
-        assert found.dtype == images_dtype, name
-        assert not torch.equal(found, images.to(images_dtype)), name
+        assert gradient.dtype == images_dtype, name
+        assert not torch.equal(gradient, images.to(images_dtype)), name
 
 
-def test_views_leave_flags_hooks_gradients_and_weights_alone(images: Tensor) -> None:
+def test_views_change_no_flags_hooks_gradients_or_weights(images: Tensor) -> None:
     model = _model().train()
     model.backbone.eval()
     next(model.parameters()).requires_grad_(False)
@@ -213,22 +211,45 @@ class _Rounded(nn.Module):
         return (images * 15).round() / 15
 
 
-def test_a_foreign_module_gets_a_way_round_what_stops_its_gradients(images: Tensor) -> None:
-    honest = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double().eval()
-    assert list(adaptive_views(honest, images)) == [LOGITS]
-    rounded = nn.Sequential(_Rounded(), honest).eval()
+def test_other_modules_have_a_straight_through_view(images: Tensor) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    assert list(adaptive_views(plain, images)) == [LOGITS]
+    rounded = nn.Sequential(_Rounded(), plain).eval()
     views = adaptive_views(rounded, images)
     assert list(views) == [LOGITS, "straight-through"]
     view = views["straight-through"].module
     assert torch.equal(view(images), rounded(images))
-    assert float(_slope(rounded, images).abs().max()) == 0
-    torch.testing.assert_close(_slope(view, images), _slope(honest, images))
+    assert float(_gradient(rounded, images).abs().max()) == 0
+    torch.testing.assert_close(_gradient(view, images), _gradient(plain, images))
 
 
-def test_models_become_classifiers(net: nn.Module) -> None:
+def test_as_classifier(net: nn.Module) -> None:
     model = _model()
     assert isinstance(adaptive.as_classifier(model), nn.Module)
     assert adaptive.as_classifier(model) is not model
     classifier = model.classifier()
     assert adaptive.as_classifier(classifier) is classifier
     assert adaptive.as_classifier(net) is net
+
+
+def test_views_of_an_fpd_add_its_pre_squash_logits(corners: Tensor) -> None:
+    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    views = adaptive.views(model.classifier())
+    assert list(views) == [LOGITS, PRE_SQUASH]
+    with torch.no_grad():
+        squashed, pre_squash = (views[v].eval()(corners) for v in views)
+    torch.testing.assert_close(squashed, pre_squash.tanh())
+    assert list(adaptive.views(model.classifier(squash=False))) == [LOGITS]
+
+
+def test_a_plain_module_has_one_view(net: nn.Module) -> None:
+    assert adaptive.views(net) == {LOGITS: net}
+    assert adaptive.as_classifier(net) is net
+
+
+def test_views_leave_the_flags_of_a_partly_frozen_fpd() -> None:
+    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).train()
+    model.backbone.eval()
+    before = [m.training for m in model.modules()]
+    adaptive.views(adaptive.as_classifier(model))
+    assert [m.training for m in model.modules()] == before

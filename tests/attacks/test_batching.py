@@ -30,7 +30,7 @@ def _most_passes(attack: Attack[Any], options: dict[str, Any], norm: str) -> int
 
 
 class Spy(nn.Module):
-    """Keeps the size of every batch."""
+    """Record the size of every batch."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -52,20 +52,21 @@ def many() -> Tensor:
 def test_the_batch_size_changes_rounding_only(
     net: nn.Module, many: Tensor, attack: Attack[Any], options: dict[str, Any], norm: Norm
 ) -> None:
-    net, labels = net.double(), net.double()(many.double()).argmax(1)
-    whole, counted = attack(net, many.double(), labels, eps=RADII[norm], norm=norm, **options), []
-    fell = net(whole).argmax(1) != labels
-    assert 0 < int(fell.sum()) < len(many)
-    for size in (1, 7, 39):
+    net, x = net.double(), many[:16].double()
+    labels = net(x).argmax(1)
+    expected = attack(net, x, labels, eps=RADII[norm], norm=norm, **options)
+    assert 0 < int((net(expected).argmax(1) != labels).sum()) < len(x)
+    passes = set()
+    for size in (1, 5, 15):
         counter = QueryCounter(net)
-        found = attack(counter, many.double(), labels, eps=RADII[norm], norm=norm, batch_size=size, **options)
-        torch.testing.assert_close(found, whole, atol=1e-9, rtol=0)
-        counted.append(counter.forward_passes)
-    assert len(set(counted)) == 1  # on a CPU nothing waits for a look
+        adversarial = attack(counter, x, labels, eps=RADII[norm], norm=norm, batch_size=size, **options)
+        torch.testing.assert_close(adversarial, expected, atol=1e-9, rtol=0)
+        passes.add(counter.forward_passes)
+    assert len(passes) == 1  # a CPU checks for misclassified images after every pass
 
 
 @pytest.mark.parametrize(("attack", "options"), CASES[:1] + CASES[2:], ids=NAMES[:1] + NAMES[2:])
-def test_waiting_images_take_the_places_of_those_that_fell(
+def test_waiting_images_replace_misclassified_ones(
     net: nn.Module, many: Tensor, attack: Attack[Any], options: dict[str, Any]
 ) -> None:
     labels = net(many).argmax(1)
@@ -74,11 +75,11 @@ def test_waiting_images_take_the_places_of_those_that_fell(
         spy = Spy(net)
         attack(spy, many, labels, eps=RADII["linf"], batch_size=size, **options)
         counts.append(spy.batches)
-    looks = 0 if attack is pgd else 8  # at the clean images
+    clean_passes = 0 if attack is pgd else 8  # at the clean images
     assert max(counts[1]) == 5
-    asked = counts[1][looks:]
-    assert sum(size == 5 for size in asked) > 0.8 * len(asked)
-    assert asked.index(min(asked)) > 0.8 * len(asked)  # only the last ones are not full
+    batches = counts[1][clean_passes:]
+    assert sum(size == 5 for size in batches) > 0.8 * len(batches)
+    assert batches.index(min(batches)) > 0.8 * len(batches)  # only the last ones are not full
     assert sum(counts[1]) == sum(counts[0])
 
 
@@ -88,14 +89,14 @@ def test_refilled_batches_take_no_more_passes_than_the_options_allow(
 ) -> None:
     labels = net(many).argmax(1)
     for norm in NORMS:
-        counted = QueryCounter(net)
-        attack(counted, many, labels, eps=1e-4, norm=norm, batch_size=7, **options)
-        assert counted.forward_passes <= _most_passes(attack, options, norm) * len(many)
-        assert counted.backward_passes <= _most_passes(attack, options, norm) * len(many)
+        counter = QueryCounter(net)
+        attack(counter, many, labels, eps=1e-4, norm=norm, batch_size=7, **options)
+        assert counter.forward_passes <= _most_passes(attack, options, norm) * len(many)
+        assert counter.backward_passes <= _most_passes(attack, options, norm) * len(many)
 
 
 @pytest.mark.parametrize(("attack", "options"), CASES, ids=NAMES)
-def test_an_images_start_does_not_depend_on_those_after_it(
+def test_an_images_start_does_not_depend_on_later_images(
     net: nn.Module, many: Tensor, attack: Attack[Any], options: dict[str, Any]
 ) -> None:
     net, x = net.double(), many.double()
@@ -107,12 +108,12 @@ def test_an_images_start_does_not_depend_on_those_after_it(
 
 @pytest.mark.parametrize("attack", [pgd, apgd_ce])
 @pytest.mark.parametrize("size", [0, -1, 2.5, True])
-def test_a_batch_size_that_is_none_is_refused(net: nn.Module, many: Tensor, attack: Attack[Any], size: Any) -> None:
+def test_an_invalid_batch_size_is_refused(net: nn.Module, many: Tensor, attack: Attack[Any], size: Any) -> None:
     with pytest.raises(InputError, match="batch_size must be None or a whole number of at least 1, found"):
         attack(net, many, torch.zeros(40, dtype=torch.long), eps=0.1, batch_size=size)
 
 
-def test_answers_that_are_none_are_refused_for_images_that_come_later(net: nn.Module, many: Tensor) -> None:
+def test_invalid_logits_of_later_images_are_refused(net: nn.Module, many: Tensor) -> None:
     class Broken(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             bad = torch.where(images.flatten(1)[:, :1] == 0.5, torch.nan, 0.0)
@@ -126,17 +127,17 @@ def test_answers_that_are_none_are_refused_for_images_that_come_later(net: nn.Mo
 
 
 @pytest.mark.parametrize(("attack", "options"), CASES, ids=NAMES)
-def test_looking_less_often_as_on_a_gpu_changes_no_result(
+def test_the_sync_interval_of_a_gpu_changes_no_result(
     monkeypatch: pytest.MonkeyPatch, net: nn.Module, many: Tensor, attack: Attack[Any], options: dict[str, Any]
 ) -> None:
     net, x = net.double(), many.double()
     labels = net(x).argmax(1)
     for norm in NORMS:
-        counts, found = [], []
-        for every in (1, 8):
-            monkeypatch.setattr(batching, "_sync_interval", lambda device, every=every: every)
-            counted = QueryCounter(net)
-            found.append(attack(counted, x, labels, eps=RADII[norm], norm=norm, batch_size=11, **options))
-            counts.append(counted.forward_passes)
-        torch.testing.assert_close(found[0], found[1], atol=1e-9, rtol=0)
+        counts, adversarial = [], []
+        for interval in (1, 8):
+            monkeypatch.setattr(batching, "_sync_interval", lambda device, interval=interval: interval)
+            counter = QueryCounter(net)
+            adversarial.append(attack(counter, x, labels, eps=RADII[norm], norm=norm, batch_size=11, **options))
+            counts.append(counter.forward_passes)
+        torch.testing.assert_close(adversarial[0], adversarial[1], atol=1e-9, rtol=0)
         assert counts[0] <= counts[1] <= _most_passes(attack, options, norm) * len(many)

@@ -33,7 +33,7 @@ def images() -> Tensor:
     return torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-DEAD = {
+BLOCKING = {
     "rounding": lambda x: (8 * x).round() / 8,
     "floor": lambda x: (8 * x).floor() / 8,
     "sign": lambda x: (x - 0.5).sign(),
@@ -44,37 +44,37 @@ DEAD = {
 }
 
 
-@pytest.mark.parametrize("kind", DEAD)
+@pytest.mark.parametrize("kind", BLOCKING)
 @pytest.mark.parametrize("where", ["first", "inside"])
-def test_modules_that_stop_gradients_are_found(images: Tensor, kind: str, where: str) -> None:
-    dead = _Map(DEAD[kind])
+def test_blocking_modules_are_found(images: Tensor, kind: str, where: str) -> None:
+    blocking = _Map(BLOCKING[kind])
     if where == "first":
-        net = nn.Sequential(dead, nn.Flatten(), _linear())
+        net = nn.Sequential(blocking, nn.Flatten(), _linear())
     else:
-        net = nn.Sequential(nn.Flatten(), _linear(), nn.Sigmoid(), dead, _linear(1))
-    assert non_differentiable_modules(net.eval(), images) == [dead]
+        net = nn.Sequential(nn.Flatten(), _linear(), nn.Sigmoid(), blocking, _linear(1))
+    assert non_differentiable_modules(net.eval(), images) == [blocking]
 
 
 class _Nested(nn.Module):
-    """A module whose inner one stops gradients."""
+    """A module whose submodule blocks gradients."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(_Map(DEAD["rounding"]), nn.Identity())
+        self.inner = nn.Sequential(_Map(BLOCKING["rounding"]), nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
         return out
 
 
-def test_of_modules_inside_each_other_the_outermost_counts(images: Tensor) -> None:
-    nested, other = _Nested(), _Map(DEAD["sign"])
+def test_the_outermost_of_nested_blocking_modules_is_returned(images: Tensor) -> None:
+    nested, other = _Nested(), _Map(BLOCKING["sign"])
     net = nn.Sequential(nested, nn.Flatten(), _linear(), other, _linear(1)).eval()
     assert non_differentiable_modules(net, images) == [nested, other]
 
 
 @pytest.mark.parametrize(
-    "honest",
+    "differentiable",
     [
         nn.ReLU(inplace=True),
         nn.ReLU(),
@@ -100,22 +100,22 @@ def test_of_modules_inside_each_other_the_outermost_counts(images: Tensor) -> No
     ids=lambda m: type(m).__name__,
 )
 @pytest.mark.parametrize("training", [False, True])
-def test_modules_that_pass_gradients_are_left_alone(images: Tensor, honest: nn.Module, training: bool) -> None:
-    net = nn.Sequential(honest, nn.Flatten(), _linear()).train(training)
-    given = images.clone()
-    assert non_differentiable_modules(net, given) == []
-    if not getattr(honest, "inplace", False):
-        assert torch.equal(given, images)
+def test_differentiable_modules_are_not_found(images: Tensor, differentiable: nn.Module, training: bool) -> None:
+    net = nn.Sequential(differentiable, nn.Flatten(), _linear()).train(training)
+    x = images.clone()
+    assert non_differentiable_modules(net, x) == []
+    if not getattr(differentiable, "inplace", False):
+        assert torch.equal(x, images)
 
 
-def test_modules_that_change_the_shape_or_see_other_things_are_left_alone(images: Tensor) -> None:
-    class Odd(nn.Module):
+def test_modules_with_other_inputs_or_shapes_are_not_found(images: Tensor) -> None:
+    class Unusual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.two, self.whole, self.pooled = _Two(), _Whole(), _Map(lambda x: x.detach().mean(dim=3))
+            self.two, self.integer, self.pooled = _Two(), _Integer(), _Map(lambda x: x.detach().mean(dim=3))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.whole(torch.zeros(3, dtype=torch.long))
+            self.integer(torch.zeros(3, dtype=torch.long))
             self.pooled(x)
             out: Tensor = self.two(x, x).flatten(1)
             return out
@@ -124,15 +124,15 @@ def test_modules_that_change_the_shape_or_see_other_things_are_left_alone(images
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return (a + b).detach()
 
-    class _Whole(nn.Module):
+    class _Integer(nn.Module):
         def forward(self, a: Tensor) -> Tensor:
             return a.clone()
 
-    assert non_differentiable_modules(Odd().eval(), images) == []
+    assert non_differentiable_modules(Unusual().eval(), images) == []
 
 
-def test_looking_leaves_the_classifier_as_it_was(images: Tensor) -> None:
-    net = nn.Sequential(nn.BatchNorm2d(1), _Map(DEAD["sign"]), nn.Flatten(), _linear()).eval()
+def test_the_classifier_does_not_change(images: Tensor) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(1), _Map(BLOCKING["sign"]), nn.Flatten(), _linear()).eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     non_differentiable_modules(net, images)
     BPDA(net, [net[1]])(images)
@@ -142,8 +142,8 @@ def test_looking_leaves_the_classifier_as_it_was(images: Tensor) -> None:
     assert not any(m.training for m in net.modules())
 
 
-def test_hooks_are_gone_after_an_error(images: Tensor) -> None:
-    net = nn.Sequential(_Map(DEAD["sign"]), nn.Flatten(), nn.Linear(3, 3))
+def test_hooks_are_removed_after_an_error(images: Tensor) -> None:
+    net = nn.Sequential(_Map(BLOCKING["sign"]), nn.Flatten(), nn.Linear(3, 3))
     with pytest.raises(RuntimeError):
         BPDA(net, [net[0]])(images)
     with pytest.raises(RuntimeError):
@@ -152,21 +152,21 @@ def test_hooks_are_gone_after_an_error(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rounding", "sign", "detached"])
-def test_gradients_pass_as_if_nothing_were_there_and_answers_stay(images: Tensor, kind: str) -> None:
+def test_outputs_stay_and_gradients_pass_as_through_the_identity(images: Tensor, kind: str) -> None:
     head = nn.Sequential(nn.Flatten(), _linear(), nn.Linear(16, 3))  # linear: its slope is the same everywhere
-    dead = _Map(DEAD[kind])
-    net = nn.Sequential(dead, head).eval()
-    view = BPDA(net, [dead])
+    blocking = _Map(BLOCKING[kind])
+    net = nn.Sequential(blocking, head).eval()
+    view = BPDA(net, [blocking])
     assert torch.equal(view(images), net(images))
     x, z = images.clone().requires_grad_(), images.clone().requires_grad_()
     mixture = torch.tensor([1.0, -2.0, 0.5])
-    (found,) = torch.autograd.grad((view(x) * mixture).sum(), x)
+    (gradient,) = torch.autograd.grad((view(x) * mixture).sum(), x)
     (expected,) = torch.autograd.grad((head(z) * mixture).sum(), z)
-    assert torch.equal(found, expected)
+    assert torch.equal(gradient, expected)
     assert float(expected.abs().max()) > 0
 
 
-def test_straight_gives_the_output_and_the_gradient_of_the_input() -> None:
+def test_straight_through_returns_the_output_with_the_gradient_of_the_input() -> None:
     x, out = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
     passed = straight_through(x, out)
     assert torch.equal(passed, out)
@@ -176,18 +176,18 @@ def test_straight_gives_the_output_and_the_gradient_of_the_input() -> None:
     assert out.grad is None
 
 
-def test_an_attack_gets_through_where_the_gradient_is_zero(images: Tensor) -> None:
-    dead = _Map(DEAD["rounding"])
-    net = nn.Sequential(dead, nn.Flatten(), _linear(), nn.Linear(16, 3)).eval()
+def test_an_attack_succeeds_where_the_gradient_is_zero(images: Tensor) -> None:
+    blocking = _Map(BLOCKING["rounding"])
+    net = nn.Sequential(blocking, nn.Flatten(), _linear(), nn.Linear(16, 3)).eval()
     labels = net(images).argmax(1)
-    blind = pgd(net, images, labels, eps=0.5, random_start=False)
-    seeing = pgd(BPDA(net, non_differentiable_modules(net, images)), images, labels, eps=0.5, random_start=False)
-    assert torch.equal(blind, images)
-    assert bool((net(seeing).argmax(1) != labels).all())
+    direct = pgd(net, images, labels, eps=0.5, random_start=False)
+    through_view = pgd(BPDA(net, non_differentiable_modules(net, images)), images, labels, eps=0.5, random_start=False)
+    assert torch.equal(direct, images)
+    assert bool((net(through_view).argmax(1) != labels).all())
 
 
-def test_submodules_are_not_listed_twice(images: Tensor) -> None:
-    net = nn.Sequential(_Map(DEAD["sign"]), nn.Flatten(), _linear())
+def test_submodules_are_not_registered_twice(images: Tensor) -> None:
+    net = nn.Sequential(_Map(BLOCKING["sign"]), nn.Flatten(), _linear())
     view = BPDA(net, [net[0]])
     assert len(list(view.parameters())) == 2
     assert list(view.state_dict()) == [f"classifier.{k}" for k in net.state_dict()]

@@ -44,7 +44,7 @@ def test_two_and_three_classes() -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(seed=st.integers(0, 2**31), classes=st.integers(3, 12), shift=st.floats(-1e3, 1e3), scale=st.floats(1e-3, 1e3))
-def test_dlr_knows_neither_shift_nor_scale(seed: int, classes: int, shift: float, scale: float) -> None:
+def test_dlr_is_invariant_to_shift_and_scale(seed: int, classes: int, shift: float, scale: float) -> None:
     logits, labels, targets = _logits(seed, classes)
     moved = scale * logits + shift
     torch.testing.assert_close(dlr(moved, labels), dlr(logits, labels), rtol=1e-5, atol=1e-6)
@@ -59,7 +59,7 @@ def test_dlr_knows_neither_shift_nor_scale(seed: int, classes: int, shift: float
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(seed=st.integers(0, 2**31), classes=st.integers(2, 12))
-def test_losses_are_positive_exactly_where_the_class_is_wrong(seed: int, classes: int) -> None:
+def test_losses_are_positive_exactly_where_the_image_is_misclassified(seed: int, classes: int) -> None:
     logits, labels, targets = _logits(seed, classes)
     wrong = logits.argmax(1) != labels
     assert torch.equal(margin(logits, labels) > 0, wrong)
@@ -72,15 +72,15 @@ def test_losses_are_positive_exactly_where_the_class_is_wrong(seed: int, classes
 
 
 @pytest.mark.parametrize("loss", [margin, dlr, cross_entropy])
-def test_equal_logits_give_finite_losses_and_slopes(loss: Any) -> None:
+def test_equal_logits_give_finite_losses_and_gradients(loss: Any) -> None:
     logits = torch.ones(2, 4, requires_grad=True)
     values = loss(logits, torch.tensor([0, 3]))
-    (slope,) = torch.autograd.grad(values.sum(), logits)
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
     assert bool(values.isfinite().all())
-    assert bool(slope.isfinite().all())
+    assert bool(gradient.isfinite().all())
 
 
-def test_a_loss_by_name_or_as_it_is() -> None:
+def test_loss_function_returns_a_loss_by_name_or_the_function() -> None:
     assert loss_function("ce") is cross_entropy
     assert loss_function("margin") is margin
     assert loss_function("dlr") is dlr

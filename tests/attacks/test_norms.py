@@ -41,7 +41,7 @@ def _flat(x: Tensor) -> Array:
     return np.asarray(x.double().flatten(1).numpy(), dtype=np.float64)
 
 
-def _length(norm: str, delta: Array) -> float:
+def _norm(norm: str, delta: Array) -> float:
     return float(np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm]))
 
 
@@ -50,31 +50,31 @@ def _reference(norm: str, delta: Array, image: Array, eps: float) -> Array:
 
     def at(multiplier: float) -> Array:
         if norm == "l2":
-            moved: Array = delta / (1 + multiplier)
+            images_moved: Array = delta / (1 + multiplier)
         else:
-            moved = np.sign(delta) * np.maximum(np.abs(delta) - multiplier, 0)
-        return np.minimum(np.maximum(moved, low), high)
+            images_moved = np.sign(delta) * np.maximum(np.abs(delta) - multiplier, 0)
+        return np.minimum(np.maximum(images_moved, low), high)
 
     if norm == "linf":
         nearest: Array = np.clip(delta, np.maximum(low, -eps), np.minimum(high, eps))
         return nearest
-    if _length(norm, at(0)) <= eps:
+    if _norm(norm, at(0)) <= eps:
         return at(0)
     largest = np.abs(delta).max() if norm == "l1" else np.linalg.norm(delta) / eps
-    return at(float(brentq(lambda m: _length(norm, at(m)) - eps, 0, float(largest), xtol=1e-13)))
+    return at(float(brentq(lambda m: _norm(norm, at(m)) - eps, 0, float(largest), xtol=1e-13)))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @settings(deadline=None, derandomize=True, max_examples=120)
 @given(case=cases())
 def test_projection_is_feasible_idempotent_and_the_nearest_point(norm: str, case: Case) -> None:
-    space = lp_ball(norm)
-    projected = space.project(case.delta, case.images, case.eps)
-    moved = case.images + projected
-    assert float(space.norm(projected).max()) <= case.eps + 1e-6
-    assert float(moved.min()) >= -1e-6
-    assert float(moved.max()) <= 1 + 1e-6
-    again = space.project(projected, case.images, case.eps)
+    ball = lp_ball(norm)
+    projected = ball.project(case.delta, case.images, case.eps)
+    images_moved = case.images + projected
+    assert float(ball.norm(projected).max()) <= case.eps + 1e-6
+    assert float(images_moved.min()) >= -1e-6
+    assert float(images_moved.max()) <= 1 + 1e-6
+    again = ball.project(projected, case.images, case.eps)
     torch.testing.assert_close(again, projected, atol=1e-6, rtol=0)
     for got, delta, image in zip(_flat(projected), _flat(case.delta), _flat(case.images), strict=True):
         np.testing.assert_allclose(
@@ -85,7 +85,7 @@ def test_projection_is_feasible_idempotent_and_the_nearest_point(norm: str, case
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scale", [0.05, 0.5, 30.0])
 @pytest.mark.parametrize("eps", [0.1, 1.0])
-def test_no_feasible_point_lies_on_the_far_side_of_the_projection(norm: str, scale: float, eps: float) -> None:
+def test_projection_satisfies_the_variational_inequality(norm: str, scale: float, eps: float) -> None:
     draws = torch.Generator().manual_seed(5)
     images = torch.rand(8, 1, 6, 6, generator=draws, dtype=torch.float64)
     images[:, :, 0], images[:, :, 1] = 0, 1
@@ -102,19 +102,19 @@ def test_no_feasible_point_lies_on_the_far_side_of_the_projection(norm: str, sca
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
 @pytest.mark.parametrize("eps", [0.5, 5.0])
-def test_projection_without_a_look_on_the_way_and_in_parts_is_the_same(
+def test_projection_without_convergence_checks_and_in_chunks_is_equal(
     monkeypatch: pytest.MonkeyPatch, norm: str, scale: float, eps: float
 ) -> None:
     draws = torch.Generator().manual_seed(6)
     images = (1.6 * torch.rand(40, 3, 24, 24, generator=draws) - 0.3).clamp(0, 1)
     delta = scale * torch.randn(images.shape, generator=draws)
     radii = torch.linspace(eps / 2, eps, 40).reshape(-1, 1, 1, 1)
-    found = lp_ball(norm).project(delta, images, radii)
+    projected = lp_ball(norm).project(delta, images, radii)
     monkeypatch.setattr(norms, "_can_synchronize", lambda values: False)
     monkeypatch.setattr(norms, "CPU_CHUNK", 1 << 30)
-    torch.testing.assert_close(lp_ball(norm).project(delta, images, radii), found, atol=1e-6, rtol=0)
+    torch.testing.assert_close(lp_ball(norm).project(delta, images, radii), projected, atol=1e-6, rtol=0)
     one = lp_ball(norm).project(delta[7:8], images[7:8], float(radii[7]))
-    torch.testing.assert_close(one, found[7:8], atol=1e-6, rtol=0)
+    torch.testing.assert_close(one, projected[7:8], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -130,7 +130,7 @@ def test_projection_is_the_identity_inside(norm: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_projection_never_turns_a_change_around(norm: str) -> None:
+def test_projection_keeps_the_signs(norm: str) -> None:
     draws = torch.Generator().manual_seed(2)
     images = torch.rand(4, 1, 5, 5, generator=draws).round(decimals=1)
     delta = torch.randn(images.shape, generator=draws)
@@ -141,7 +141,7 @@ def test_projection_never_turns_a_change_around(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: float, dtype: torch.dtype) -> None:
+def test_normalize_gives_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: float, dtype: torch.dtype) -> None:
     gradient = scale * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=dtype)
     direction = lp_ball(norm).normalize(gradient)
     assert direction.dtype == dtype
@@ -151,7 +151,7 @@ def test_ascent_has_unit_norm_at_any_scale_of_the_gradient(norm: str, scale: flo
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> None:
+def test_a_zero_gradient_normalizes_to_zero(norm: str, dtype: torch.dtype) -> None:
     gradient = torch.zeros(2, 1, 3, 3, dtype=dtype)
     gradient[1] = 1
     direction = lp_ball(norm).normalize(gradient)
@@ -159,7 +159,7 @@ def test_a_zero_gradient_gives_no_direction(norm: str, dtype: torch.dtype) -> No
     assert bool(direction[1].isfinite().all())
 
 
-def test_l2_and_linf_ascend_as_steeply_as_their_ball_allows() -> None:
+def test_normalized_gradients_attain_the_dual_norm_in_l2_and_linf() -> None:
     gradient = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(4))
     for norm, dual in (("linf", 1), ("l2", 2)):
         slope = (lp_ball(norm).normalize(gradient) * gradient).flatten(1).sum(1)
@@ -181,7 +181,7 @@ def test_samples_lie_in_ball_and_box(norm: str, seed: int, eps: float, corners: 
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_samples_repeat_with_the_seed_and_differ_without(norm: str) -> None:
+def test_the_seed_decides_the_samples(norm: str) -> None:
     images = torch.full((3, 1, 4, 4), 0.5)
     draw = [lp_ball(norm).sample(images, 0.3, torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
     assert torch.equal(draw[0], draw[1])
@@ -198,14 +198,14 @@ def test_samples_fill_the_ball_uniformly(norm: str) -> None:
     assert abs(float((delta > 0).double().mean()) - 0.5) < 0.03
 
 
-def test_sizes_are_the_norms() -> None:
+def test_norms() -> None:
     delta = torch.tensor([[[[3.0, -4.0]]], [[[0.0, 0.5]]]])
     assert lp_ball("linf").norm(delta).tolist() == [4, 0.5]
     assert lp_ball("l2").norm(delta).tolist() == [5, 0.5]
     assert lp_ball("l1").norm(delta).tolist() == [7, 0.5]
 
 
-def test_an_unknown_norm_is_a_value_error_that_names_the_choices() -> None:
+def test_an_unknown_norm_is_an_error_that_lists_the_choices() -> None:
     with pytest.raises(ValueError, match=r"unknown norm 'manhattan'.*l1.*l2.*linf") as caught:
         lp_ball("manhattan")
     assert isinstance(caught.value, InputError)
@@ -213,7 +213,7 @@ def test_an_unknown_norm_is_a_value_error_that_names_the_choices() -> None:
         lp_ball("Linf")
 
 
-def test_a_norm_that_is_not_offered_is_a_value_error_that_names_those_that_are() -> None:
+def test_an_unsupported_norm_is_an_error_that_lists_the_supported_ones() -> None:
     with pytest.raises(ValueError, match=r"deepfool does not offer norm 'l1'; it offers linf, l2"):
         lp_ball("l1", ("linf", "l2"), "deepfool")
     assert lp_ball("l2", ("linf", "l2"), "deepfool").name == "l2"

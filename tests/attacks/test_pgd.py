@@ -3,12 +3,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
+from tests.attacks.closed_form import best_gain, margins
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -21,36 +20,6 @@ if TYPE_CHECKING:
     from tests.attacks.conftest import Linear
 
 ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
-
-
-def _best_gain(slope: Tensor, image: Tensor, eps: float, norm: str) -> float:
-    """Largest slope·δ over ball ∩ box, for one image, in float64."""
-    g, x = slope.detach().double().flatten().numpy(), image.double().flatten().numpy()
-    room = np.where(g > 0, 1 - x, x)
-    if norm == "linf":
-        return float(np.abs(g) @ np.minimum(room, eps))
-    if norm == "l2":
-
-        def step(t: float) -> Any:
-            return np.minimum(t * np.abs(g), room)
-
-        largest = float((room / np.abs(g)).max())
-        if np.linalg.norm(step(largest)) <= eps:
-            return float(np.abs(g) @ room)
-        return float(np.abs(g) @ step(float(brentq(lambda t: np.linalg.norm(step(t)) - eps, 0, largest, xtol=1e-14))))
-    gain, left = 0.0, eps
-    for i in np.argsort(-np.abs(g)):
-        used = min(left, float(room[i]))
-        gain, left = gain + used * float(abs(g[i])), left - used
-    return gain
-
-
-def _margin(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits = classifier(images)
-    true = logits.gather(1, labels[:, None])[:, 0]
-    margin: Tensor = logits.scatter(1, labels[:, None], -torch.inf).amax(1) - true
-    return margin
 
 
 def _zeros(images: Tensor) -> Tensor:
@@ -78,10 +47,10 @@ def test_pgd_reaches_the_closed_form_optimum_on_a_linear_model(
 ) -> None:  # fmt: skip
     classifier: Linear = request.getfixturevalue(model)
     labels = _zeros(corners)
-    found = pgd(classifier, corners, labels, eps=eps, norm=norm, loss=loss, **options)
+    adversarial = pgd(classifier, corners, labels, eps=eps, norm=norm, loss=loss, **options)
     slope = classifier.weight[1] - classifier.weight[0]
-    best = torch.tensor([_best_gain(slope, x, eps, norm) for x in corners])
-    gained = _margin(classifier, found, labels) - _margin(classifier, corners, labels)
+    best = torch.tensor([best_gain(slope, x, eps, norm) for x in corners])
+    gained = margins(classifier, adversarial, labels) - margins(classifier, corners, labels)
     assert float((gained / best).max()) <= 1 + 1e-5
     assert float((gained / best).min()) >= 1 - slack
 
@@ -93,10 +62,12 @@ def test_results_lie_in_ball_and_box(norm: Norm, seed: int, eps: float, steps: i
     draws = torch.Generator().manual_seed(seed)
     images = (1.4 * torch.rand(3, 1, 4, 4, generator=draws) - 0.2).clamp(0, 1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    found = pgd(net, images, torch.tensor([0, 1, 2]), eps=eps, norm=norm, steps=steps, step_size=size, generator=draws)
-    assert float(found.min()) >= 0
-    assert float(found.max()) <= 1
-    assert float(lp_ball(norm).norm(found - images).max()) <= eps + 2e-6
+    adversarial = pgd(
+        net, images, torch.tensor([0, 1, 2]), eps=eps, norm=norm, steps=steps, step_size=size, generator=draws
+    )
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
+    assert float(lp_ball(norm).norm(adversarial - images).max()) <= eps + 2e-6
 
 
 def test_fgsm_is_one_sign_step(two_classes: Linear, corners: Tensor) -> None:
@@ -117,10 +88,10 @@ def test_bim_is_pgd_from_the_image_in_equal_parts(net: nn.Module, corners: Tenso
     assert not torch.equal(expected, corners)
 
 
-def test_losses_lead_to_different_places_with_three_classes(net: nn.Module, corners: Tensor) -> None:
+def test_losses_differ_with_three_classes(net: nn.Module, corners: Tensor) -> None:
     labels = torch.arange(12) % 3
     ce, margin = (pgd(net, corners, labels, eps=0.1, loss=loss) for loss in ("ce", "margin"))
-    assert float(_margin(net, margin, labels).mean()) >= float(_margin(net, ce, labels).mean())
+    assert float(margins(net, margin, labels).mean()) >= float(margins(net, ce, labels).mean())
     assert not torch.equal(ce, margin)
 
 
@@ -139,7 +110,7 @@ def test_the_seed_decides_the_result(net: nn.Module, corners: Tensor, norm: Norm
 
 
 class _Raises(nn.Module):
-    """Raises on the third forward pass."""
+    """Raise on the third forward pass."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -153,16 +124,16 @@ class _Raises(nn.Module):
         return out
 
 
-def _everything(module: nn.Module) -> list[Any]:
+def _state(module: nn.Module) -> list[Any]:
     flags = [m.training for m in module.modules()]
     tensors = [*module.parameters(), *module.buffers()]
     grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
     return [flags, [t.detach().clone() for t in tensors], grads, [t.requires_grad for t in tensors]]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
 
 
@@ -181,21 +152,21 @@ def mixed() -> rf.FPD:
 
 
 @pytest.mark.parametrize("norm", ALL)
-def test_an_attack_leaves_the_classifier_as_it_was(mixed: rf.FPD, corners: Tensor, norm: Norm) -> None:
+def test_an_attack_preserves_the_classifiers_state(mixed: rf.FPD, corners: Tensor, norm: Norm) -> None:
     classifier = _Raises(nn.Module())
     classifier.inner, classifier.calls = _View(mixed), 3
-    before = _everything(classifier)
+    before = _state(classifier)
     pgd(classifier, corners[:2], torch.tensor([0, 1]), eps=0.1, norm=norm, steps=3)
     assert classifier.calls > 5
-    assert _same(_everything(classifier), before)
+    assert _equal(_state(classifier), before)
 
 
-def test_a_classifier_that_raises_halfway_is_left_as_it_was(mixed: rf.FPD, corners: Tensor) -> None:
+def test_the_classifiers_state_is_restored_after_an_error(mixed: rf.FPD, corners: Tensor) -> None:
     classifier = _Raises(_View(mixed))
-    before = _everything(classifier)
+    before = _state(classifier)
     with pytest.raises(RuntimeError, match="out of memory"):
         pgd(classifier, corners[:2], torch.tensor([0, 1]), eps=0.1, steps=3)
-    assert _same(_everything(classifier), before)
+    assert _equal(_state(classifier), before)
 
 
 class _View(nn.Module):
@@ -223,24 +194,24 @@ class _Scripted(nn.Module):
         return self.table[row] + up * (brightness - brightness.detach())
 
 
-_STANDS, _NEARLY, _FALLS, _FALLS_MORE = [5.0, 0.0, 0.0], [0.01, 0.0, 0.0], [0.0, 0.1, -9.0], [0.0, 0.2, -9.0]
+_CORRECT, _CLOSE, _WRONG, _WRONGER = [5.0, 0.0, 0.0], [0.01, 0.0, 0.0], [0.0, 0.1, -9.0], [0.0, 0.2, -9.0]
 
 
 @pytest.mark.parametrize(
-    ("table", "kept"),
+    ("table", "best_step"),
     [
-        ([_STANDS, _STANDS, _FALLS, _STANDS, _STANDS], 2),  # the last iterate is worse
-        ([_STANDS, _FALLS, _FALLS_MORE, _FALLS, _STANDS], 2),
-        ([_STANDS, _FALLS, _STANDS, _NEARLY, _NEARLY], 1),  # a larger cross-entropy, but still classified correctly
-        ([_STANDS, _STANDS, _NEARLY, _STANDS, _STANDS], 2),
-        ([_NEARLY, _STANDS, _STANDS, _STANDS, _STANDS], 0),
-        ([_STANDS, _STANDS, _STANDS, _STANDS, _FALLS], 4),
+        ([_CORRECT, _CORRECT, _WRONG, _CORRECT, _CORRECT], 2),  # the last iterate is worse
+        ([_CORRECT, _WRONG, _WRONGER, _WRONG, _CORRECT], 2),
+        ([_CORRECT, _WRONG, _CORRECT, _CLOSE, _CLOSE], 1),  # a larger cross-entropy, but correctly classified
+        ([_CORRECT, _CORRECT, _CLOSE, _CORRECT, _CORRECT], 2),
+        ([_CLOSE, _CORRECT, _CORRECT, _CORRECT, _CORRECT], 0),
+        ([_CORRECT, _CORRECT, _CORRECT, _CORRECT, _WRONG], 4),
     ],
 )
-def test_the_best_of_all_iterates_is_kept(table: list[list[float]], kept: int) -> None:
+def test_the_best_iterate_is_returned(table: list[list[float]], best_step: int) -> None:
     images = torch.zeros(1, 1, 2, 2)
-    found = bim(_Scripted(table), images, torch.tensor([0]), eps=0.4, steps=4)
-    torch.testing.assert_close(found, torch.full_like(found, kept / 10), atol=1e-6, rtol=0)
+    adversarial = bim(_Scripted(table), images, torch.tensor([0]), eps=0.4, steps=4)
+    torch.testing.assert_close(adversarial, torch.full_like(adversarial, best_step / 10), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("norm", ALL)
@@ -257,22 +228,20 @@ def test_a_pixel_at_the_edge_of_the_box_does_not_block_the_gradient(two_classes:
 @pytest.mark.parametrize("norm", ALL)
 @pytest.mark.parametrize("scale", [1e-12, 1e-20, 1e-30])
 @pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_tiny_gradients_still_lead_out(
-    corners: Tensor, norm: Norm, scale: float, loss: Literal["ce", "margin"]
-) -> None:
+def test_tiny_gradients_suffice(corners: Tensor, norm: Norm, scale: float, loss: Literal["ce", "margin"]) -> None:
     draws = torch.Generator().manual_seed(1)
     net = nn.Linear(64, 2)
     net.weight = nn.Parameter(scale * torch.randn(2, 64, generator=draws))
     net.bias = nn.Parameter(torch.zeros(2))
     classifier = nn.Sequential(nn.Flatten(), net)
     labels = classifier(corners).argmax(1)
-    found = pgd(
+    adversarial = pgd(
         classifier, corners, labels, eps=1.0 if norm == "linf" else 30.0, norm=norm, loss=loss, random_start=False
     )
-    assert bool((classifier(found).argmax(1) != labels).all())
+    assert bool((classifier(adversarial).argmax(1) != labels).all())
 
 
-class _Spoilt(nn.Module):
+class _NanGradient(nn.Module):
     """Gradients of NaN in the first pixel; finite logits."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -288,47 +257,47 @@ class _Spoilt(nn.Module):
 @pytest.mark.parametrize("norm", ALL)
 def test_nan_gradients_do_not_reach_the_images(two_classes: Linear, corners: Tensor, norm: Norm) -> None:
     labels = two_classes(corners).argmax(1)
-    spoilt = _Spoilt(two_classes)
+    nan_gradient = _NanGradient(two_classes)
     x = corners.clone().requires_grad_()
-    assert bool(torch.autograd.grad(spoilt(x).sum(), x)[0][:, 0, 0, 0].isnan().all())
-    found = bim(spoilt, corners, labels, eps=1.0 if norm == "linf" else 30.0, norm=norm)
-    assert bool(found.isfinite().all())
-    assert bool((two_classes(found).argmax(1) != labels).all())
+    assert bool(torch.autograd.grad(nan_gradient(x).sum(), x)[0][:, 0, 0, 0].isnan().all())
+    adversarial = bim(nan_gradient, corners, labels, eps=1.0 if norm == "linf" else 30.0, norm=norm)
+    assert bool(adversarial.isfinite().all())
+    assert bool((two_classes(adversarial).argmax(1) != labels).all())
 
 
-def test_an_image_that_fell_is_not_attacked_again(two_classes: Linear) -> None:
+def test_a_misclassified_image_has_no_more_restarts(two_classes: Linear) -> None:
     slope = (two_classes.weight[1] - two_classes.weight[0]).detach().reshape(1, 1, 8, 8)
     near, far = torch.full_like(slope, 0.5), 0.5 - 0.5 * slope.sign()
     images, labels = torch.cat([far, near]), torch.tensor([0, 0])
     two_classes.bias.data = torch.tensor([0.0, 0.1 - float((slope * near).sum())])
     two_classes.bias.data[0] = 0.2
     two_classes.batches.clear()
-    found = pgd(two_classes, images, labels, eps=0.1, steps=4, restarts=3)
+    adversarial = pgd(two_classes, images, labels, eps=0.1, steps=4, restarts=3)
     assert two_classes.batches == [2] * 5 + [1] * 10
-    assert two_classes(found).argmax(1).tolist() == [0, 1]
+    assert two_classes(adversarial).argmax(1).tolist() == [0, 1]
     two_classes.batches.clear()
     pgd(two_classes, images[1:], labels[1:], eps=0.1, steps=4, restarts=3)
     assert two_classes.batches == [1] * 5
 
 
 @pytest.mark.parametrize("norm", ALL)
-def test_restarts_never_lose_what_an_earlier_one_found(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+def test_restarts_never_lower_the_loss(net: nn.Module, corners: Tensor, norm: Norm) -> None:
     labels = net(corners).argmax(1)
-    margins = []
+    per_restart = []
     for restarts in (1, 2, 6):
         draws = torch.Generator().manual_seed(3)
-        found = pgd(
+        adversarial = pgd(
             net, corners, labels, eps=0.02, norm=norm, steps=1, step_size=0.004, restarts=restarts, loss="margin",
             generator=draws,
         )  # fmt: skip
-        margins.append(_margin(net, found, labels))
-    assert float((margins[1] - margins[0]).min()) >= -1e-6
-    assert float((margins[2] - margins[1]).min()) >= -1e-6
-    assert float((margins[2] - margins[0]).max()) > 0
+        per_restart.append(margins(net, adversarial, labels))
+    assert float((per_restart[1] - per_restart[0]).min()) >= -1e-6
+    assert float((per_restart[2] - per_restart[1]).min()) >= -1e-6
+    assert float((per_restart[2] - per_restart[0]).max()) > 0
 
 
 @pytest.mark.parametrize("norm", ALL)
-def test_one_image_is_a_batch(net: nn.Module, corners: Tensor, norm: Norm) -> None:
+def test_an_image_does_not_depend_on_its_batch(net: nn.Module, corners: Tensor, norm: Norm) -> None:
     labels = torch.arange(12) % 3
     alone = torch.cat([bim(net, corners[i : i + 1], labels[i : i + 1], eps=0.1, norm=norm) for i in range(12)])
     torch.testing.assert_close(alone, bim(net, corners, labels, eps=0.1, norm=norm), atol=1e-4, rtol=0)
@@ -336,32 +305,32 @@ def test_one_image_is_a_batch(net: nn.Module, corners: Tensor, norm: Norm) -> No
 
 @pytest.mark.parametrize("norm", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_images_keep_their_precision(net: nn.Module, corners: Tensor, norm: Norm, dtype: torch.dtype) -> None:
+def test_results_have_the_images_dtype(net: nn.Module, corners: Tensor, norm: Norm, dtype: torch.dtype) -> None:
     labels = torch.arange(12) % 3
-    found = pgd(copy.deepcopy(net).to(dtype), corners.to(dtype), labels, eps=0.1, norm=norm, steps=3, restarts=2)
-    assert found.dtype == dtype
-    assert bool(found.isfinite().all())
+    adversarial = pgd(copy.deepcopy(net).to(dtype), corners.to(dtype), labels, eps=0.1, norm=norm, steps=3, restarts=2)
+    assert adversarial.dtype == dtype
+    assert bool(adversarial.isfinite().all())
 
 
-def test_images_are_left_alone_and_the_result_has_no_history(net: nn.Module, corners: Tensor) -> None:
+def test_images_do_not_change_and_the_result_has_no_graph(net: nn.Module, corners: Tensor) -> None:
     images, labels = corners.clone().requires_grad_(), torch.arange(12) % 3
     with torch.no_grad():
-        found = pgd(net, images, labels, eps=0.1, steps=2)
+        adversarial = pgd(net, images, labels, eps=0.1, steps=2)
     assert torch.equal(images, corners)
     assert images.grad is None
-    assert not found.requires_grad
+    assert not adversarial.requires_grad
     assert not pgd(net, images, labels, eps=0.1, steps=2).requires_grad
-    assert found.data_ptr() != images.data_ptr()
+    assert adversarial.data_ptr() != images.data_ptr()
 
 
-class _Steps(nn.Module):
+class _NoGradient(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.detach().flatten(1)[:, :3].round()
 
 
 def test_a_classifier_without_gradients_is_refused(corners: Tensor) -> None:
     with pytest.raises(InputError, match="do not depend differentiably on the images; use a black-box attack"):
-        pgd(_Steps(), corners, _zeros(corners), eps=0.1)
+        pgd(_NoGradient(), corners, _zeros(corners), eps=0.1)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +345,7 @@ def test_a_classifier_without_gradients_is_refused(corners: Tensor) -> None:
         ({"step_size": float("nan")}, "step_size must be a positive number, found nan"),
     ],
 )
-def test_options_that_make_no_attack_are_refused(
+def test_invalid_options_are_refused(
     two_classes: Linear, corners: Tensor, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -386,20 +355,24 @@ def test_options_that_make_no_attack_are_refused(
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.4)])
 def test_agrees_with_foolbox(net: nn.Module, corners: Tensor, norm: Norm, eps: float) -> None:
     foolbox = pytest.importorskip("foolbox")
-    images = 0.3 + 0.4 * corners  # inside the box: theirs projects onto ball and box in turn, ours onto both
+    images = (
+        0.3 + 0.4 * corners
+    )  # inside the box: foolbox projects onto ball and box in turn, we onto their intersection
     labels = net(images).argmax(1)
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
-    peer = kind(abs_stepsize=eps / 8, steps=20, random_start=False)
-    _, theirs, fell = peer(foolbox.PyTorchModel(net.eval(), bounds=(0, 1)), images, labels, epsilons=eps)
+    foolbox_attack = kind(abs_stepsize=eps / 8, steps=20, random_start=False)
+    _, foolbox_points, misclassified = foolbox_attack(
+        foolbox.PyTorchModel(net.eval(), bounds=(0, 1)), images, labels, epsilons=eps
+    )
     ours = pgd(net, images, labels, eps=eps, norm=norm, steps=20, step_size=eps / 8, random_start=False)
-    assert 0 < int(fell.sum()) < len(images)
-    assert torch.equal(net(ours).argmax(1) != labels, fell)
-    alike = (ours - theirs).flatten(1).abs().amax(1) < 1e-4
-    assert int(alike.sum()) >= 9
-    assert float((_margin(net, ours, labels) - _margin(net, theirs, labels)).min()) >= -1e-4
+    assert 0 < int(misclassified.sum()) < len(images)
+    assert torch.equal(net(ours).argmax(1) != labels, misclassified)
+    equal = (ours - foolbox_points).flatten(1).abs().amax(1) < 1e-4
+    assert int(equal.sum()) >= 9
+    assert float((margins(net, ours, labels) - margins(net, foolbox_points, labels)).min()) >= -1e-4
 
 
-def test_an_attack_inside_inference_mode_says_what_is_in_its_way(net: nn.Module, corners: Tensor) -> None:
+def test_inference_mode_is_refused(net: nn.Module, corners: Tensor) -> None:
     labels = torch.zeros(len(corners), dtype=torch.long)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         pgd(net, corners, labels, eps=0.1)

@@ -96,8 +96,7 @@ def _apgd(
     ranking = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
     iterations = APGD(
         classifier, images, labels, lp_ball(norm), eps, early_stop=True, objective=objective, eot=eot,
-        ranking=ranking, restarts=restarts, schedule=Schedule(steps, eps, images.device, l1=norm == "l1"),
-        rng=SampleRNG(generator),
+        ranking=ranking, restarts=restarts, schedule=schedule(steps, eps, l1=norm == "l1"), rng=SampleRNG(generator),
     )  # fmt: skip
     correct = (logits.argmax(dim=1) == labels).nonzero().flatten()
     run(iterations, correct, restarts * min(targets, logits.shape[1] - 1), batch_size)
@@ -115,36 +114,26 @@ class Pass(NamedTuple):
     window: Any  # steps since the last checkpoint
 
 
-class Schedule:
-    """Passes of a restart: checkpoints (ICML 2020, section 3.1) and, in L1, shrinking balls (ICML 2021, section 4)."""
-
-    def __init__(self, steps: int, eps: float, device: torch.device, *, l1: bool) -> None:
-        self.passes: list[Pass] = []
-        remaining = steps
-        for factor, fraction in L1_STAGES if l1 else ((1.0, 1.0),):
-            count = remaining if factor == 1 else min(remaining, round(fraction * steps))
-            remaining -= count
-            if count:
-                self._add_stage(factor * eps, count, final=factor == 1, l1=l1)
-        self._table = Pass(*(torch.tensor(column, device=device) for column in zip(*self.passes, strict=True)))
-
-    def _add_stage(self, radius: float, steps: int, *, final: bool, l1: bool) -> None:
-        """Add a pass at the starting point and one after each step."""
-        window = until_checkpoint = max(int((0.04 if l1 else 0.22) * steps), 1)
-        self.passes.append(Pass(radius, True, False, final, False, 0))
-        for step in range(steps):
+def schedule(steps: int, eps: float, *, l1: bool) -> list[Pass]:
+    """Return the passes of a restart: checkpoints (ICML 2020, section 3.1), in L1 in balls that shrink (ICML 2021)."""
+    passes, remaining = [], steps
+    for factor, fraction in L1_STAGES if l1 else ((1.0, 1.0),):
+        final = factor == 1
+        count = remaining if final else min(remaining, round(fraction * steps))
+        remaining -= count
+        if count == 0:
+            continue
+        window = until_checkpoint = max(int((0.04 if l1 else 0.22) * count), 1)
+        passes.append(Pass(factor * eps, True, False, final, False, 0))  # at the starting point
+        for step in range(count):
             until_checkpoint -= 1
-            last = not final and step == steps - 1
-            self.passes.append(Pass(radius, False, last, final, until_checkpoint == 0, window))
+            last = not final and step == count - 1
+            passes.append(Pass(factor * eps, False, last, final, until_checkpoint == 0, window))
             if until_checkpoint == 0:
                 if not l1:
-                    window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+                    window = max(window - max(int(0.03 * count), 1), max(int(0.06 * count), 1))
                 until_checkpoint = window
-
-    def at(self, step: Tensor) -> Pass:
-        """Return the schedule of images, N, after `step` passes each."""
-        step = step.clamp_max(len(self.passes) - 1)
-        return Pass(*(column[step] for column in self._table))
+    return passes
 
 
 @dataclass
@@ -172,20 +161,25 @@ class APGD(IterativeAttack[APGDState]):
 
     objective: Objective
     eot: int
-    ranking: Tensor
-    """N×K, classes from the most to the least likely wrong one."""
-    restarts: int
-    """Restarts per target."""
-    schedule: Schedule
+    ranking: Tensor  # N×K, classes from the most to the least likely wrong one
+    restarts: int  # per target
+    schedule: list[Pass]
     rng: SampleRNG
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.passes, self.l1 = len(self.schedule.passes), self.ball.name == "l1"
+        self.passes, self.l1 = len(self.schedule), self.ball.name == "l1"
+        columns = zip(*self.schedule, strict=True)
+        self._schedule = Pass(*(torch.tensor(column, device=self.images.device) for column in columns))
+
+    def _at(self, step: Tensor) -> Pass:
+        """Return the schedule of images, N, after `step` passes each."""
+        step = step.clamp_max(self.passes - 1)
+        return Pass(*(column[step] for column in self._schedule))
 
     def start(self, image: Tensor, restart: Sequence[int]) -> APGDState:
         """Start at a random point of the largest ball."""
-        images, radius = self.images[image], self.schedule.passes[0].radius
+        images, radius = self.images[image], self.schedule[0].radius
         largest = self.eps * (L1_STAGES[0][0] if self.l1 else 1)
         delta = self.ball.sample(images, largest, self.rng.generators(image, restart))
         x = images + (delta if radius == largest else self.ball.project(delta, images, radius))
@@ -201,7 +195,7 @@ class APGD(IterativeAttack[APGDState]):
 
     def step(self, state: APGDState, step: int | None, new: Tensor | None) -> None:
         """Evaluate the iterates, adapt the step size at checkpoints, and step."""
-        s, now, previous_loss = state, self.schedule.at(state.step), state.loss
+        s, now, previous_loss = state, self._at(state.step), state.loss
         misclassified = self._evaluate(s)
         with torch.no_grad():
             self._start_stage(s, now)
@@ -213,7 +207,7 @@ class APGD(IterativeAttack[APGDState]):
             s.checkpoint_loss = torch.where(now.first, s.loss, s.checkpoint_loss)
             counted = torch.where(now.final, s.loss, -torch.inf)
             s.record(misclassified & now.final, counted, early_stop=self.early_stop)
-            if step is None or self.schedule.passes[step].checkpoint:
+            if step is None or self.schedule[step].checkpoint:
                 (self._adapt_l1 if self.l1 else self._adapt)(s, now)
             if step != self.passes - 1:
                 self._move(s, now, step)
@@ -248,8 +242,8 @@ class APGD(IterativeAttack[APGDState]):
     def _move(self, s: APGDState, now: Pass, step: int | None) -> None:
         """Step, or project the best iterate onto the next, smaller ball."""
         x = self._l1_step(s, per_image(now.radius)) if self.l1 else self._step(s, now)
-        if self.l1 and (step is None or self.schedule.passes[step].last):
-            radius = self.schedule.at(s.step + 1).radius
+        if self.l1 and (step is None or self.schedule[step].last):
+            radius = self._at(s.step + 1).radius
             inside = s.images + self.ball.project(s.best_x - s.images, s.images, per_image(radius))
             x = torch.where(per_image(now.last), inside, x)
             s.x = torch.where(per_image(now.last), inside, s.x)

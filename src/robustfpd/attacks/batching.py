@@ -27,19 +27,13 @@ GPU_SYNC_INTERVAL = 8
 class BatchState:
     """Tensors with one row per image under attack."""
 
-    image: Tensor
-    """Index among the images of the attack."""
-    step: Tensor
-    """Passes so far in this restart."""
-    misclassified: Tensor
-    """An adversarial example was found."""
-    images: Tensor
-    """The clean images, N×C×H×W."""
+    image: Tensor  # index among the images of the attack
+    step: Tensor  # passes so far in this restart
+    misclassified: Tensor  # an adversarial example was found
+    images: Tensor  # the clean images, N×C×H×W
     labels: Tensor
-    x: Tensor
-    """The current iterate, in ball and box."""
-    adversarial: Tensor
-    """The best iterate: misclassified ones first, then by loss."""
+    x: Tensor  # the current iterate, in ball and box
+    adversarial: Tensor  # the best iterate: misclassified ones first, then by loss
     adversarial_loss: Tensor
 
     def replace(self, rows: Tensor, other: BatchState) -> None:
@@ -77,20 +71,15 @@ class IterativeAttack(ABC, Generic[S]):
     """An attack that evaluates one point of each image per pass."""
 
     classifier: nn.Module
-    images: Tensor
-    """N×C×H×W in [0, 1]."""
+    images: Tensor  # N×C×H×W in [0, 1]
     labels: Tensor
     ball: LpBall
     eps: float
-    early_stop: bool
-    """Stop attacking an image at its first misclassified iterate."""
-
-    passes: int = field(init=False)
-    """Passes of each restart."""
+    early_stop: bool  # stop attacking an image at its first misclassified iterate
+    passes: int = field(init=False)  # of each restart
 
     def __post_init__(self) -> None:
-        self.adversarial = self.images.clone()
-        """Result, N×C×H×W: the best iterate over all restarts."""
+        self.adversarial = self.images.clone()  # the result: the best iterate over all restarts
         self.adversarial_loss = torch.full((len(self.images),), -torch.inf, device=self.images.device)
 
     @abstractmethod
@@ -153,9 +142,8 @@ def run(attack: IterativeAttack[S], images: Tensor, restarts: int, batch_size: i
         if not done:
             continue
         attack.finish(state, torch.tensor(done, device=images.device))
-        for image, restart in (work[row] for row in done if not misclassified[row]):
-            if restart + 1 < restarts:
-                queue.append((image, restart + 1))
+        again = [work[row] for row in done if not misclassified[row]]
+        queue.extend((image, restart + 1) for image, restart in again if restart + 1 < restarts)
         refilled, removed = done[: len(queue)], set(done[len(queue) :])
         if refilled:
             for row in refilled:

@@ -207,7 +207,7 @@ def _l2_scale(squared: Tensor, cap: Tensor, eps: Radius) -> Tensor:
     """
     s2 = (eps**2 / squared.sum(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max_(1)
     scaled, free = torch.empty_like(squared), torch.empty_like(squared)
-    for _ in range(_max_iterations(squared)):
+    for _ in range(MAX_ITERATIONS if _can_synchronize(squared) else GPU_ITERATIONS):
         torch.mul(squared, s2, out=scaled)
         torch.lt(scaled, cap, out=free)
         missing = eps**2 - torch.minimum(scaled, cap, out=scaled).sum(dim=1, keepdim=True)
@@ -228,7 +228,7 @@ def _l1_threshold(magnitude: Tensor, room: Tensor, eps: Radius) -> Tensor:
     low, high = torch.zeros_like(magnitude[:, :1]), magnitude.amax(dim=1, keepdim=True)
     threshold, rounding = low, 1e-13 * eps + 1e-15 * magnitude.sum(dim=1, keepdim=True)
     buffer = torch.empty_like(magnitude)
-    for iteration in range(_max_iterations(magnitude)):
+    for iteration in range(MAX_ITERATIONS if _can_synchronize(magnitude) else GPU_ITERATIONS):
         excess = slope = torch.zeros_like(threshold)
         for kink, sign in ((magnitude, 1), (leaves_box, -1)):
             above = torch.sub(kink, threshold, out=buffer).clamp_min_(0)
@@ -248,10 +248,6 @@ def _l1_threshold(magnitude: Tensor, room: Tensor, eps: Radius) -> Tensor:
 def _can_synchronize(values: Tensor) -> bool:
     """Whether a convergence check is cheap; on a GPU it waits for all queued work."""
     return values.device.type == "cpu"
-
-
-def _max_iterations(values: Tensor) -> int:
-    return MAX_ITERATIONS if _can_synchronize(values) else GPU_ITERATIONS
 
 
 def _normalized(ball: LpBall, gradient: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Results are the closest misclassified images that the classifier has seen, see `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -192,7 +192,7 @@ class _RaiseAndLower(BestAdversarial):
 
 
 class _Clamped(BestAdversarial):
-    """Clamp to [0, 1]."""
+    """ZOO's adapter: clamp to [0, 1]."""
 
     def to_images(self, inputs: Tensor) -> Tensor:
         """Return the nearest image."""
@@ -245,24 +245,19 @@ def _one_hot(adapter: BestAdversarial) -> Any:
 
 
 def _starting_point(adapter: BestAdversarial) -> Any:
-    """Return a misclassified image, or None: noise, else the inverted image, black, white or binary noise.
-
-    ART draws its own from a random state that no seed reaches.
-    """
-    x = adapter.image.float()
-    for _ in range(HOPSKIPJUMP_STARTS):
-        noise = torch.rand(x.shape).to(x)
-        if _misclassifies(adapter, noise):
-            return noise.cpu().numpy()
-    for plain in (1 - x, torch.zeros_like(x), torch.ones_like(x), torch.rand(x.shape).to(x).round()):
-        if _misclassifies(adapter, plain):
-            return plain.cpu().numpy()
+    """Return a misclassified image as an array, or None. ART draws its own from a random state that no seed reaches."""
+    for candidate in _starting_points(adapter.image.float()):
+        with torch.no_grad():
+            if bool(adapter(candidate).argmax(dim=1) != adapter.label):
+                return candidate.cpu().numpy()
     return None
 
 
-def _misclassifies(adapter: BestAdversarial, image: Tensor) -> bool:
-    with torch.no_grad():
-        return bool(adapter(image).argmax(dim=1) != adapter.label)
+def _starting_points(x: Tensor) -> Iterator[Tensor]:
+    """Yield noise, then the inverted image, black, white and binary noise."""
+    for _ in range(HOPSKIPJUMP_STARTS):
+        yield torch.rand(x.shape).to(x)
+    yield from (1 - x, torch.zeros_like(x), torch.ones_like(x), torch.rand(x.shape).to(x).round())
 
 
 def _shorten(classifier: nn.Module, images: Tensor, labels: Tensor, adversarial: Tensor) -> Tensor:
