@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import attack
+from robustfpd.attacks.base import attack, check_batch_size, check_counts, check_differentiable, check_logits
 from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
-from robustfpd.attacks.inputs import check_batch_size, check_counts, check_differentiable, check_logits
 from robustfpd.attacks.losses import cross_entropy, dlr, targeted_dlr
 from robustfpd.attacks.norms import Radius, lp_ball, per_image
 from robustfpd.config import Norm

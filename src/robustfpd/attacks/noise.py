@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import attack, record_queries
-from robustfpd.attacks.inputs import check_counts, check_logits
+from robustfpd.attacks.base import attack, check_counts, check_logits, record_queries
 from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import attack
-from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
-from robustfpd.attacks.inputs import (
+from robustfpd.attacks.base import (
+    attack,
     check_batch_size,
     check_counts,
     check_differentiable,
@@ -25,6 +24,7 @@ from robustfpd.attacks.inputs import (
     check_positive,
     check_shape,
 )  # fmt: skip
+from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
 from robustfpd.attacks.losses import Loss, LossFunction, loss_function
 from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import PRE_SQUASH, View
-from robustfpd.attacks.base import QueryCounter, reproducible
-from robustfpd.attacks.inputs import check_logits, check_shape
+from robustfpd.attacks.base import QueryCounter, check_logits, check_shape, reproducible
 from robustfpd.attacks.losses import dlr
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import reproducible
-from robustfpd.attacks.inputs import check_images, check_labels
+from robustfpd.attacks.base import check_images, check_labels, reproducible
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
 from robustfpd.data import ImageSet

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import record_queries
-from robustfpd.attacks.inputs import check_differentiable, num_classes
+from robustfpd.attacks.base import check_differentiable, num_classes, record_queries
 from robustfpd.attacks.norms import LpBall, per_image
 
 BatchSearch = Callable[["ClassifierAdapter", Tensor, Tensor], Tensor]

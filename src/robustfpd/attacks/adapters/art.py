@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.attacks.adapters import BestAdversarial, QueryBudgetExceeded, minimize_each, misclassified
-from robustfpd.attacks.base import attack
-from robustfpd.attacks.inputs import check_positive
+from robustfpd.attacks.base import attack, check_positive
 from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm
 from robustfpd.errors import InputError

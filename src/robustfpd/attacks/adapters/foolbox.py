@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adapters import ClassifierAdapter, minimize_batch
 from robustfpd.attacks.adapters.art import cw_linf
-from robustfpd.attacks.base import attack
-from robustfpd.attacks.inputs import check_positive
+from robustfpd.attacks.base import attack, check_positive
 from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm
 from robustfpd.errors import InputError

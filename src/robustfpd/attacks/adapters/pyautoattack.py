@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.attacks.adapters import ClassifierAdapter, closer, minimize_batch, misclassified
-from robustfpd.attacks.base import attack, record_queries
-from robustfpd.attacks.inputs import check_positive, num_classes
+from robustfpd.attacks.base import attack, check_positive, num_classes, record_queries
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError

@@ -11,8 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustfpd.attacks.base import reproducible
-from robustfpd.attacks.inputs import check_labels
+from robustfpd.attacks.base import check_labels, reproducible
 from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import tensors
 from robustfpd.evaluation.checks.context import CheckContext, judge, skipped
