@@ -160,8 +160,8 @@ class AttackRunner:
         for part in torch.split(indices, self.batch_size):
             outcome = self.run(spec, eps, part)
             rows += outcome.rows
-            found = outcome.adversarial
-            adversarial.append(self.images[part].to(self.device) if found is None else found)
+            images = outcome.adversarial
+            adversarial.append(self.images[part].to(self.device) if images is None else images)
         return AttackOutcome(rows, torch.cat(adversarial))
 
     def _halve_batch_size(self, error: Exception, num_images: int) -> bool:

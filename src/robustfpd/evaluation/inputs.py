@@ -140,8 +140,8 @@ def check_radii(eps: float | Sequence[float], norm: Norm) -> tuple[float, ...]:
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """Raise an InputError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        whole = "" if isinstance(value, int) else "a whole number, "
-        raise InputError(f"{name} must be {whole}at least {least}, found {value!r}")
+        kind = "" if isinstance(value, int) else "a whole number, "
+        raise InputError(f"{name} must be {kind}at least {least}, found {value!r}")
 
 
 def check_module(classifier: Any, name: str = "classifier") -> nn.Module:

@@ -69,8 +69,17 @@ class Ledger:
             self.open(path, settings or {})
 
     def open(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write rows to this file, and read those that an interrupted evaluation with these settings left there."""
-        self._known, self.path = self._open(path, settings), path
+        """Write rows to this file, and read those that an interrupted evaluation with these settings left there.
+
+        Raises:
+            OtherEvaluation: the file belongs to an interrupted evaluation with other settings.
+        """
+        given = json.loads(json.dumps(settings))
+        rows = _interrupted_rows(path, given)
+        with writing(path):
+            write_rows(path, rows)  # without an incomplete last line
+            write_json(_settings_file(path), given)
+        self._known, self.path = rows, path
 
     def replay(self, attack: str, eps: float, images: Sequence[int]) -> list[LedgerRow] | None:
         """Return the rows of a batch from before the interruption; None without them, and later rows are dropped."""
@@ -98,41 +107,6 @@ class Ledger:
         if self.path is not None:
             _settings_file(self.path).unlink(missing_ok=True)
 
-    def _open(self, path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
-        """Return the rows of an interrupted evaluation with these settings; raise OtherEvaluation if they differ."""
-        marker = _settings_file(path)
-        given = json.loads(json.dumps(settings))
-        if not marker.is_file():
-            return self._begin(path, given)
-        try:
-            found = json.loads(marker.read_text())
-        except ValueError:
-            raise InputError(f"{marker} is damaged; delete it and {path} to start anew") from None
-        try:
-            rows = read_rows(path, cut_off=True) if path.is_file() else []
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is damaged; delete it and {marker.name} to start anew") from None
-        if not rows:
-            return self._begin(path, given)
-        if not isinstance(found, dict):
-            raise InputError(f"{marker} is damaged; delete it and {path} to start anew")
-        differing = [k for k in {*given, *found} if given.get(k) != found.get(k)]
-        differing.sort(key=lambda k: (k == "behaviour", k))  # a hash, so last
-        if differing:
-            name = differing[0]
-            raise OtherEvaluation(
-                f"{path.parent} holds an unfinished evaluation with {name}={found.get(name)!r}, this one has "
-                f"{given.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start anew"
-            )
-        write_rows(path, rows)  # without an incomplete last line
-        return rows
-
-    def _begin(self, path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
-        with writing(path):
-            write_rows(path, [])
-            write_json(_settings_file(path), settings)
-        return []
-
     def _truncate(self) -> None:
         if self._next < len(self._known) and self.path is not None:
             write_rows(self.path, self.rows)
@@ -141,6 +115,31 @@ class Ledger:
 
 def _settings_file(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".json").removesuffix(".ledger.csv") + ".unfinished.json")
+
+
+def _interrupted_rows(path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
+    """Return the rows of an interrupted evaluation; raise OtherEvaluation if its settings differ."""
+    marker = _settings_file(path)
+    if not marker.is_file():
+        return []
+    try:
+        found = json.loads(marker.read_text())
+    except ValueError:
+        raise InputError(f"{marker} is damaged; delete it and {path} to start anew") from None
+    try:
+        rows = read_rows(path, cut_off=True) if path.is_file() else []
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is damaged; delete it and {marker.name} to start anew") from None
+    if rows and not isinstance(found, dict):
+        raise InputError(f"{marker} is damaged; delete it and {path} to start anew")
+    differing = [k for k in {*settings, *found} if settings.get(k) != found.get(k)] if rows else []
+    if differing:
+        name = min(differing, key=lambda k: (k == "behaviour", k))  # a hash, so last
+        raise OtherEvaluation(
+            f"{path.parent} holds an unfinished evaluation with {name}={found.get(name)!r}, this one has "
+            f"{settings.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start anew"
+        )
+    return rows
 
 
 def is_unfinished(path: Path) -> bool:
