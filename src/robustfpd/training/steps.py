@@ -19,7 +19,7 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,16 +36,16 @@ from robustfpd.models import FPD, Baseline, FPDOutput
 
 
 class PassLosses(NamedTuple):
-    """Losses of one forward pass, each a scalar, and its accuracy as a count."""
+    """Losses of one forward pass, each a scalar, and its accuracy as a count.
+
+    `ce` is the cross-entropy of the logits, `restoration` L2, the mean squared error between restored and clean images
+    (None for a baseline). `correct` of `counted` images are classified correctly.
+    """
 
     ce: Tensor
-    """Cross-entropy of the logits."""
     restoration: Tensor | None
-    """L2, the mean squared error between restored and clean images; None for a baseline."""
     correct: Tensor
-    """Count of correctly classified images."""
     counted: int
-    """Count of images."""
 
     def detach(self) -> PassLosses:
         """Return the losses without their graphs."""
@@ -98,14 +98,15 @@ def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of one step, detached."""
+    """Losses of one step, detached.
+
+    `first` is phase 1, in adversarial training on the clean images; `second` phase 2, None where it did not run;
+    `adversarial` phase 1 of adversarial training, on the adversarial images.
+    """
 
     first: PassLosses
-    """Phase 1; in adversarial training its clean images."""
     second: PassLosses | None = None
-    """Phase 2; None where it did not run."""
     adversarial: PassLosses | None = None
-    """Phase 1 of adversarial training, on the adversarial images."""
     gate_open: bool = True
 
 
@@ -311,21 +312,12 @@ class OptimizerUpdate:
             # is, with its weight decay and its moments.
             for p in (p for group in groups if group["name"] not in only for p in group["params"]):
                 p.grad = None
-        with _hidden_from_autograd(parameters) if retain_graph else nullcontext():
+        # The published phase 2 goes back through phase 1's graph after the weights in it have been stepped, which
+        # autograd refuses since torch 1.5 unless the step is hidden from it.
+        hidden: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+        with hidden(tuple(parameters)) if retain_graph else nullcontext():
             self.optimizer.step()
 
     def compute_gradients(self, loss: Tensor, *, partial: bool, retain_graph: bool) -> None:
         """Run the backward pass; `partial` if the loss does not reach all parameters."""
         self.backward(loss, retain_graph=retain_graph)
-
-
-def _hidden_from_autograd(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Let the weights change without autograd's notice, as versions of torch before 1.5 did.
-
-    The published phase 2 goes back through phase 1's graph after the weights in it have been stepped, which autograd
-    refuses today. Only this repeats the published update rule.
-    """
-    context: AbstractContextManager[Any] = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
-        tuple(parameters)
-    )
-    return context
