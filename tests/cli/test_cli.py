@@ -22,7 +22,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr()[1]
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
     return error
@@ -88,10 +88,10 @@ def test_wrong_arguments_are_reported_by_tyro(
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    assert re.search(expected, capsys.readouterr().err)
+    assert re.search(expected, capsys.readouterr()[1])
 
 
-def test_missing_data_says_where_it_looked_and_how_to_fetch_it(
+def test_missing_data_is_reported_with_its_folder_and_download(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     error = _fails(capsys, "train", "mnist/mini", "--data-root", str(tmp_path))
@@ -129,7 +129,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
 
 
-def test_plain_trains_the_baseline(tmp_path: Path) -> None:
+def test_baseline_trains_the_undefended_baseline(tmp_path: Path) -> None:
     main(["train", "digits/mini", *FAST, "--baseline", "--out", str(tmp_path / "baseline")])
     config = json.loads((tmp_path / "baseline" / "checkpoints" / "best" / "config.json").read_text())
     assert config["model"]["defence"] == "none"
@@ -160,7 +160,7 @@ def _dies_of_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_leaves_a_whole_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_complete_checkpoint_and_prints_how_to_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "robustfpd", "train", "digits/mini", "training.epochs=400", "--out", str(run)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_says_how_to_resume(tmp_path: Path)
     assert process.returncode == 130, (out, error)
     assert "Traceback" not in error
     assert "--resume" in out
-    assert re.search(r"\d+ whole epochs? (is|are) kept", out)
+    assert re.search(r"\d+ complete epochs? (is|are) kept", out)
     from robustfpd.models import load
 
     assert load(run / "checkpoints" / "last").config.backbone == "resnet_mini"

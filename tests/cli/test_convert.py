@@ -40,8 +40,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert len(printed.err.strip().splitlines()) == 1
-    return printed.err
+    assert len(printed[1].strip().splitlines()) == 1
+    return printed[1]
 
 
 def test_a_checkpoint_becomes_a_model(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

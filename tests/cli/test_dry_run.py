@@ -25,7 +25,7 @@ def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return found
 
 
-def test_training_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_of_train_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "digits/mini", *FAST, "--stages", "two-phase,adversarial", "--dry-run"]
     main(words)
     out = capsys.readouterr().out
@@ -34,16 +34,16 @@ def test_training_is_planned_and_nothing_is_written(tmp_path: Path, capsys: pyte
                  "nothing was trained or written"):  # fmt: skip
         assert said in out
     assert max(map(len, out.splitlines())) <= 80
-    told = _json(capsys, *words)
-    assert [s["stage"] for s in told["stages"]] == ["two-phase", "adversarial"]
-    for stage in told["stages"]:  # 4 batches an epoch, and validation
+    result = _json(capsys, *words)
+    assert [s["stage"] for s in result["stages"]] == ["two-phase", "adversarial"]
+    for stage in result["stages"]:  # 4 batches an epoch, and validation
         assert stage["estimated_seconds"] > 0.9 * 2 * 4 * stage["seconds_per_batch"] > 0
-    assert told["stages"][1]["seconds_per_batch"] > told["stages"][0]["seconds_per_batch"]
-    assert told["settings"]["training"]["epochs"] == 2
+    assert result["stages"][1]["seconds_per_batch"] > result["stages"][0]["seconds_per_batch"]
+    assert result["settings"]["training"]["epochs"] == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluation_is_planned_and_the_bound_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_of_evaluate_is_an_upper_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = _json(capsys, "train", "digits/mini", *FAST)
     assert trained["stages"][0] | {"validation_accuracy": 0, "best_epoch": 0} == {
         "stage": "two-phase", "folder": "runs/digits-mini", "epochs": 2, "stopped_early": False, "best_epoch": 0,
@@ -77,7 +77,7 @@ def test_evaluation_is_planned_and_the_bound_holds(tmp_path: Path, capsys: pytes
     assert f"next: robustfpd report {run}" in capsys.readouterr().out
 
 
-def test_a_plan_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reports_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["train", "mnist/mini", "--data-root", str(tmp_path), "--download"], "MNIST"),
         (["train", "digits/mini", "model.backbone=resnet_18"], "unknown backbone 'resnet_18'; did you mean"),
@@ -85,12 +85,12 @@ def test_a_plan_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit) as ended:
             main([*words, "--dry-run"])
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        assert said in capsys.readouterr()[1]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["recipes", "datasets", "models"])
-def test_lists_are_there_for_machines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_are_printed_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = _json(capsys, name)[name]
     assert {"digits/mini", "digits", "digits/mini-fpd"} & {each["name"] for each in found}
     main([name, "--quiet"])

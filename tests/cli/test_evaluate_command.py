@@ -66,7 +66,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *arguments])
     assert ended.value.code == 2
-    return capsys.readouterr().err
+    return capsys.readouterr()[1]
 
 
 FAST = ("--dataset", "digits", "--eps", "0.05", "--num-images", "40", "--suite", "first-look")
@@ -105,7 +105,7 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
         (("--model", "mynets:make", *FAST, "--surrogate", "mynets:none"), "unknown name in mynets 'none'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_attacked_is_refused_by_name(
+def test_what_cannot_be_evaluated_is_an_error(
     capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
 ) -> None:
     import re
@@ -127,7 +127,7 @@ def test_strict_ends_with_3_unless_the_number_can_be_trusted(capsys: pytest.Capt
     assert "verdict: suspect" in capsys.readouterr().out
 
 
-def test_surrogates_join_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_surrogates_are_attacked_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*FAST[:-1], "quick"]
     main(["evaluate", "--model", "mynets:make", *words, "--surrogate", "mynets:scaled"])
     record = EvaluationRecord.load(Path("runs/mynets-make-evaluation/digits-quick-linf.json"))
@@ -149,7 +149,7 @@ def test_a_module_is_taken_as_it_is() -> None:
     )
 
 
-def test_an_evaluation_that_was_interrupted_goes_on(
+def test_an_interrupted_evaluation_is_resumed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ["evaluate", "--model", "mynets:make", *FAST]
@@ -184,7 +184,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     assert (folder / "digits-first-look-linf.json").read_bytes() == before
 
 
-def test_the_verdict_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", "--model", "mynets:scaled", *FAST])
     record = EvaluationRecord.load(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json"))
     text = str(verdict_text(record))

@@ -53,7 +53,7 @@ def listed(capsys: pytest.CaptureFixture[str]) -> str:
     return out
 
 
-def test_the_table_fits_and_says_what_was_measured(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_fits_and_lists_what_was_measured(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = listed(capsys)
     for name in ("digits/mini-fpd", NAME):
         record = json.loads((places / "models" / name / "results" / "first.json").read_text())
@@ -69,7 +69,7 @@ def test_the_table_fits_and_says_what_was_measured(places: Path, capsys: pytest.
     assert f'rf.load("{NAME}")' in out
 
 
-def test_the_table_says_where_a_network_is(
+def test_the_table_lists_where_a_network_is(
     places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zoo, "checkout", lambda: None)
@@ -107,7 +107,7 @@ def test_evaluate_takes_a_name_and_leaves_the_networks_folder_alone(
     assert path.with_name("digits-first-look-linf-2.json").is_file()
 
 
-def test_evaluate_repeats_what_the_card_says(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_cards_command_repeats_its_evaluation(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = (places / "models" / NAME / "README.md").read_text()
     command = next(line for line in card.splitlines() if line.startswith(f"robustfpd evaluate {NAME}"))
     main(command.split()[1:])
@@ -134,12 +134,12 @@ def test_evaluate_fetches_a_name(places: Path, monkeypatch: pytest.MonkeyPatch) 
         (["digits/mini-fpd", "--norm", "l2"], "give --eps in l2"),
     ],
 )
-def test_evaluate_tells_errors_in_one_line(
+def test_evaluate_reports_errors_in_one_line(
     places: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", *arguments])
-    error = capsys.readouterr().err
+    error = capsys.readouterr()[1]
     assert exit_.value.code == 2
     assert expected in error
     assert len(error.strip().splitlines()) == 1
@@ -149,6 +149,6 @@ def test_evaluate_of_a_network_out_of_reach_says_what_to_do(places: Path, capsys
     shutil.rmtree(places / "models")
     with pytest.raises(SystemExit):
         main(["evaluate", NAME])
-    error = capsys.readouterr().err
+    error = capsys.readouterr()[1]
     for part in (str(places / "models" / NAME), str(zoo.cached() / NAME), zoo.VARIABLE):
         assert part in error

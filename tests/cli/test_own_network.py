@@ -85,7 +85,7 @@ def test_what_is_not_there_any_more_is_named(
         with pytest.raises(SystemExit) as ended:
             main(["evaluate", "runs/folder-mini", "--trust-code", *(["--data-root", "elsewhere"] if moved else [])])
         assert ended.value.code == 2
-        error = capsys.readouterr().err
+        error = capsys.readouterr()[1]
         assert re.search(said, error), error
 
 
@@ -108,12 +108,12 @@ def test_a_run_brings_no_code_unless_it_is_trusted(
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
-        assert "is made by smallnets:Small; loading it runs that code" in capsys.readouterr().err
+        assert "is made by smallnets:Small; loading it runs that code" in capsys.readouterr()[1]
     assert not (tmp_path / "ran").exists()
     for words in commands[:3]:
         with contextlib.suppress(SystemExit):  # the doctor finds much in a network that was trained for an epoch
             main([*words, "--trust-code"])
-        assert "is made by" not in capsys.readouterr().err
+        assert "is made by" not in capsys.readouterr()[1]
         assert (tmp_path / "ran").exists()
         (tmp_path / "ran").unlink()
         monkeypatch.delitem(sys.modules, "smallnets")
@@ -129,8 +129,8 @@ def test_a_resumed_run_does_not_bring_code_that_its_settings_do_not_name(
     (tmp_path / "evilnets.py").write_text("open('ran', 'w')")
     with pytest.raises(SystemExit):
         main([*train, "--resume"])
-    assert "is made by evilnets:make" in capsys.readouterr().err
+    assert "is made by evilnets:make" in capsys.readouterr()[1]
     with pytest.raises(SystemExit):
         main([*train, "--stages", "adversarial"])
-    assert "backbone was 'evilnets:make', now 'smallnets:Small'" in capsys.readouterr().err
+    assert "backbone was 'evilnets:make', now 'smallnets:Small'" in capsys.readouterr()[1]
     assert not (tmp_path / "ran").exists()

@@ -35,19 +35,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> Any:
-    """What it prints, as JSON where that was asked for."""
+    """Return what it prints, parsed under --json."""
     try:
         main(["predict", *map(str, arguments)])
         found = 0
     except SystemExit as exit_:
         found = int(exit_.code or 0)
     printed = capsys.readouterr()
-    assert found == code, printed.err
-    return json.loads(printed.out) if "--json" in arguments else printed.out if code < 2 else printed.err
+    assert found == code, printed[1]
+    return json.loads(printed.out) if "--json" in arguments else printed.out if code < 2 else printed[1]
 
 
 def test_it_says_what_the_network_says(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = ask(capsys, FPD, pictures, "--json", "--top", 2)
+    result = ask(capsys, FPD, pictures, "--json", "--top", 2)
     model = rf.load(FPD)
     assert isinstance(model, rf.FPD)
     images = data.load(DataConfig()).test.floats()[0][:12]
@@ -55,25 +55,25 @@ def test_it_says_what_the_network_says(pictures: Path, capsys: pytest.CaptureFix
     with torch.no_grad():
         logits, restored = model(images[order])
         likely = model.classifier(squash=False)(images[order]).softmax(dim=1)
-    assert [row["index"] for row in told["images"]] == logits.argmax(dim=1).tolist()
-    assert [row["class"] for row in told["images"]] == [str(i) for i in logits.argmax(dim=1).tolist()]
-    assert [row["confidence"] for row in told["images"]] == pytest.approx(likely.amax(dim=1).tolist(), abs=1e-5)
+    assert [row["index"] for row in result["images"]] == logits.argmax(dim=1).tolist()
+    assert [row["class"] for row in result["images"]] == [str(i) for i in logits.argmax(dim=1).tolist()]
+    assert [row["confidence"] for row in result["images"]] == pytest.approx(likely.amax(dim=1).tolist(), abs=1e-5)
     apart = 255 * (restored.clamp(0, 1) - images[order]).flatten(1)
-    assert [row["change_rms"] for row in told["images"]] == pytest.approx(
+    assert [row["change_rms"] for row in result["images"]] == pytest.approx(
         apart.square().mean(1).sqrt().tolist(), rel=1e-4
     )
     assert all(
-        len(row["top"]) == 2 and row["top"][0]["confidence"] >= row["top"][1]["confidence"] for row in told["images"]
+        len(row["top"]) == 2 and row["top"][0]["confidence"] >= row["top"][1]["confidence"] for row in result["images"]
     )
-    assert told["unreadable"] == 0
-    assert told["model"] == FPD
+    assert result["unreadable"] == 0
+    assert result["model"] == FPD
 
 
 def test_restored_images_are_written_and_overwrite_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = ask(capsys, FPD, pictures, "--json", "--restored", tmp_path / "new" / "restored")
-    files = [Path(row["restored"]) for row in told["images"]]
+    result = ask(capsys, FPD, pictures, "--json", "--restored", tmp_path / "new" / "restored")
+    files = [Path(row["restored"]) for row in result["images"]]
     assert len(set(files)) == 12
     assert {f.name for f in files[:1] + files[6:7]} == {"0-restored.png", "0-restored-2.png"}
     images = data.load(DataConfig()).test.floats()[0][:12]
@@ -117,21 +117,21 @@ def test_bad_files_cost_their_own_row_only(
     (tmp_path / "folder").mkdir()
     given = [tmp_path / "cut.png", good[0], tmp_path / "empty.png", tmp_path / "text.png", good[1], tmp_path / "folder",
              good[2], tmp_path / "*.gif"]  # fmt: skip
-    told = ask(capsys, FPD, *given, "--json", code=1)
-    assert [bool(row["error"]) for row in told["images"]] == [True, False, True, True, False, True, False, True]
+    result = ask(capsys, FPD, *given, "--json", code=1)
+    assert [bool(row["error"]) for row in result["images"]] == [True, False, True, True, False, True, False, True]
     alone = ask(capsys, FPD, *good, "--json")
-    assert [r["index"] for r in told["images"] if not r["error"]] == [r["index"] for r in alone["images"]]
-    assert told["unreadable"] == 5
+    assert [r["index"] for r in result["images"] if not r["error"]] == [r["index"] for r in alone["images"]]
+    assert result["unreadable"] == 5
     table = ask(capsys, FPD, *given, code=1)
     assert "5 of 8 could not be read" in table
     assert "not an image" in table
 
 
-def test_a_name_of_any_bytes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_of_any_bytes_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / b"\xff[red].png".decode(errors="surrogateescape")
     Image.new("L", (8, 8)).save(path)
-    told = ask(capsys, FPD, tmp_path, "--json")
-    assert told["images"][0]["image"].endswith("�[red].png")
+    result = ask(capsys, FPD, tmp_path, "--json")
+    assert result["images"][0]["image"].endswith("�[red].png")
     assert "[red].png" in ask(capsys, FPD, tmp_path).replace("\n", "")
 
 
@@ -147,15 +147,15 @@ def test_names_of_classes_come_from_the_run(tmp_path: Path, capsys: pytest.Captu
     assert "their names are unknown" in ask(capsys, saved, tmp_path / "a.png")
 
 
-def test_a_network_that_answers_nan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_logits_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = rf.load(FPD)
     with torch.no_grad():
         model.head.linear.bias.fill_(torch.nan)  # type: ignore[operator]
     model.save(tmp_path / "nan")
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    told = ask(capsys, tmp_path / "nan", tmp_path / "a.png", "--json", "--restored", tmp_path / "r", code=1)
-    assert told["images"][0]["error"] == "the network's logits are NaN"
-    assert told["images"][0]["restored"] is None
+    result = ask(capsys, tmp_path / "nan", tmp_path / "a.png", "--json", "--restored", tmp_path / "r", code=1)
+    assert result["images"][0]["error"] == "the network's logits are NaN"
+    assert result["images"][0]["restored"] is None
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_refusals(arguments: tuple[Any, ...], message: str, capsys: pytest.Captu
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert message in printed.err
+    assert message in printed[1]
 
 
-def test_quiet_says_nothing(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(capsys, FPD, pictures, "--quiet") == ""
     assert ask(capsys, FPD, pictures, "--quiet", "--csv") == ""

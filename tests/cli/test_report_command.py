@@ -27,7 +27,7 @@ def runs(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
-def test_one_run_is_reported_with_its_twin_beside_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_is_reported_with_its_baseline_beside_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(runs / "mine")])
     said = capsys.readouterr().out
     page = runs / "mine" / "report.html"
@@ -41,7 +41,7 @@ def test_one_run_is_reported_with_its_twin_beside_it(runs: Path, capsys: pytest.
     assert "no evaluation" not in said
 
 
-def test_a_twin_that_was_not_evaluated_alike_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_baseline_that_was_not_evaluated_alike_is_left_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "mine-baseline" / "evaluation")
     main(["report", str(runs / "mine")])
     assert "mine-baseline" not in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: 
         (["report", "digits/mini-fpd", "--suite", "quik"], "did you mean 'quick'"),
     ],
 )
-def test_what_cannot_be_reported_is_refused(
+def test_what_cannot_be_reported_is_an_error(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re
@@ -84,5 +84,5 @@ def test_what_cannot_be_reported_is_refused(
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr()[1])
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(["train", "digits/mini", *QUICK, *arguments])
     assert exit_.value.code == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr()[1]
     assert len(error.strip().splitlines()) == 1
     return error
 
@@ -97,7 +97,7 @@ def test_an_interrupted_second_stage_is_resumed_by_the_command_it_shows(
             main([*words, "--out", str(run)])
     assert exit_.value.code == 130
     out = capsys.readouterr().out
-    assert f"1 whole epoch is kept in {run / 'adversarial'}" in out
+    assert f"1 complete epoch is kept in {run / 'adversarial'}" in out
     again = out.strip().splitlines()[-1].split()
     assert again[-1] == "--resume"
     main(again[again.index("train") :])

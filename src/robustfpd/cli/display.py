@@ -33,7 +33,7 @@ def training_display(console: Console, title: str, heading: str | None = None) -
 
     bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), console=console)
     task = bar.add_task(title)
-    details = Text(no_wrap=False, overflow="fold")  # whatever the console's default: nothing may be cut off
+    details = Text(no_wrap=False, overflow="fold")  # nothing is cut off
     shown = 0.0
     begun = headed = False
     with Live(Group(bar, details), console=console, transient=True, auto_refresh=False, redirect_stderr=False) as live:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -115,12 +114,11 @@ def evaluate(
             if group.is_main:
                 _dry_run(output, target, data_config, plan, split, list(others), chosen, batch_size)
             return
-        attacked = _load(target, data_config, plan, split, others, chosen)
-    record, path = _evaluate(
-        output, target.results, _record_name(data_config, plan, split), attacked, suite=plan.suite, eps=plan.eps,
-        norm=plan.norm, num_images=plan.num_images, seed=config.seed if seed is None else seed,
-        every_attack=every_attack, batch_size=batch_size or "auto", search_precision=search_precision,
-    )  # fmt: skip
+        options = _load(target, data_config, plan, split, others, chosen)
+    options |= plan.model_dump(include={"suite", "eps", "norm", "num_images"})
+    options |= {"seed": config.seed if seed is None else seed, "every_attack": every_attack}
+    options |= {"batch_size": batch_size or "auto", "search_precision": search_precision}
+    record, path = _evaluate(output, target.results, _record_name(data_config, plan, split), options)
     _print_record(output, record, plan, path)
     reported = target.path if target.kind == "run" else target.results
     output.print(f"next: {program()} report {shlex.quote(str(reported))}")
@@ -143,23 +141,11 @@ def _surrogates(names: tuple[str, ...], target: Target, plan: EvaluationConfig, 
     return {name: resolve_network(name, trust_code) for name in dict.fromkeys((*names, *known))}
 
 
-@dataclass(frozen=True)
-class _Attacked:
-    """What an evaluation is given."""
-
-    name: str
-    """In the display and in the record."""
-    classifier: nn.Module
-    data: Any
-    surrogates: dict[str, nn.Module]
-    class_names: tuple[str, ...]
-
-
 def _load(
     target: Target, data_config: DataConfig, plan: EvaluationConfig, split: Literal["test", "validation"],
     surrogates: dict[str, Target], device: torch.device,
-) -> _Attacked:  # fmt: skip
-    """Load networks and images."""
+) -> dict[str, Any]:  # fmt: skip
+    """Load networks and images; return arguments of `evaluation.evaluate`."""
     from robustfpd.cli.common import load_images
     from robustfpd.evaluation.inputs import in_space
 
@@ -169,7 +155,10 @@ def _load(
     name += " (in normalised space, as published)" if plan.space == "normalised" else ""
     attacked, data = in_space(classifier, images, plan.space)
     networks = {name: other.classifier().to(device) for name, other in surrogates.items()}
-    return _Attacked(name, attacked.to(device), data, networks, tuple(class_names))
+    return {
+        "classifier": attacked.to(device), "data": data, "model_name": name, "surrogates": networks,
+        "class_names": tuple(class_names),
+    }  # fmt: skip
 
 
 def _dry_run(
@@ -275,9 +264,7 @@ def _record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
     return f"{source}-{plan.suite}-{plan.norm}"
 
 
-def _evaluate(
-    output: Output, folder: Path, name: str, attacked: _Attacked, **options: Any
-) -> tuple[EvaluationRecord, Path]:
+def _evaluate(output: Output, folder: Path, name: str, options: dict[str, Any]) -> tuple[EvaluationRecord, Path]:
     """Resume, read, or run the evaluation; if another one has its name, a number is added."""
     from robustfpd import evaluation
     from robustfpd.cli.display import evaluation_display
@@ -287,18 +274,8 @@ def _evaluate(
         unfinished = evaluation.is_unfinished(path)
         done = path.is_file() and not unfinished
         try:
-            with evaluation_display(output.console, attacked.name) as observer:
-                record = evaluation.evaluate(
-                    attacked.classifier,
-                    attacked.data,
-                    out_dir=folder,
-                    record_name=path.stem,
-                    model_name=attacked.name,
-                    observer=observer,
-                    surrogates=attacked.surrogates,
-                    class_names=attacked.class_names,
-                    **options,
-                )
+            with evaluation_display(output.console, options["model_name"]) as observer:
+                record = evaluation.evaluate(**options, out_dir=folder, record_name=path.stem, observer=observer)
         except evaluation.OtherEvaluation:
             continue
         except KeyboardInterrupt:

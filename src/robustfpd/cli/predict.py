@@ -245,5 +245,5 @@ def _print_table(output: Output, rows: Sequence[Row], restored: Path | None, *, 
 
 
 def _printable(path: Path) -> str:
-    """Return a path as text that can be printed, whatever its bytes are."""
+    """Return a path as text that can be printed, with bytes that are no UTF-8 replaced."""
     return os.fsencode(path).decode(errors="replace")

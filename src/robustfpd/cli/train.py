@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from robustfpd.cli.common import Output
+from robustfpd.cli.common import Output, check_choice
 from robustfpd.distributed import LaunchEnvironment, init_process_group, shared_errors, sigterm_as_interrupt
-from robustfpd.errors import InputError, unknown_name
+from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -53,24 +53,25 @@ def train(
         recipe: name of a recipe (see `robustfpd recipes`) or a YAML file.
         settings: changes to the recipe: training.epochs=3 model.head=spectral, or a network of your own with
             model.backbone=package.module:factory.
-        stages: two-phase, adversarial, or both with a comma; adversarial alone goes on from the two-phase run in the
+        stages: two-phase, adversarial, or both with a comma; adversarial alone starts from the two-phase run in the
             same folder.
         protocol: what the paper means, or published: what the authors' code does, see docs/protocols.md.
         data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
-        download: fetch the data set into --data-root when it is not there.
+        download: download the data set into --data-root if it is not there.
         out: the run's folder; default runs/RECIPE. The adversarial stage goes into its folder adversarial.
         seed: seed of every random draw; default the recipe's.
         baseline: train the baseline instead: no defence, same data, noise and number of optimiser steps.
-        resume: go on after the last whole epoch of an interrupted run.
+        resume: continue after the last complete epoch of an interrupted run.
         device: auto, cpu, cuda or mps.
-        precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device is quick
-            at it, else fp32.
+        precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device supports
+            it in hardware, else fp32.
         dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
         output: text and tables, one JSON object, or nothing.
     """
     from robustfpd import config as configuration
     from robustfpd.cli.common import check_settings, program
     from robustfpd.device import check_device_name, resolve_device
+    from robustfpd.models.import_model import needs_trust
 
     group = init_process_group(device)
     with shared_errors():
@@ -84,11 +85,11 @@ def train(
         names = _stage_names(stages)
         check_settings(run)
         check_device_name(device)
-        planned = plan(run, names, folder, resume or dry_run)  # a dry run writes nothing, so it stands in nobody's way
+        plans = plan_stages(run, names, folder, existing_ok=resume or dry_run)
         output = output.on_rank(group.is_main)
         chosen = resolve_device(device, group.world_size)
     if dry_run:
-        _dry_run(planned, chosen, precision, output)
+        _dry_run(plans, chosen, precision, output)
         return
     options = {
         "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
@@ -97,96 +98,94 @@ def train(
     flags = [word for word, on in (("--baseline", baseline), ("--download", download)) if on]
     command = [program(), "train", recipe, *settings, *_words(options), *flags]
     results = []
-    for stage in planned:
+    for stage in plans:
         title = f"training {recipe}{' (baseline)' if baseline else ''}, stage {stage.run.stage}, into {stage.folder}"
         result = _train(stage, resume, str(chosen), precision, output, command, title)
         output.print(_ending(result, stage.run))
-        results.append(_found(stage, result))
-    output.print(f"next: {_evaluating(planned[-1])}")
+        results.append(_summary(stage, result))
+    trusting = " --trust-code" if needs_trust(run.model.backbone) else ""
+    output.print(f"next: {program()} evaluate {shlex.quote(str(plans[-1].folder))}{trusting}")
     output.print_result({"recipe": recipe, "seed": run.seed, "stages": results})
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its settings, where it goes, and the checkpoint it begins with."""
+    """One stage: its settings, its folder, and the run whose best checkpoint it starts from."""
 
     run: RunConfig
     folder: Path
     start: Path | None
 
 
-def _evaluating(stage: StagePlan) -> str:
-    """The command that attacks what was trained."""
-    from robustfpd.cli.common import program
-    from robustfpd.models.import_model import needs_trust
-
-    trusting = " --trust-code" if needs_trust(stage.run.model.backbone) else ""
-    return f"{program()} evaluate {shlex.quote(str(stage.folder))}{trusting}"
-
-
 def _stage_names(text: str) -> list[StageName]:
     from robustfpd.config import STAGES
 
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    for name in asked:
-        if name not in STAGES:
-            raise unknown_name("stage", name, STAGES)
-    if not asked or asked != sorted(set(asked), key=STAGES.index):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        check_choice("stage", name, STAGES)
+    if not names or names != sorted(set(names), key=STAGES.index):
         raise InputError(f"--stages takes two-phase, adversarial or two-phase,adversarial, found {text!r}")
-    return asked  # type: ignore[return-value]
+    return names  # type: ignore[return-value]
 
 
-def plan(run: RunConfig, stages: list[StageName], folder: Path, resume: bool) -> list[StagePlan]:
-    """The stages with their folders; the adversarial one begins with what lies, or will lie, in the folder above."""
+def plan_stages(run: RunConfig, stages: list[StageName], folder: Path, *, existing_ok: bool) -> list[StagePlan]:
+    """Return the stages with their folders; the adversarial one starts from the run in `folder`.
+
+    Args:
+        run: the settings.
+        stages: names, in order.
+        folder: of the two-phase run; the adversarial one is its folder `adversarial`.
+        existing_ok: the folders may hold runs.
+    """
     from robustfpd.io import readable_folder
 
-    planned = []
+    plans = []
     for name in stages:
         stage_run = run.model_copy(update={"stage": name})
         if name == "two-phase":
-            planned.append(StagePlan(stage_run, folder, None))
+            plans.append(StagePlan(stage_run, folder, None))
             continue
-        begins = folder if run.adversarial.start == "best" else None
+        start = folder if run.adversarial.start == "best" else None
         best = readable_folder(folder / "checkpoints" / "best")
-        if begins is not None and "two-phase" not in stages and not best.is_dir():
+        if start is not None and "two-phase" not in stages and not best.is_dir():
             raise InputError(
                 f"the adversarial stage begins with the two-phase run in {folder}, which holds no checkpoint; "
                 "train both with --stages two-phase,adversarial"
             )
-        planned.append(StagePlan(stage_run, folder / "adversarial", begins))
-    for stage in () if resume else planned:  # the second stage's folder too, before the first one is trained
+        plans.append(StagePlan(stage_run, folder / "adversarial", start))
+    for stage in () if existing_ok else plans:  # the second stage's folder too, before the first one is trained
         if (stage.folder / "config.yaml").is_file():
             raise InputError(
                 f"{stage.folder} holds a run; continue it with --resume, or choose another folder with --out"
             )
-    return planned
+    return plans
 
 
 def _train(
     stage: StagePlan, resume: bool, device: str, precision: Precision, output: Output, command: list[str], title: str
 ) -> TrainResult:
-    """Train one stage; on Ctrl-C or SIGTERM say what is kept and how to go on, and leave with 130."""
+    """Train one stage; on Ctrl-C or SIGTERM print what is kept and how to resume, and exit with 130."""
     from robustfpd import training
     from robustfpd.cli.display import training_display
 
     folder = training.RunFolder(stage.folder)
-    go_on = resume and (folder.started or stage.run.stage == "two-phase")
+    resuming = resume and (folder.started or stage.run.stage == "two-phase")
     try:
         with sigterm_as_interrupt(), training_display(output.console, stage.run.data.dataset, title) as observer:
             return training.train(
-                stage.run, stage.folder, start=stage.start, resume=go_on, device=device, precision=precision,
+                stage.run, stage.folder, start=stage.start, resume=resuming, device=device, precision=precision,
                 observer=observer,
             )  # fmt: skip
     except KeyboardInterrupt:
-        whole = folder.training_state()
-        epochs = len(whole["history"]) if whole else 0
-        begun = folder.started or resume or stage.run.stage == "adversarial"
-        again = shlex.join([*command, *(["--resume"] if begun else [])])
-        count = "1 whole epoch is" if epochs == 1 else f"{epochs} whole epochs are"
-        kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was whole yet"
+        state = folder.training_state()
+        epochs = len(state["history"]) if state else 0
+        started = folder.started or resume or stage.run.stage == "adversarial"
+        again = shlex.join([*command, *(["--resume"] if started else [])])
+        count = "1 complete epoch is" if epochs == 1 else f"{epochs} complete epochs are"
+        kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was complete yet"
         launcher = LaunchEnvironment.read().launcher
         under = "" if launcher == "none" else f", under {launcher} as before"
-        output.print(f"\ninterrupted; {kept}. Go on with{under}:\n  {again}")
+        output.print(f"\ninterrupted; {kept}. Resume with{under}:\n  {again}")
         raise SystemExit(130) from None
 
 
@@ -231,7 +230,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
 
 
 def _stage_lines(stage: StagePlan) -> list[str]:
-    """The settings of a stage that decide what it does and how long it takes."""
+    """Return the settings that decide what a stage does and how long it takes."""
     procedure, settings = stage.run.procedure, stage.run.adversarial
     optimizer = f"{procedure.optimizer.name} {procedure.optimizer.lr:g}, {procedure.schedule.name}"
     lines = [f"  epochs    {procedure.epochs} of batches of {procedure.batch_size}, {optimizer}"]
@@ -325,7 +324,7 @@ def _training_batch(
 
 
 def _ending(result: TrainResult, run: RunConfig) -> str:
-    """One line on how a stage ended."""
+    """Return one line on how a stage ended."""
     best = result.history[result.best_epoch]
     why = "stopped early" if result.stopped_early else "all epochs done"
     robust = best.validation_robust_accuracy
@@ -335,8 +334,8 @@ def _ending(result: TrainResult, run: RunConfig) -> str:
     )
 
 
-def _found(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
-    """What came of a stage, for machines; epochs are counted from 1, accuracies are fractions."""
+def _summary(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
+    """Return a stage of the JSON result; epochs are counted from 1, accuracies are fractions."""
     best = result.history[result.best_epoch]
     return {
         "stage": stage.run.stage, "folder": str(stage.folder), "epochs": len(result.history),
@@ -347,12 +346,12 @@ def _found(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
 
 
 def recipe_slug(recipe: str) -> str:
-    """A recipe's name as part of a folder's name."""
+    """Return a recipe's name as part of a folder's name."""
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
 
 
 def _words(options: dict[str, Any]) -> list[str]:
-    """Flags and values as words; what is not given, or the default, is left out."""
+    """Return flags and values as words, without those that are not given or are the default."""
     defaults = {"--stages": "two-phase", "--protocol": "corrected", "--precision": "auto"}
     return [
         word
