@@ -1,6 +1,6 @@
 """Backbones, the Feature Pyramid Decoder, its head, and models on disk.
 
-Names are imported when they are first used: what only asks which networks there are (`shipped`) needs no torch.
+Names are imported on first use, so that `zoo` and `checkpoint` work without importing torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FPD", "Baseline", "FPDClassifier", "FPDOutput", "build", "enhance", "load", "load_published"]
 
-_WHERE = {
+_MODULES = {
     "build": "factory", "enhance": "factory", "load": "factory", "FPD": "fpd", "FPDClassifier": "fpd",
     "FPDOutput": "fpd", "Baseline": "fpd", "load_published": "author_checkpoints",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         if not name.startswith("_") and find_spec(f"robustfpd.models.{name}") is not None:
             return import_module(f"robustfpd.models.{name}")
         raise AttributeError(f"module 'robustfpd.models' has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f"robustfpd.models.{_WHERE[name]}"), name)
+    globals()[name] = value = getattr(import_module(f"robustfpd.models.{_MODULES[name]}"), name)
     return value
 
 

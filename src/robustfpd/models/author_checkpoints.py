@@ -1,6 +1,6 @@
-"""The authors' checkpoints as ours: FPDs on ResNet and ResNeXt, and the plain networks that attack them.
+"""The authors' checkpoints: FPDs on ResNet and ResNeXt, and the plain networks that attack them (Li et al., CVPR 2020).
 
-Li et al., CVPR 2020. Names and shapes in the file say what network it is; nothing in it is executed.
+Names and shapes of the tensors determine the architecture. No code in the file is run.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from robustfpd.models.factory import assemble
 from robustfpd.models.fpd import FPD, Baseline
 
 NARROWEST_PYRAMID = 64
-"""Channels. Our decoder's later layers are never wider than its pyramid, the authors' next one has 64 always."""
+"""Channels. The layer after the authors' pyramid always has 64; ours is never wider than the pyramid."""
 SMALLEST_SIDE = 8
-"""Pixels. Under it the maps' sizes no longer tell the decoder how often to double."""
+"""Pixels. For smaller images the sizes of the maps do not determine the decoder's layers."""
 
 
 @dataclass(frozen=True)
 class AuthorCheckpoint:
-    """A model read from one of the authors' files, and what the file tells beside it."""
+    """A model read from one of the authors' files."""
 
     model: FPD | Baseline
     architecture: str
-    """For people: `ResNet-101`, `ResNeXt-50 32×4d`."""
+    """For display: `ResNet-101`, `ResNeXt-50 32×4d`."""
     blocks: tuple[int, ...]
-    """Bottleneck blocks in each of the four stages."""
+    """Number of bottleneck blocks of each of the four stages."""
     epoch: int | None
-    """Epoch at which the file was written, counted as the authors' code did; None when it does not say."""
+    """Epoch at which the file was written, as the authors' code counts; None when the file has none."""
 
 
 @dataclass(frozen=True)
 class _Family:
-    """One kind of published network and how its weights are called."""
+    """One kind of published network and the authors' names of its weights."""
 
     name: str
-    """Shown to people, with the depth in it."""
+    """For display, with a place for the depth."""
     backbone: str
     """Prefix of `ModelConfig.backbone`; block counts follow."""
     stages: tuple[str, ...]
     stem: str
     """The first convolution."""
     last: str
-    """A block's third convolution, which basic blocks do not have."""
+    """A block's third convolution, which basic blocks lack."""
     fc: str
     unstrided_kernel: int
     renamed: tuple[tuple[str, str], ...]
-    """Our names → theirs; patterns and replacements, applied in turn."""
+    """Our names → theirs: patterns and replacements, applied in turn."""
 
 
 _DECODER = (
@@ -102,16 +102,15 @@ def load_published(
     """Load one of the authors' checkpoints, in evaluation mode, in float32 on the CPU.
 
     Args:
-        path: `bestmodel_params.pkl` or one of its siblings; a bare state_dict that torch.save wrote will do.
-        image_size: pixels a side, or (height, width), that `model.task` states; any size goes through the network.
-            The file does not tell: None takes 64 for 10 classes and 224 for others, as published.
-        mean: what the authors subtracted from each channel, and
-        std: divided by, before the network saw an image; the file does not tell. The model then does it itself and
-            takes images in [0, 1]. CALTECH: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). None: as the file's
-            network takes them.
+        path: `bestmodel_params.pkl` or one of its siblings; a bare state_dict written by torch.save works too.
+        image_size: pixels per side, or (height, width), for `model.task`; the network takes any size. The file does
+            not contain it: None means 64 for 10 classes and 224 for others, as published.
+        mean: mean of each channel that the authors subtracted from the images; not in the file. The model then
+            normalises inside and takes images in [0, 1]. CALTECH: (0.485, 0.456, 0.406). None: no normalisation.
+        std: standard deviation that they divided by, likewise. CALTECH: (0.229, 0.224, 0.225).
 
     Returns:
-        The FPD, or a `Baseline` network for the surrogates of the black-box attacks.
+        The FPD, or a `Baseline` for the surrogates of the black-box attacks.
 
     Raises:
         InputError: the file is missing, damaged, no such network, or refers to code (which is not run).
@@ -125,19 +124,18 @@ def read_author_checkpoint(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> AuthorCheckpoint:
-    """Load a checkpoint as `load_published` does, and tell what was found in it."""
+    """Load a checkpoint as `load_published` does, and return its architecture and epoch too."""
     path = Path(path)
     weights, epoch = _weights(_unpickled(path), path)
     family = _family(weights, path)
     blocks = tuple(_blocks(weights, stage, path) for stage in family.stages)
-    _check_bottleneck(weights, family, path)
     task, config = _settings(weights, family, blocks, image_size, path)
     if mean is not None or std is not None:  # the published restoration and middle denoising see normalised images
         config = config.model_copy(update={"mean": mean, "std": std, "normalise": "once"})
     try:
-        with torch.device("meta"):  # shapes are compared before there is memory or random weights for them
+        with torch.device("meta"):  # shapes are compared before memory and random weights are spent
             model = assemble(task, config)
-    except RuntimeError as error:  # sizes beyond any computer's
+    except RuntimeError as error:  # sizes beyond memory
         raise InputError(f"{path} describes a network that cannot be built: {first_line(error)}") from None
     theirs = {name: _their_name(name, family) for name in model.state_dict() if name not in ("mean", "std")}
     architecture = family.name.format(3 * sum(blocks) + 2)
@@ -151,18 +149,18 @@ def read_author_checkpoint(
 
 
 def _unpickled(path: Path) -> Any:
-    """What torch.save wrote, read by an unpickler that knows tensors and containers and calls nothing else."""
+    """Read a file of torch.save by an unpickler that knows tensors and containers only and calls nothing else."""
     if not path.exists():
         raise MissingDataError(f"no file {path} (looked in {path.resolve().parent}); give a checkpoint of the authors")
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the checkpoint itself, as in {path / 'bestmodel_params.pkl'}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats; what matters of them is said below
+            warnings.simplefilter("ignore")  # about formats; relevant errors follow
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise InputError(f"{path} cannot be read: permission denied; ask its owner, or copy it") from None
-    except Exception as error:  # a damaged pickle raises anything; torch's own words advise to run the code in it
+    except Exception as error:  # damaged pickles raise anything; torch's messages suggest running the code
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise InputError(
@@ -175,7 +173,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """The state_dict with names freed of DataParallel's prefix, and the epoch."""
+    """Return the state_dict, names without DataParallel's prefix, and the epoch."""
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dict with a state_dict, found {type(content).__name__}")
     state = content.get("state_dict", content)
@@ -194,42 +192,37 @@ def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], int | None]:
 
 def _family(weights: Mapping[str, Tensor], path: Path) -> _Family:
     for family in (_RESNET, _RESNEXT):
-        if any(key.startswith(f"{family.stages[0]}.") for key in weights):
-            return family
-    found = ", ".join(_shortened(key) for key in list(weights)[:3]) or "nothing"
+        if not any(key.startswith(f"{family.stages[0]}.") for key in weights):
+            continue
+        if not any(key.endswith(f".{family.last}") for key in weights):
+            raise InputError(
+                f"{path} has basic blocks ({family.stages[0]}.0.{family.last} is not there); "
+                "only networks of bottleneck blocks were published, such as ResNet-50 and ResNet-101"
+            )
+        return family
+    names = ", ".join(_shortened(key) for key in list(weights)[:3]) or "nothing"
     raise InputError(
         f"{path} holds no published network: expected names such as layer1.0.{_RESNET.last} (ResNet) or "
-        f"conv2.0.{_RESNEXT.last} (ResNeXt), found {found}"
+        f"conv2.0.{_RESNEXT.last} (ResNeXt), found {names}"
     )
 
 
 def _blocks(weights: Mapping[str, Tensor], stage: str, path: Path) -> int:
-    """How many blocks a stage has."""
+    """Return the number of blocks of a stage."""
     pattern = re.compile(rf"{stage}\.(0|[1-9]\d{{0,2}})\.", re.ASCII)
-    found = {int(match[1]) for key in weights if (match := pattern.match(key))}
-    missing = next(i for i in range(len(found) + 1) if i not in found)
-    if not found or missing < len(found):
-        rest = f"found blocks {sorted(found)[:8]}" if found else "found none of its blocks"
+    blocks = {int(match[1]) for key in weights if (match := pattern.match(key))}
+    missing = next(i for i in range(len(blocks) + 1) if i not in blocks)
+    if not blocks or missing < len(blocks):
+        rest = f"found blocks {sorted(blocks)[:8]}" if blocks else "found none of its blocks"
         raise InputError(f"{path} lacks {stage}.{missing}: {rest}; give the authors' whole file")
-    return len(found)
-
-
-def _check_bottleneck(weights: Mapping[str, Tensor], family: _Family, path: Path) -> None:
-    if not any(key.endswith(f".{family.last}") for key in weights):
-        raise InputError(
-            f"{path} has basic blocks ({family.stages[0]}.0.{family.last} is not there); "
-            "only networks of bottleneck blocks were published, such as ResNet-50 and ResNet-101"
-        )
+    return len(blocks)
 
 
 def _settings(
-    weights: Mapping[str, Tensor],
-    family: _Family,
-    blocks: tuple[int, ...],
-    image_size: int | tuple[int, int] | None,
-    path: Path,
-) -> tuple[TaskConfig, ModelConfig]:
-    """What to build. A file with any of the decoder but the surrogates' unused `toplayer` is meant to be an FPD."""
+    weights: Mapping[str, Tensor], family: _Family, blocks: tuple[int, ...],
+    image_size: int | tuple[int, int] | None, path: Path,
+) -> tuple[TaskConfig, ModelConfig]:  # fmt: skip
+    """Return what to build: an FPD where the file has decoder weights besides the surrogates' unused `toplayer`."""
     defended = any(key.startswith(("latlayer", "smooth", "trans_conv")) for key in weights)
     classes = _shape(weights, f"{family.fc}.weight", "K×C", path)[0]
     size = (64 if classes == 10 else 224) if image_size is None else image_size
@@ -256,7 +249,7 @@ def _settings(
 
 
 def _shape(weights: Mapping[str, Tensor], key: str, expected: str, path: Path) -> torch.Size:
-    """The shape of a tensor that must be there, with as many axes as `expected` shows."""
+    """Return the shape of a required tensor, which must have as many axes as `expected`."""
     if key not in weights:
         raise InputError(f"{path} lacks {key}; give the authors' whole file")
     shape = weights[key].shape
@@ -266,14 +259,14 @@ def _shape(weights: Mapping[str, Tensor], key: str, expected: str, path: Path) -
 
 
 def _their_name(name: str, family: _Family) -> str:
-    """What the authors call our parameter."""
+    """Return the authors' name of our parameter."""
     for pattern, replacement in family.renamed:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _check_names(weights: Mapping[str, Tensor], expected: set[str], config: ModelConfig, subject: str) -> None:
-    """Every parameter must be in the file and nothing else; batch norm's counters came with torch 0.4.1."""
+    """Require exactly the model's parameters in the file; batch norm counters, new in torch 0.4.1, may be missing."""
     kind = "without a decoder" if config.defence == "none" else "with a Feature Pyramid Decoder"
     unused = {"toplayer.weight", "toplayer.bias"} if config.defence == "none" else set()
     missing = sorted(key for key in expected - weights.keys() if not key.endswith("num_batches_tracked"))
@@ -286,7 +279,7 @@ def _check_names(weights: Mapping[str, Tensor], expected: set[str], config: Mode
 
 
 def _converted(weights: Mapping[str, Tensor], key: str, like: Tensor, path: Path) -> Tensor:
-    """A tensor of the file as float32 (counters as int64), with memory of its own."""
+    """Return a copy of a tensor of the file as float32 (counters as int64)."""
     if key not in weights:
         return torch.zeros(like.shape, dtype=like.dtype)
     value = weights[key]
@@ -295,16 +288,16 @@ def _converted(weights: Mapping[str, Tensor], key: str, like: Tensor, path: Path
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     if not plain or value.is_floating_point() != like.is_floating_point() or value.is_complex():
         kind = f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}, {value.layout}"
-        raise InputError(f"{key} in {path} must be a dense tensor of {like.dtype} or its like, found {kind}")
+        raise InputError(f"{key} in {path} must be a dense tensor of {like.dtype} or similar, found {kind}")
     converted = value.detach().to(like.dtype).clone(memory_format=torch.contiguous_format)
     if not bool(converted.isfinite().all()):
-        raise InputError(f"{key} in {path} holds NaN or infinite values: a training that diverged, or a damaged file")
+        raise InputError(f"{key} in {path} holds NaN or infinite values: training diverged, or the file is damaged")
     if key.endswith("running_var") and float(converted.min()) < 0:
-        raise InputError(f"{key} in {path} must be variances of 0 and more, found {float(converted.min()):.3g}")
+        raise InputError(f"{key} in {path} must be variances of at least 0, found {float(converted.min()):.3g}")
     return converted
 
 
 def _shortened(key: object) -> str:
-    """A name from the file, fit for one line."""
+    """Return a name from the file, shortened to fit in a message."""
     text = ascii(key)[1:-1] if isinstance(key, str) else ascii(key)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,6 @@
-"""A network as one file that runs without robustfpd: ONNX, or a program of torch.export.
+"""Export a network to one file that runs without robustfpd: ONNX, or a program of torch.export.
 
-What was written is read again and compared with the network before it is put in its place.
+The written file is read again and compared with the network before it replaces an older one.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 """Packages that ONNX needs."""
 TOLERANCE = 1e-4
-"""Largest difference to the network, of the largest number it gives, which counts as 1 where it is smaller."""
-BATCHES = (1, 2, 5)
-"""Sizes of the batches that are compared."""
-_ONNX_BYTES = 2**31
-"""What one ONNX file may hold."""
+"""Largest allowed difference between file and network, relative to the largest output and at least to 1."""
+BATCH_SIZES = (1, 2, 5)
+"""Sizes of the compared batches."""
+ONNX_BYTES = 2**31
+"""Largest size of one ONNX file."""
 
 Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that gives what the network gives."""
+    """An exported file."""
 
     path: Path
     outputs: tuple[str, ...]
-    """`logits`, and `restored` where it was asked for."""
+    """`logits`, and `restored` on request."""
     image_size: tuple[int, int]
     """Height and width of its images; the batch may have any size."""
     difference: float
-    """The largest seen, absolute."""
+    """Largest absolute difference between the outputs of file and network."""
     compared: int
-    """Images that were compared."""
+    """Number of images that were compared."""
     facts: dict[str, str]
-    """What the file says about itself."""
+    """The file's metadata."""
 
 
 def export(
@@ -75,16 +75,16 @@ def export(
     """Write a network to one file: `images` N×C×H×W float32 in [0, 1] → `logits` N×K, for any N.
 
     Args:
-        model: an FPD or its baseline; it is left as it is. Evaluation mode is exported, with the head's squashing.
-        path: where to; a file that is there is replaced once the new one is verified.
+        model: an FPD or its baseline, which does not change. Evaluation mode is exported, with the head's squashing.
+        path: file to write; an existing one is replaced once the new one is verified.
         format: `onnx`, or `torch`: a program of torch.export, which `torch.export.load(path).module()` runs.
-        restored: give the restored images, N×C×H×W, as a second output.
-        image_size: height and width; None takes those the network was made for.
-        class_names: K names for the file's description.
+        restored: return the restored images, N×C×H×W, as a second output.
+        image_size: height and width; None takes those of `model.task`.
+        class_names: K names for the file's metadata.
 
     Raises:
-        InputError: a missing package, images that the network does not take, a decoder that is not there, or a file
-            that does not give what the network gives; then nothing is written.
+        InputError: a missing package, images that the network does not take, `restored` without a decoder, or a file
+            whose outputs differ from the network's; then nothing is written.
     """
     path, size = Path(path), image_size or model.task.image_size
     if format not in SUFFIXES:
@@ -94,20 +94,20 @@ def export(
         raise InputError("a plain network restores nothing; export it without restored")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file to export to")
-    home = next(place for place in path.absolute().parents if place.exists())
+    home = next(parent for parent in path.absolute().parents if parent.exists())
     if not home.is_dir():
         raise InputError(f"{home} is a file, so there can be no {path}; give a file in a folder")
     module = _Exportable(_plain_copy(model), restored)
-    # Not the copy that is exported: what went wrong in making it would be in both.
+    # Another copy than the exported one, whose errors would be in both.
     reference = _Exportable(copy.deepcopy(model).cpu().eval(), restored)
     outputs = ("logits", "restored") if restored else ("logits",)
     facts = _facts(model, size, class_names, outputs)
-    with _quietly():
+    with _exporters_silenced():
         program = _traced(module, size)
-    # A folder of its own, so that two exports do not meet; on the file system of the target, so that it can be renamed.
+    # A folder of its own keeps concurrent exports apart; on the target's file system the file can be renamed.
     with tempfile.TemporaryDirectory(prefix=".robustfpd-", dir=home) as folder:
         partial = Path(folder) / path.name
-        with _quietly():
+        with _exporters_silenced():
             if format == "onnx":
                 _write_onnx(program, partial, outputs, facts)
                 run = _onnx_runner(partial)
@@ -121,14 +121,14 @@ def export(
 
 
 def check_packages(format: Format) -> None:
-    """Raise an InputError that names the command which installs what is missing."""
+    """Raise an InputError with the command that installs the packages that a format lacks."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None] if format == "onnx" else []
     if missing:
         raise InputError(f"exporting to ONNX needs {', '.join(missing)}; install with: pip install 'robustfpd[export]'")
 
 
 class _Exportable(nn.Module):
-    """A network that returns a plain tuple of its outputs."""
+    """A network with a plain tuple of outputs: (logits,) or (logits, restored)."""
 
     def __init__(self, model: FPD | Baseline, restored: bool) -> None:
         super().__init__()
@@ -136,7 +136,6 @@ class _Exportable(nn.Module):
         self.restored = restored
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Classify images: (logits,) or (logits, restored)."""
         out = self.model(images)
         if isinstance(out, Tensor):
             return (out,)
@@ -144,49 +143,50 @@ class _Exportable(nn.Module):
 
 
 def _plain_copy(model: FPD | Baseline) -> FPD | Baseline:
-    """A copy on the CPU, in evaluation mode, its constrained weights computed once and for all."""
-    found = copy.deepcopy(model).cpu().eval()
-    for module in list(found.modules()):
+    """Copy to the CPU, in evaluation mode, with constrained weights as plain parameters."""
+    plain = copy.deepcopy(model).cpu().eval()
+    for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
-            kind = type(module)  # has the constrained weights as properties, and the original is of it: take another
+            kind = type(module)  # the original shares this class, which removing a parametrization changes: copy it
             module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return found
+    return plain
 
 
 def _facts(
     model: FPD | Baseline, size: tuple[int, int], names: Sequence[str], outputs: Sequence[str]
 ) -> dict[str, str]:
-    """What the file says about itself, all in words."""
+    """Return the file's metadata."""
     shape = f"N×{model.task.in_channels}×{size[0]}×{size[1]}"
     colours = {1: ", grey", 3: ", RGB"}.get(model.task.in_channels, "")
+    squashed = ", squashed by tanh into (-1, 1)" if model.head.squashes else ""
     facts = {
         "robustfpd": version("robustfpd"),
         "images": f"{shape} float32 in [0, 1]{colours}; mean and std are applied inside",
-        "logits": f"N×{model.task.num_classes}"
-        + (", squashed by tanh into (-1, 1)" if getattr(model.head, "squashes", False) else ""),
-        "weights_sha256": weights_sha256(model.classifier()) or "",  # as evaluation records tell it
+        "logits": f"N×{model.task.num_classes}{squashed}",
+        "weights_sha256": weights_sha256(model.classifier()) or "",  # as in evaluation records
         "class_names": json.dumps(list(names), ensure_ascii=False),
     }
     if "restored" in outputs:
-        facts["restored"] = f"{shape}, near [0, 1] and not cut to it"
+        facts["restored"] = f"{shape}, near [0, 1], not clamped"
     return facts
 
 
 def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
-    """The network's operations, for any number of images.
+    """Return the network's operations, for any number of images.
 
-    Not strict, which runs the network's Python: the backbone's hooks collect maps outside what strict tracing sees.
+    Non-strict export runs the network's Python: the backbone's hooks collect maps in objects that strict tracing does
+    not see.
     """
     images = torch.rand(2, module.model.task.in_channels, *size)
     batch = torch.export.Dim("batch", min=1)
     traced: nn.Module = module
     try:
         with torch.no_grad():
-            module(images)  # what the network itself refuses is told in its own words
+            module(images)  # raises the network's own errors first
             if module.model.backbone.leaves_early:
-                # Leaving by an exception confuses the exporter about which module it is in; make_fx does not ask.
+                # The exporter loses track of modules that end by an exception; make_fx does not follow modules.
                 tracer = make_fx(
                     lambda x: module(x), tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
                 )
@@ -194,7 +194,7 @@ def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
             return torch.export.export(traced, (images,), dynamic_shapes=({0: batch},), strict=False)
     except InputError:
         raise
-    except Exception as error:  # the user's own backbone may do what cannot be traced
+    except Exception as error:  # code of the user's own backbone that cannot be traced
         raise InputError(
             f"the network cannot be exported: {type(error).__name__}: {first_line(error)}; its code must not decide by "
             "the values or the number of the images"
@@ -204,36 +204,23 @@ def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
 def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], facts: dict[str, str]) -> None:
     import onnx
 
-    # The converter knows attention between heads only, so it is taken apart.
-    taken_apart = program.run_decompositions({torch.ops.aten.scaled_dot_product_attention.default: _attention})
     try:
-        made = torch.onnx.export(
-            taken_apart, dynamo=True, input_names=["images"], output_names=list(outputs), verbose=False
+        converted = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=list(outputs), verbose=False
         )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"the network cannot be converted to ONNX: {first_line(error.__cause__ or error)}") from error  # type: ignore[arg-type]
-    assert made is not None
-    proto = made.model_proto
-    if proto.ByteSize() >= _ONNX_BYTES:
+    assert converted is not None
+    proto = converted.model_proto
+    if proto.ByteSize() >= ONNX_BYTES:
         raise InputError("one ONNX file holds at most 2 GB; export with format torch")
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
         value.doc_string = facts[value.name]
-    del proto.graph.value_info[:]  # shapes in between name the batch otherwise; runtimes infer them
+    del proto.graph.value_info[:]  # inner shapes name the batch otherwise; runtimes infer them
     onnx.helper.set_model_props(proto, facts)
     onnx.checker.check_model(proto)
     path.write_bytes(proto.SerializeToString())
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """Scaled dot-product attention in matrix products, as the denoising layers call it."""
-    if mask is not None or dropout or causal or enable_gqa:
-        raise InputError("attention with a mask, dropout or grouped heads cannot be exported to ONNX")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1) @ value
 
 
 def _onnx_runner(path: Path) -> Runner:
@@ -242,7 +229,7 @@ def _onnx_runner(path: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
 
 
 def _write_program(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
@@ -259,41 +246,41 @@ def _program_runner(path: Path) -> Runner:
 
 @torch.no_grad()
 def _compare(module: _Exportable, run: Runner, size: tuple[int, int]) -> tuple[float, int]:
-    """The largest difference between file and network, and how many images were looked at.
+    """Return the largest difference between file and network, and the number of compared images.
 
     Raises:
         InputError: the difference is too large.
     """
     largest, compared = 0.0, 0
-    for images in _pictures(module.model.task.in_channels, size):
+    for images in _test_images(module.model.task.in_channels, size):
         for expected, found in zip(module(images), run(images), strict=True):
             if found.shape != expected.shape:
                 raise InputError(f"the exported file gives {tuple(found.shape)}, the network {tuple(expected.shape)}")
-            apart = float((found - expected).abs().max())
+            difference = float((found - expected).abs().max())
             allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-            if not apart <= allowed:  # NaN is not
+            if not difference <= allowed:  # NaN is not
                 raise InputError(
-                    f"the exported file differs from the network by {apart:.3g} for {len(images)} images, "
+                    f"the exported file differs from the network by {difference:.3g} for {len(images)} images, "
                     f"{allowed:.3g} is allowed; nothing was written"
                 )
-            largest = max(largest, apart)
+            largest = max(largest, difference)
         compared += len(images)
     return largest, compared
 
 
-def _pictures(channels: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Batches of noise and of smooth pictures, which look more like photographs, then black and white ones."""
-    draws = generator(0, "export")
-    for count in BATCHES:
-        yield torch.rand(count, channels, *size, generator=draws)
-        coarse = torch.rand(count, channels, 4, 4, generator=draws)
+def _test_images(channels: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield batches of noise, of smooth images, which resemble photographs, and of a black and a white image."""
+    rng = generator(0, "export")
+    for count in BATCH_SIZES:
+        yield torch.rand(count, channels, *size, generator=rng)
+        coarse = torch.rand(count, channels, 4, 4, generator=rng)
         yield F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
     yield torch.cat([torch.zeros(1, channels, *size), torch.ones(1, channels, *size)])
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what the exporters say about themselves from the user."""
+def _exporters_silenced() -> Iterator[None]:
+    """Suppress warnings and log messages of the exporters."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

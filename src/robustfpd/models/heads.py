@@ -6,8 +6,6 @@ equality.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,15 +14,21 @@ from robustfpd.config import Head
 from robustfpd.errors import unknown_name
 
 
-class ClassificationLayer(nn.Module, ABC):
-    """Features h, N×C → logits N×K, with a known Lipschitz constant in L2."""
+class ClassificationLayer(nn.Module):
+    """Features h, N×C → logits N×K, with a known Lipschitz constant in L2.
+
+    Args:
+        linear: `W h + b` with C inputs and K outputs.
+        bound: Lipschitz constant that the layer enforces; None where it enforces none.
+    """
 
     squashes = False
     """Whether `forward` applies a squashing function, which hides gradients where it saturates."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, bound: float | None = None) -> None:
         super().__init__()
         self.linear = linear
+        self.bound = bound
 
     def pre_squash(self, features: Tensor) -> Tensor:
         """Return the logits N×K before squashing, which adaptive attacks differentiate."""
@@ -35,9 +39,10 @@ class ClassificationLayer(nn.Module, ABC):
         """Return the logits N×K of features N×C."""
         return self.pre_squash(features)
 
-    @abstractmethod
     def lipschitz(self) -> float:
-        """Return an upper bound of |f(a) - f(b)|₂ / |a - b|₂ over all features a, b."""
+        """Return an upper bound of |f(a) - f(b)|₂ / |a - b|₂: the enforced one, else the present spectral norm of W."""
+        assert isinstance(self.linear.weight, Tensor)
+        return float(spectral_norm(self.linear.weight.detach())) if self.bound is None else self.bound
 
 
 class Linear(ClassificationLayer):
@@ -45,11 +50,6 @@ class Linear(ClassificationLayer):
 
     def __init__(self, channels: int, num_classes: int, bound: float) -> None:
         super().__init__(nn.Linear(channels, num_classes))
-
-    def lipschitz(self) -> float:
-        """Return the present spectral norm of W."""
-        assert isinstance(self.linear.weight, Tensor)
-        return float(spectral_norm(self.linear.weight.detach()))
 
 
 class Tanh(Linear):
@@ -68,32 +68,24 @@ class Spectral(ClassificationLayer):
     def __init__(self, channels: int, num_classes: int, bound: float) -> None:
         linear = nn.Linear(channels, num_classes)
         parametrize.register_parametrization(linear, "weight", _AtMost(bound))
-        super().__init__(linear)
-        self.bound = bound
-
-    def lipschitz(self) -> float:
-        """Return the bound."""
-        return self.bound
+        super().__init__(linear, bound)
 
 
 class Orthogonal(ClassificationLayer):
     """`bound · Q h + b` with orthonormal rows (or columns) in Q: every singular value is `bound`."""
 
+    bound: float
+
     def __init__(self, channels: int, num_classes: int, bound: float) -> None:
         linear = nn.Linear(channels, num_classes, bias=False)
         parametrize.register_parametrization(linear, "weight", _Orthonormal())
-        super().__init__(linear)
+        super().__init__(linear, bound)
         self.bias = nn.Parameter(torch.zeros(num_classes))
-        self.bound = bound
 
     def pre_squash(self, features: Tensor) -> Tensor:
         """Return the logits N×K of features N×C."""
         out: Tensor = self.bound * self.linear(features) + self.bias
         return out
-
-    def lipschitz(self) -> float:
-        """Return the bound."""
-        return self.bound
 
 
 _HEADS: dict[Head, type[Tanh | Linear | Spectral | Orthogonal]] = {

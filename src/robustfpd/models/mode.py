@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, without losing what was set before."""
+"""Evaluation mode within a block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode; on leaving, give each its own flag back.
+    """Put a module in evaluation mode; on exit every submodule gets its own mode back.
 
-    `module.eval()` followed by `module.train()` would switch on what the user had frozen.
+    `module.eval()` followed by `module.train()` would put parts in training mode that the user had frozen.
     """
     before = [(m, m.training) for m in module.modules()]
     module.eval()

@@ -1,4 +1,4 @@
-"""What a network says about images, with probabilities that mean something."""
+"""Class probabilities of images, and the change that the restoration makes to them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from robustfpd.models.mode import evaluating
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about N images."""
+    """Output of a network for N images; what only an FPD has is None for a baseline."""
 
     probabilities: Tensor
-    """N×K, the softmax of the logits before any squashing. Those behind the published tanh lie in (-1, 1): their
-    softmax cannot exceed 45 % for ten classes, however sure the network is."""
+    """N×K, the softmax of the pre-squash logits. Those behind the published tanh lie in (-1, 1), where the softmax
+    cannot exceed 45 % for ten classes."""
     restored: Tensor | None
-    """N×C×H×W in [0, 1], of an FPD."""
+    """N×C×H×W in [0, 1]."""
     change_rms: Tensor | None
-    """N: how far the restored image is from the image, root of the mean square, in grey levels of 0 to 255."""
+    """N: root mean square of restored image minus image, in grey levels of 0 to 255."""
     change_mean: Tensor | None
-    """N: the same, mean of the absolute differences."""
+    """N: mean absolute difference of restored image and image, likewise."""
 
 
 @torch.no_grad()
 def predict(model: FPD | Baseline, images: Tensor) -> Prediction:
-    """Classify images N×C×H×W in [0, 1], in evaluation mode; an FPD also tells what it made of them."""
+    """Classify images N×C×H×W in [0, 1], in evaluation mode; an FPD restores them too."""
     with evaluating(model):
         if isinstance(model, Baseline):
             return Prediction(model(images).softmax(dim=1), None, None, None)
         restored = model.restore(images)
         logits = model.head.pre_squash(model.back(restored, images))
     restored = restored.clamp(0, 1)
-    apart = 255 * (restored - images).flatten(1)
-    return Prediction(
-        logits.softmax(dim=1), restored, apart.square().mean(dim=1).sqrt(), apart.abs().mean(dim=1)
-    )  # fmt: skip
+    change = 255 * (restored - images).flatten(1)  # N C·H·W
+    return Prediction(logits.softmax(dim=1), restored, change.square().mean(dim=1).sqrt(), change.abs().mean(dim=1))

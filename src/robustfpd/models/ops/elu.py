@@ -1,4 +1,4 @@
-"""ELU (Clevert et al., ICLR 2016), quick on CPUs, and putting it in the place of other activations."""
+"""ELU (Clevert et al., ICLR 2016), fast on CPUs, and the replacement of other activations by it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.CELU, nn.SELU,
     Swish, Mish, HardSwish, HardMish, SwishMe, MishMe, HardSwishMe, HardMishMe, GELU, GELUTanh, QuickGELU,
 )  # fmt: skip
-"""Activations between layers. Sigmoids are left alone: they gate."""
-
-
+"""Activations between layers. Sigmoids are gates and stay."""
 _AT_ONCE = {torch.float32: 1 << 18, torch.float64: 1 << 17}
-"""Numbers that are worked on at a time: as many as fit into a core's cache, beside what is made of them."""
+"""Numbers processed at a time: as many as fit into a core's cache with the intermediate results."""
 _HALF_AT_ONCE = 1 << 16
 UNDERFLOW = -40
-"""From here down exp(x) - 1 is -1 in float64, too. Further down exp gives subnormal numbers, ten times as slow."""
+"""At and below, exp(x) - 1 is -1, in float64 too. Further down exp gives subnormal numbers, ten times as slow."""
 
 
 def _elu_(x: Tensor) -> Tensor:
-    """Overwrite a dense tensor by max(x, exp(min(x, 0)) - 1), piece by piece, so that it goes through memory once."""
+    """Overwrite a dense tensor by max(x, exp(min(x, 0)) - 1), in pieces, so that it is read from memory once."""
     flat = torch.as_strided(x, (x.numel(),), (1,), x.storage_offset())
     half = x.dtype not in _AT_ONCE
     for piece in torch.split(flat, _AT_ONCE.get(x.dtype, _HALF_AT_ONCE)):
@@ -41,10 +39,10 @@ def _elu_(x: Tensor) -> Tensor:
 
 
 class _CpuElu(torch.autograd.Function):
-    """x for x > 0, exp(x) - 1 below, in the place of x where that is allowed.
+    """x for x > 0, else exp(x) - 1, in place on request.
 
-    torch's CPU kernel takes expm1, twice to three times as slow as exp; the difference is rounding near zero, below
-    1e-7.
+    torch's CPU kernel uses expm1, which takes two to three times as long as exp; they differ by rounding near zero,
+    below 1e-7.
     """
 
     @staticmethod
@@ -71,7 +69,7 @@ class ELU(nn.ELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map any shape to the same shape."""
-        if not _by_hand(input):
+        if not _dense_on_cpu(input):
             return F.elu(input, inplace=self.inplace)
         if torch.is_grad_enabled() and input.requires_grad:
             out: Tensor = _CpuElu.apply(input, self.inplace)
@@ -79,15 +77,15 @@ class ELU(nn.ELU):
         return _elu_(input if self.inplace else input.clone())
 
 
-def _by_hand(x: Tensor) -> bool:
-    """Whether a tensor is dense numbers on the CPU."""
+def _dense_on_cpu(x: Tensor) -> bool:
+    """Return whether the elements of `x` fill one block of memory of the CPU, and it is not traced."""
     if x.device.type != "cpu" or not x.is_floating_point() or traced(x):
         return False
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def swap_activations(net: nn.Module) -> int:
-    """Replace activation modules between layers by ELU; return how many. Functional calls are out of reach."""
+    """Replace activation modules between layers by ELU and return their number. Functional calls stay."""
     swapped = 0
     for name, child in list(net._modules.items()):  # named_children() names a shared activation only once
         if child is None:
@@ -101,7 +99,7 @@ def swap_activations(net: nn.Module) -> int:
 
 
 def keep_inputs(net: nn.Module) -> bool:
-    """Let our ELUs leave their inputs alone; return whether any did not."""
+    """Make in-place ELUs keep their inputs; return whether there were any."""
     in_place = [m for m in net.modules() if isinstance(m, ELU) and m.inplace]
     for m in in_place:
         m.inplace = False
@@ -109,10 +107,10 @@ def keep_inputs(net: nn.Module) -> bool:
 
 
 def to_elu(net: nn.Module) -> None:
-    """Replace activation modules by ELU, and warn when there was nothing to replace."""
+    """Replace activation modules by ELU; warn when there are none."""
     if swap_activations(net) == 0 and not any(isinstance(m, nn.ELU) for m in net.modules()):
         warnings.warn(
             f"{type(net).__name__} has no activation modules to replace by ELU (it may call them as functions); "
-            "its activations stay. Pass activation='keep' to say that this is meant.",
+            "its activations stay. Pass activation='keep' if this is intended.",
             stacklevel=2,
         )
