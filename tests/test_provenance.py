@@ -60,10 +60,9 @@ def test_what_is_not_plain_bytes_has_no_hash() -> None:
 def test_an_evaluation_names_the_weights_it_was_about() -> None:
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
     model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=4).eval()
-    options = {"suite": "first-look", "eps": 0.01}
-    record = rf.evaluate(model, (images, labels), **options)  # type: ignore[arg-type]
+    record = rf.evaluate(model, (images, labels), suite="first-look", eps=0.01)
     assert record.weights_sha256 == weights_sha256(model.classifier())
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
-    again = rf.evaluate(model, (images, labels), **options)  # type: ignore[arg-type]
+    again = rf.evaluate(model, (images, labels), suite="first-look", eps=0.01)
     assert again.weights_sha256 != record.weights_sha256

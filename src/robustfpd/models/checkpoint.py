@@ -23,7 +23,11 @@ CONFIG = "config.json"
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], task: TaskConfig, config: ModelConfig) -> None:
-    """Write weights and settings into `folder`, replacing a model that was there."""
+    """Write weights and settings to `folder`, atomically; a model that is there is replaced.
+
+    Raises:
+        InputError: `folder` is a file, the working folder, or holds other files.
+    """
     if folder.is_file():
         raise InputError(f"{folder} is a file; give an empty or new folder to save a model into")
     if folder.resolve() == Path.cwd():
@@ -39,7 +43,7 @@ def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfi
     import torch
     from safetensors.torch import save_file
 
-    # Cloned, because safetensors refuses tensors that share memory: weights that two layers of a network share.
+    # Cloned, because safetensors refuses tensors that share memory, such as tied weights.
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     save_file(copies, folder / WEIGHTS)
     settings = {"format": FORMAT, "task": task.model_dump(mode="json"), "model": config.model_dump(mode="json")}
@@ -47,7 +51,12 @@ def write_model_files(folder: Path, state: Mapping[str, Tensor], task: TaskConfi
 
 
 def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
-    """Read what to build; a missing, damaged or foreign `config.json` is an InputError."""
+    """Read what to build.
+
+    Raises:
+        MissingDataError: there is no `config.json`.
+        InputError: it is damaged, of another format or another program's.
+    """
     path = readable_folder(folder) / CONFIG
     if not path.is_file():
         raise MissingDataError(f"no model in {folder}: {CONFIG} is not there (looked in {folder.resolve()})")
@@ -68,7 +77,12 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights; a missing or damaged file is an InputError."""
+    """Read the weights.
+
+    Raises:
+        MissingDataError: there is no `model.safetensors`.
+        InputError: it is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
