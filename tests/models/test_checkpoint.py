@@ -57,11 +57,11 @@ def saved(tmp_path: Path) -> Path:
 def test_a_model_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
     model = trained(**options)
     model.save(tmp_path / "model")
-    again = rf.load(tmp_path / "model")
-    assert type(again) is type(model)
-    assert not any(m.training for m in again.modules())
-    assert (again.task, again.config) == (model.task, model.config)
-    assert_same(model, again)
+    loaded = rf.load(tmp_path / "model")
+    assert type(loaded) is type(model)
+    assert not any(m.training for m in loaded.modules())
+    assert (loaded.task, loaded.config) == (model.task, model.config)
+    assert_same(model, loaded)
 
 
 def test_a_model_in_training_is_saved_too(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_model_around_a_users_module(tmp_path: Path, chain: nn.Module, chain_s
     like = copy.deepcopy(chain)
     for parameter in like.parameters():
         nn.init.zeros_(parameter)
-    again = rf.load(tmp_path / "model", net=like)
-    assert again.config.stages == chain_stages
-    assert_same(model, again, channels=3)
+    loaded = rf.load(tmp_path / "model", net=like)
+    assert loaded.config.stages == chain_stages
+    assert_same(model, loaded, channels=3)
     assert all(not parameter.any() for parameter in like.parameters())
 
 
@@ -106,7 +106,7 @@ def test_shared_weights_are_saved(tmp_path: Path) -> None:
     assert_same(model, rf.load(tmp_path / "model", net=Tied()))
 
 
-def test_a_pretrained_model_is_loaded_without_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pretrained_model_is_loaded_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
     def fill(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -118,14 +118,14 @@ def test_a_pretrained_model_is_loaded_without_fetching(tmp_path: Path, monkeypat
     model.save(tmp_path / "model")
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the network was asked")
+        raise AssertionError("no weights are needed")
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
-    again = rf.load(tmp_path / "model")
-    assert again.config.pretrained
-    assert again.config == model.config
-    assert_same(model, again, channels=3)
-    again.save(tmp_path / "again")
+    loaded = rf.load(tmp_path / "model")
+    assert loaded.config.pretrained
+    assert loaded.config == model.config
+    assert_same(model, loaded, channels=3)
+    loaded.save(tmp_path / "again")
     assert_same(model, rf.load(tmp_path / "again"), channels=3)
 
 
@@ -229,7 +229,7 @@ def test_a_runs_folder_gives_its_best_checkpoint(tmp_path: Path) -> None:
     assert_same(model, rf.load(tmp_path / "run"))
 
 
-def test_the_working_folder_can_be_loaded_from(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_working_folder_loads(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
     assert isinstance(rf.load("."), rf.FPD)
 
@@ -260,7 +260,7 @@ def test_a_model_behind_a_link_is_replaced_twice(saved: Path) -> None:
     assert sorted(saved.parent.iterdir()) == [link, saved]
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
@@ -270,7 +270,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_file_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is a file"):
         trained().save(tmp_path / "thesis.tex")
@@ -330,7 +330,7 @@ def test_a_reader_between_the_writers_two_renames_finds_the_old_and_moves_nothin
     assert list(tmp_path.iterdir()) == [old]
 
 
-def test_what_was_set_aside_does_not_hide_a_folder_that_is_there(tmp_path: Path) -> None:
+def test_an_old_version_does_not_hide_the_current_folder(tmp_path: Path) -> None:
     folder, old = tmp_path / "kept", tmp_path / ".kept.old"
     for path, text in ((folder, "new"), (old, "old")):
         path.mkdir()

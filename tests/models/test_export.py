@@ -19,6 +19,7 @@ from robustfpd.provenance import weights_sha256
 
 FORMATS: tuple[Format, ...] = ("onnx", "torch")
 HEADS = ("tanh", "linear", "spectral", "orthogonal")
+ON_MNIST = ("mnist/mini-fpd", "mnist/mini-fpd-adversarial")
 DENOISE = ("dot", "softmax", "gaussian", "bottleneck", "none")
 
 
@@ -83,12 +84,26 @@ def check(model: FPD, format: Format, path: Path, size: tuple[int, int], **optio
     return made
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_zoo_model(format: Format, tmp_path: Path) -> None:
-    made = check(cast(FPD, rf.load("digits/mini-fpd")), format, tmp_path / "file", (8, 8))
+@pytest.mark.parametrize("name", ["digits/mini-fpd", *(pytest.param(n, marks=pytest.mark.slow) for n in ON_MNIST)])
+def test_a_zoo_model_in_onnx_with_its_metadata(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = cast(FPD, rf.load(name))
+    made = check(model, "onnx", tmp_path / "a.onnx", model.task.image_size, class_names=["á", *"bcdefghij"])
     assert made.outputs == ("logits", "restored")
     assert made.difference < 1e-4
     assert made.compared == 18
+    proto = onnx.load(tmp_path / "a.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    facts = {prop.key: prop.value for prop in proto.metadata_props}
+    assert facts["robustfpd"] == rf.__version__
+    assert facts["weights_sha256"] == weights_sha256(model.classifier())
+    assert json.loads(facts["class_names"]) == ["á", *"bcdefghij"]
+    assert "[0, 1]" in facts["images"]
+    values = [*proto.graph.input, *proto.graph.output]
+    assert [value.name for value in values] == ["images", "logits", "restored"]
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in values] == ["batch"] * 3
+    assert "[0, 1]" in proto.graph.input[0].doc_string
+    assert proto.graph.output[0].doc_string.startswith("N×10")
 
 
 def test_constrained_weights_become_plain_in_the_file_only(tmp_path: Path) -> None:
@@ -134,12 +149,6 @@ def test_a_torchvision_network(format: Format, tmp_path: Path) -> None:
     assert check(model, format, tmp_path / "file", (64, 64)).outputs == ("logits", "restored")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist/mini-fpd", "mnist/mini-fpd-adversarial"])
-def test_zoo_models_of_mnist(name: str, tmp_path: Path) -> None:
-    assert check(cast(FPD, rf.load(name)), "onnx", tmp_path / "file", (28, 28)).difference < 1e-4
-
-
 def test_a_baseline(tmp_path: Path) -> None:
     plain = smallest()
     made = export(plain, tmp_path / "plain.pt2", format="torch")
@@ -149,24 +158,6 @@ def test_a_baseline(tmp_path: Path) -> None:
         assert close(found, plain(images))
     with pytest.raises(InputError, match="restores nothing"):
         export(plain, tmp_path / "b.onnx", restored=True)
-
-
-def test_an_onnx_files_metadata(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    model = tiny(denoise="gaussian", head="orthogonal")
-    check(model, "onnx", tmp_path / "a.onnx", (8, 8), class_names=["á", "b", "c", "d"])
-    proto = onnx.load(tmp_path / "a.onnx")
-    onnx.checker.check_model(proto, full_check=True)
-    facts = {prop.key: prop.value for prop in proto.metadata_props}
-    assert facts["robustfpd"] == rf.__version__
-    assert facts["weights_sha256"] == weights_sha256(model.classifier())
-    assert json.loads(facts["class_names"]) == ["á", "b", "c", "d"]
-    assert "[0, 1]" in facts["images"]
-    values = [*proto.graph.input, *proto.graph.output]
-    assert [value.name for value in values] == ["images", "logits", "restored"]
-    assert [value.type.tensor_type.shape.dim[0].dim_param for value in values] == ["batch"] * 3
-    assert "[0, 1]" in proto.graph.input[0].doc_string
-    assert proto.graph.output[0].doc_string == "N×4"
 
 
 def test_a_torch_programs_metadata_and_weights_without_pickle(tmp_path: Path) -> None:

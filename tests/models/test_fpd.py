@@ -87,7 +87,7 @@ def test_a_large_image() -> None:
         assert model(torch.rand(1, 3, 256, 256)).restored.shape == (1, 3, 256, 256)
 
 
-def test_other_sizes_than_the_one_built_for_are_taken() -> None:
+def test_other_sizes_than_the_one_built_for_work() -> None:
     model = mini(image_size=28).eval()
     with torch.no_grad():
         for size in ((28, 28), (31, 19), (40, 64), (9, 8)):
@@ -188,7 +188,7 @@ def test_the_seed_decides_the_weights_and_global_randomness_is_left_alone(net: s
     ],
 )
 @pytest.mark.parametrize("defence", ["fpd", "none"])
-def test_images_of_another_form_are_refused(images: Tensor, defence: Any) -> None:
+def test_images_of_another_shape_or_type_are_refused(images: Tensor, defence: Any) -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
     model = rf.build(task, rf.ModelConfig(defence=defence))
     with pytest.raises(ValueError, match="images must be"):
@@ -374,7 +374,7 @@ def test_images_in_double_precision_go_through_a_float32_model() -> None:
     assert torch.allclose(found.restored.float(), expected.restored, atol=1e-4)
 
 
-def test_an_array_is_refused_by_name() -> None:
+def test_a_numpy_array_is_refused() -> None:
     model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8)
     with pytest.raises(InputError, match=r"images must be a torch\.Tensor, found ndarray"):
         model(torch.rand(3, 1, 8, 8).numpy())
@@ -387,7 +387,7 @@ def test_a_network_that_is_nan_until_its_norms_are_trained_says_so() -> None:
 
 
 @pytest.mark.parametrize("denoise", ["dot", "softmax", "gaussian", "bottleneck"])
-def test_under_autocast_an_fpd_stays_near_itself(denoise: str) -> None:
+def test_autocast_changes_the_outputs_little(denoise: str) -> None:
     model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=16, denoise=denoise).train()
     images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     model(images)
@@ -395,7 +395,7 @@ def test_under_autocast_an_fpd_stays_near_itself(denoise: str) -> None:
     expected = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images)
-    assert found.restored.dtype == torch.float32  # eight bits are too few for a picture
+    assert found.restored.dtype == torch.float32  # bfloat16 has too few bits for an image
     assert torch.allclose(found.restored, expected.restored, atol=0.05)
     assert torch.allclose(found.logits.float(), expected.logits, atol=0.05)
     found.restored.square().sum().backward()

@@ -74,7 +74,7 @@ def test_a_named_network_is_wrapped_with_its_weights_and_loads_again(tmp_path: P
     assert torch.equal(again.classifier()(x), model.classifier()(x))
 
 
-def test_loading_looks_where_one_works_and_never_in_the_models_folder(
+def test_loading_searches_the_working_folder_and_never_the_models_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.build(TASK, _config("tinynets:make")).save(tmp_path / "model")
@@ -110,7 +110,7 @@ def test_nothing_of_the_standard_library_is_called_either(tmp_path: Path, named:
         models.load(tmp_path / "model")
 
 
-def test_torchvisions_networks_need_no_trust_and_never_come_from_here(
+def test_torchvisions_networks_need_no_trust_and_never_come_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.build(TASK, _config("torchvision.models:resnet18")).save(tmp_path / "model")
@@ -137,7 +137,7 @@ def test_torchvisions_networks_need_no_trust_and_never_come_from_here(
     ("tinynets:flat", {}, "stages must name the modules of Sequential where its stages end"),
     ("tinynets:make", {"pretrained": True}, "your own module brings its own"),
 ])  # fmt: skip
-def test_what_cannot_be_wrapped_is_refused_by_name(backbone: str, values: dict[str, object], message: str) -> None:
+def test_unsuitable_backbones_are_refused_by_name(backbone: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         models.build(TASK, _config(backbone, **values))
 
@@ -154,7 +154,7 @@ def test_finding_a_name_imports_nothing() -> None:
     assert "tinynets" not in sys.modules
 
 
-def test_the_path_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_search_path_is_restored(tmp_path: Path) -> None:
     before = list(sys.path)
     assert str(tmp_path) not in before
     find("tinynets:make", "--model")
@@ -167,7 +167,7 @@ def test_the_path_stays_as_it_was(tmp_path: Path) -> None:
     assert sys.path == before
 
 
-def test_what_is_installed_comes_before_the_folder_one_is_in(tmp_path: Path) -> None:
+def test_installed_packages_come_before_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise RuntimeError")
     (tmp_path / "colorsys.py").write_text("raise RuntimeError")
     sys.modules.pop("colorsys", None)
@@ -175,11 +175,11 @@ def test_what_is_installed_comes_before_the_folder_one_is_in(tmp_path: Path) -> 
         import_model("colorsys:make")
 
 
-def test_submodules_are_attributes_of_the_package() -> None:
+def test_submodules_are_attributes_of_the_package_and_the_zoo_needs_no_torch() -> None:
     code = (
-        "import robustfpd.models as m; assert m.checkpoint.CONFIG and m.zoo.names();"
-        "assert m.author_checkpoints.load_published; assert not hasattr(m, 'nonesuch');"
-        "assert {'__name__', '__file__', 'load'} <= set(dir(m))"
+        "import sys, robustfpd.models as m; assert m.checkpoint.CONFIG and m.zoo.names();"
+        "assert 'torch' not in sys.modules;"
+        "assert not hasattr(m, 'nonesuch'); assert {'__name__', '__file__', 'load'} <= set(dir(m))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -29,13 +29,13 @@ def test_values_and_slopes_are_those_of_torch(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_where_exp_is_cut_off_nothing_is_left_of_it(dtype: torch.dtype) -> None:
+def test_below_the_cut_off_exp_is_negligible(dtype: torch.dtype) -> None:
     x = torch.tensor([UNDERFLOW - 1e-3, UNDERFLOW, UNDERFLOW + 1e-3, -88.0, -100.0, -1e30], dtype=dtype)
     assert torch.equal(ELU()(x), F.elu(x))
     assert float(torch.tensor(UNDERFLOW, dtype=torch.float64).exp()) < torch.finfo(torch.float64).eps / 2
 
 
-def test_infinities_and_nan_go_the_way_of_torch() -> None:
+def test_infinities_and_nan_are_those_of_torch() -> None:
     x = torch.tensor([float("inf"), -float("inf"), float("nan")])
     assert torch.equal(ELU()(x).nan_to_num(7), F.elu(x).nan_to_num(7))
 
@@ -87,13 +87,13 @@ def test_an_overwritten_input_that_is_still_needed_is_noticed() -> None:
         out.sum().backward()
 
 
-def test_what_was_in_place_stays_so() -> None:
+def test_in_place_activations_stay_in_place() -> None:
     net = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU(), nn.GELU())
     swap_activations(net)
     assert [m.inplace for m in net if isinstance(m, ELU)] == [True, False, False]
 
 
-def test_its_input_is_left_alone() -> None:
+def test_its_input_does_not_change() -> None:
     x = torch.randn(10)
     before = x.clone()
     out = ELU()(x)
@@ -133,7 +133,7 @@ def test_a_squeeze_excite_block_keeps_its_gate() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050"])
-def test_no_other_activation_is_left_in_a_timm_network(name: str) -> None:
+def test_no_other_activation_remains_in_a_timm_network(name: str) -> None:
     net = timm.create_model(name, num_classes=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -148,7 +148,7 @@ def test_nothing_to_replace_is_a_warning() -> None:
         to_elu(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sigmoid()))
 
 
-def test_a_network_that_has_elu_already_is_no_reason_to_warn() -> None:
+def test_a_network_that_has_elu_already_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ELU())
@@ -156,7 +156,7 @@ def test_a_network_that_has_elu_already_is_no_reason_to_warn() -> None:
     assert type(net[1]) is nn.ELU
 
 
-def test_a_shared_activation_is_replaced_wherever_it_stands() -> None:
+def test_a_shared_activation_is_replaced_in_every_place() -> None:
     shared = nn.ReLU()
     net = nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared, nn.Sequential(shared))
     assert swap_activations(net) == 3

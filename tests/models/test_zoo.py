@@ -129,7 +129,7 @@ def test_a_wrong_file_in_the_checkout_is_an_error(from_checkout: Path, file: str
     assert zoo.place(NAME)[0] == "checkout, damaged"
 
 
-def test_a_checkout_that_lacks_a_file_is_passed_over(from_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_checkout_is_not_used(from_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = from_checkout.with_name("copy")
     shutil.copytree(from_checkout, copy)
     (from_checkout / NAME / "config.json").unlink()
@@ -226,7 +226,7 @@ def test_a_download_that_is_cut_off_leaves_the_name_usable(
     assert zoo.find(NAME) == zoo.cached() / NAME
 
 
-def test_what_is_no_web_server_is_one_line(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_no_web_server_gives_a_one_line_error(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in _served(Garbled):
         monkeypatch.setenv(zoo.VARIABLE, address)
         assert "cannot be fetched" in message(kind=MissingDataError)
@@ -281,7 +281,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 @pytest.mark.parametrize("name", ["../x", "tiny/../tiny/plain", "/etc", "", "tiny", "tiny/plain/", ".", "tiny\\plain"])
-def test_what_is_no_name_is_unknown(from_checkout: Path, name: str) -> None:
+def test_malformed_names_are_unknown(from_checkout: Path, name: str) -> None:
     assert f"unknown model {name!r}" in message(name)
     with pytest.raises(InputError, match="no model in"):
         rf.load(name)
@@ -316,7 +316,7 @@ def test_a_damaged_model_in_a_folder_is_not_replaced_by_the_name(from_checkout: 
         rf.load(NAME)
 
 
-def test_whose_folder_it_is(from_checkout: Path, tmp_path: Path) -> None:
+def test_a_folder_gives_the_name_of_its_model(from_checkout: Path, tmp_path: Path) -> None:
     assert zoo.named(from_checkout / NAME) == NAME
     assert zoo.named(zoo.cached() / NAME) == NAME
     assert zoo.named(tmp_path / NAME) is None

@@ -177,21 +177,6 @@ class FPD(BaseClassifier):
         features = self.back(restored, images)  # FPD_BD
         return FPDOutput(self.head(features), restored)  # FPD_LCC
 
-    def with_maps(self, images: Tensor) -> tuple[FPDOutput, list[Tensor]]:
-        """Return the output and the back pass's maps. Removed once training no longer calls it."""
-        restored = self.restore(images)
-        maps = self._features(self.middle_denoise(restored, images))
-        return FPDOutput(self.head(self._pooled(maps)), restored), maps
-
-    def again(self, maps: list[Tensor], restored: Tensor) -> FPDOutput:
-        """Restore and classify from maps. Removed once training no longer calls it."""
-        size = (restored.shape[-2], restored.shape[-1])
-        out = self.decoder(maps[-len(self.decoder.laterals) :], self.backbone.padded(size)).to(self.mean.dtype)
-        if self.config.normalise == "once":
-            out = out * self.std + self.mean
-        out = out[:, :, : size[0], : size[1]]
-        return FPDOutput(self.head(self.back(out, restored)), out)
-
     def restore(self, images: Tensor) -> Tensor:
         """Front pass (FPD_FD) and restoration (FPD_R): images x → restored images x′, both N×C×H×W."""
         self._check(images)
