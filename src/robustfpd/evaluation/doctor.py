@@ -211,13 +211,11 @@ def _accuracy(classify: inputs.Classify, images: Tensor, labels: Tensor, logits:
         inputs.channel_order(classify, images, labels, correct),
         inputs.label_order(predictions, labels, classes),
     ]
-    best, gained = max(explanations, key=lambda explanation: explanation[1])
-    if not gained:
-        return [check, *(explanation for explanation, _ in explanations)]
-    return [
-        skipped(check.name, f"{check.evidence}, which {best.name} explains"),
-        *(e if e is best else _requires(e.name, [best.name]) for e, _ in explanations),
-    ]
+    best = max(explanations, key=lambda explanation: explanation.values["gained"])
+    if best.outcome == "passed":
+        return [check, *explanations]
+    explained = skipped(check.name, f"{check.evidence}, which {best.name} explains")
+    return [explained, *(e if e is best else _requires(e.name, [best.name]) for e in explanations)]
 
 
 @torch.no_grad()

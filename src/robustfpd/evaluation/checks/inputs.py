@@ -31,7 +31,6 @@ STATISTICS = {
     "[-1, 1]": ((0.5,), (0.5,)),
 }
 """Mean and std that classifiers are often trained with."""
-Explanation = tuple[Check, int]  # with the count of images that are classified correctly with its fix only
 Classify = Callable[[Tensor], Tensor]  # images N×C×H×W to predicted classes N
 
 
@@ -157,7 +156,7 @@ def _as_integers(labels: Tensor, count: int) -> tuple[Tensor, list[tuple[str, st
     return labels, faults
 
 
-def normalisation(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Explanation:
+def normalisation(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Check:
     """Check that images on another scale are not classified clearly better."""
     own = images.mean(dim=(0, 2, 3)).tolist(), images.std(dim=(0, 2, 3)).clamp_min(1e-4).tolist()  # C each
     candidates = []
@@ -173,7 +172,7 @@ def normalisation(classify: Classify, images: Tensor, labels: Tensor, correct: T
     return _of_images("normalisation", classify, [(x, d, advice + code) for x, d, code in candidates], labels, correct)
 
 
-def channel_order(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Explanation:
+def channel_order(classify: Classify, images: Tensor, labels: Tensor, correct: Tensor) -> Check:
     """Check that images in BGR, as OpenCV reads them, or with columns for rows are not classified clearly better."""
     advice, candidates = "swap them where images are read, or return ", []
     if images.shape[1] == 3:
@@ -184,7 +183,7 @@ def channel_order(classify: Classify, images: Tensor, labels: Tensor, correct: T
     return _of_images("channel-order", classify, candidates, labels, correct)
 
 
-def label_order(predictions: Tensor, labels: Tensor, classes: int) -> Explanation:
+def label_order(predictions: Tensor, labels: Tensor, classes: int) -> Check:
     """Check that another order of the classes does not fit the predictions clearly better."""
     correct = predictions == labels
     by_name = torch.tensor(sorted(range(classes), key=str))  # "10" comes before "2", as folders are sorted
@@ -220,7 +219,7 @@ def _fit_order(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tenso
 
 def _of_images(
     name: str, classify: Classify, candidates: Sequence[tuple[Tensor, str, str]], labels: Tensor, correct: Tensor
-) -> Explanation:  # fmt: skip
+) -> Check:  # fmt: skip
     """Classify each candidate (images, description, fix)."""
     masks = []
     for images, description, fix in candidates:
@@ -231,14 +230,14 @@ def _of_images(
     return _explain(name, masks, correct)
 
 
-def _explain(name: str, candidates: Sequence[tuple[Tensor, str, str]], correct: Tensor) -> Explanation:
+def _explain(name: str, candidates: Sequence[tuple[Tensor, str, str]], correct: Tensor) -> Check:
     """Return a failed check if the best candidate (correct N, description, fix) is clearly better than `correct`."""
     count, now = len(correct), int(correct.sum())
     best, description, fix = max(candidates, key=lambda c: int(c[0].sum()), default=(correct, "", ""))
     if not clearly_better(best, correct):
-        return judge(name, False, f"no other {name} is clearly better than {now} of {count} correct"), 0
+        return judge(name, False, f"no other {name} is clearly better than {now} of {count} correct", gained=0)
     evidence = f"{int(best.sum())} of {count} images are classified correctly {description}, {now} as given"
-    return judge(name, True, evidence, fix, "failed"), int(best.sum()) - now
+    return judge(name, True, evidence, fix, "failed", gained=int(best.sum()) - now)
 
 
 def clearly_better(new: Tensor, old: Tensor) -> bool:
