@@ -1,8 +1,10 @@
-"""Enter a trained network into models/ and into the manifest, with a card written from its files.
+"""Adds a trained network to models/ and to the manifest, with a model card written from its files.
 
 For example `python models/add.py runs/mnist-mini mnist/mini-fpd --description "FPD around a small ResNet"
 --record runs/mnist-mini/evaluation/mnist-quick-linf.json`.
-A stage of training is a run of its own: the adversarial one lies in the folder `adversarial` of the first.
+A stage of training is a run of its own: the adversarial one is in the folder `adversarial` of the first.
+
+`python models/add.py --refresh` writes all cards and the manifest again, from the files in models/.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ import tyro
 from robustfpd.config import RunConfig, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
+from robustfpd.evaluation.record import LEDGER
 from robustfpd.io import readable_folder, replace_folder, write_json
 from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS
 from robustfpd.provenance import weights_sha256
-from robustfpd.report.model_card import Card, StageCost, training_in_words
+from robustfpd.report.model_card import PACKAGES, TrainingCost, TrainingStage, model_card, training_description
 from robustfpd.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
-LARGEST_LEDGER = 200_000
-"""Bytes of a ledger that goes along; larger ones are made again by the card's commands."""
+CARD = "README.md"
+MAX_LEDGER_BYTES = 200_000
+"""A larger ledger is left out; the card's commands make it again."""
 MACHINE_PATH = re.compile(r"(?<![\w.:/)])~?(?:/[\w.@+-]+){2,}|\b[A-Za-z]:\\\\?\w")
-"""An absolute path, which would tell about the machine and help nobody; addresses and relative paths do not match."""
+"""An absolute path, which is useless elsewhere; addresses and relative paths do not match."""
 
 
 def add(
@@ -44,54 +48,76 @@ def add(
     folder: Path = HERE,
     manifest: Path = zoo.MANIFEST,
 ) -> None:
-    """Copy a run's best checkpoint with its evaluations, write its card, enter it into the manifest.
+    """Copy a run's best checkpoint with its evaluations, write its card, add it to the manifest.
 
     Args:
-        run: the run's folder, of the stage that is to be entered.
-        name: what it will be loaded by, DATASET/MODEL.
-        description: one line on what it is.
-        record: an evaluation's JSON; repeat it for several. `robustfpd models` shows the first.
-        folder: where trained networks lie.
-        manifest: the manifest to enter it into.
+        run: the run's folder, of the stage to add.
+        name: its name in the zoo, DATASET/MODEL.
+        description: one line.
+        record: an evaluation's JSON; repeat the flag for several. `robustfpd models` shows the first.
+        folder: folder of the trained networks.
+        manifest: the manifest to change.
 
     Raises:
-        InputError: weights over 5 MB, an evaluation of other weights or other images, paths of this machine in what
-            would be published, or a run that no command repeats.
+        InputError: weights over 5 MB, an evaluation of other weights or other images, paths of this machine in a
+            file to publish, or a run that no command repeats.
     """
     source = RunFolder(run)
-    config = _published(source.config())
+    config = _public_config(source.config())
     _check_names(name, description, config, record)
-    if not readable_folder(source.best).is_dir():
+    best = readable_folder(source.best)
+    if not best.is_dir():
         raise MissingDataError(f"{run} holds no checkpoints/best; train it first")
-    weights = readable_folder(source.best) / WEIGHTS
-    size = weights.stat().st_size
+    size = (best / WEIGHTS).stat().st_size
     if size > zoo.LARGEST:
-        raise InputError(f"{weights} has {size:,} bytes; models/ takes networks of up to {zoo.LARGEST:,}")
+        raise InputError(f"{best / WEIGHTS} has {size:,} bytes; models/ takes networks of up to {zoo.LARGEST:,}")
     model = load(source.best)
-    records = {path.stem: _checked(EvaluationRecord.load(path), path, model, source, name) for path in record}
-    ledgers = frozenset(stem for stem, found in records.items() if found.ledger and _small_ledger(record, stem))
-    card = Card(
-        name, description, config, model, size, zoo.digest(weights), _costs(source, config), records, ledgers
-    ).markdown()
-    _check_paths({"config.yaml": config.model_dump_json(), "README.md": card})
-    _check_paths({stem: found.model_dump_json(exclude={"ledger"}) for stem, found in records.items()})
+    records = {path.stem: _checked(EvaluationRecord.load(path), path, model, source) for path in record}
+    cost = TrainingCost(stages=tuple(_stages(source, config)))
     with replace_folder(folder / name) as new:
         for file in (WEIGHTS, CONFIG):
-            shutil.copyfile(readable_folder(source.best) / file, new / file)
+            shutil.copyfile(best / file, new / file)
         config.save(new / zoo.SETTINGS)
-        for stem, found in records.items():
-            found.save(new / "results" / f"{stem}.json")
-            if stem not in ledgers:
-                (new / "results" / f"{stem}.ledger.csv").unlink()
-        (new / "README.md").write_text(card)
-    _enter(name, description, config, [f"{name}/results/{stem}.json" for stem in records], folder, manifest)
-    for stem in sorted(records.keys() - ledgers):
-        print(f"left out: the ledger of {stem}, which is empty or over {LARGEST_LEDGER:,} bytes")
-    print(f"entered {name}: {folder / name}, {size:,} bytes of weights; look at its README.md, then commit both")
+        cost.save(new)
+        for stem, evaluation in records.items():
+            path = evaluation.model_copy(update={"model_name": name}).save(new / "results" / f"{stem}.json")
+            ledger = path.with_suffix(LEDGER)
+            if not evaluation.ledger or ledger.stat().st_size >= MAX_LEDGER_BYTES:
+                ledger.unlink()
+                print(f"left out: the ledger of {stem}, which is empty or over {MAX_LEDGER_BYTES:,} bytes")
+        model_card(new, name, description, list(records)).save(new / CARD)
+        _check_paths(new)
+    _write_entry(name, description, list(records), folder, manifest)
+    print(f"added {name}: {folder / name}, {size:,} bytes of weights; read its {CARD}, then commit both")
 
 
-def _published(config: RunConfig) -> RunConfig:
-    """The settings with folders as a user has them by default."""
+def refresh(folder: Path = HERE, manifest: Path = zoo.MANIFEST) -> None:
+    """Write the cards of all networks in the manifest again, and the manifest, from the files in `folder`.
+
+    Records keep their order; new ones come last, and names of files that are gone are dropped.
+
+    Raises:
+        InputError: a network without records, a record of other weights, or a path of this machine in a file.
+    """
+    for name, entry in _read_manifest(manifest).models.items():
+        home = folder / name
+        stems = [Path(path).stem for path in entry.results]
+        stems += sorted(path.stem for path in (home / "results").glob("*.json") if path.stem not in stems)
+        stems = [stem for stem in stems if (home / "results" / f"{stem}.json").is_file()]
+        expected = weights_sha256(load(home).classifier())
+        for path in (home / "results" / f"{stem}.json" for stem in stems):
+            if EvaluationRecord.load(path).weights_sha256 != expected:
+                raise InputError(f"{path} is not an evaluation of the weights in {home}; evaluate {name} again")
+        if not stems:
+            raise InputError(f"{home / 'results'} holds no record; evaluate {name} and put the record there")
+        model_card(home, name, entry.description, stems).save(home / CARD)
+        _check_paths(home)
+        _write_entry(name, entry.description, stems, folder, manifest)
+        print(f"refreshed {name}")
+
+
+def _public_config(config: RunConfig) -> RunConfig:
+    """Return the settings with the default folders."""
     data = config.data.model_copy(update={"root": "data", "cache": None, "download": False})
     return config.model_copy(update={"data": data})
 
@@ -108,47 +134,44 @@ def _check_names(name: str, description: str, config: RunConfig, records: Sequen
         raise InputError(f"--record files must have different names of letters, digits, dots and dashes: {unfit!r}")
 
 
-def _checked(
-    record: EvaluationRecord, path: Path, model: FPD | Baseline, source: RunFolder, name: str
-) -> EvaluationRecord:
-    """The record under the network's name, once it is known to be about these weights and the test images."""
+def _checked(record: EvaluationRecord, path: Path, model: FPD | Baseline, source: RunFolder) -> EvaluationRecord:
+    """Return a record after checking that it is of these weights and of the test images."""
     expected = weights_sha256(model.classifier())
     if record.weights_sha256 != expected:
-        found = record.weights_sha256 or "none"
         raise InputError(
-            f"{path} is not about the weights in {source.best}: weights_sha256 {expected} expected, found {found}; "
-            f"run robustfpd evaluate {source.path}"
+            f"{path} is not about the weights in {source.best}: weights_sha256 {expected} expected, found "
+            f"{record.weights_sha256 or 'none'}; run robustfpd evaluate {source.path}"
         )
     if record.model_name.endswith("(validation images)"):
         raise InputError(f"{path} is about validation images, on which settings were chosen; evaluate the test images")
     test = _environment(source).get("data", {}).get("test", {})
     if record.num_images == test.get("images") and record.data_sha256 != test.get("sha256"):
         raise InputError(f"{path} is about other images than the run's test set; evaluate it without --dataset")
-    return record.model_copy(update={"model_name": name})
+    return record
 
 
-def _small_ledger(records: Sequence[Path], stem: str) -> bool:
-    """Whether the ledger beside a record is small enough to go along."""
-    path = next(p for p in records if p.stem == stem).with_suffix(".ledger.csv")
-    return path.stat().st_size < LARGEST_LEDGER
-
-
-def _costs(source: RunFolder, config: RunConfig) -> list[StageCost]:
-    """What training took, the stage before included."""
-    costs = []
+def _stages(source: RunFolder, config: RunConfig) -> list[TrainingStage]:
+    """Return the costs of the run's stage and of the stage before it."""
+    stages = []
     if config.stage == "adversarial" and config.adversarial.start == "best":
         first = RunFolder(source.path.resolve().parent)
-        before = _published(first.config())
+        before = _public_config(first.config())
         for part in ("data", "model", "training", "seed"):
             if getattr(before, part) != getattr(config, part):
-                raise InputError(f"{source.path} does not go on from the run in {first.path}: {part} differs")
-        costs = _costs(first, before)
+                raise InputError(f"{source.path} does not continue the run in {first.path}: {part} differs")
+        stages = _stages(first, before)
     if not source.metrics_file.is_file():
         raise MissingDataError(f"{source.path} holds no metrics.csv; was it trained?")
     with source.metrics_file.open(newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     title = "training" if config.stage == "two-phase" and config.model.defence == "none" else config.stage
-    return [*costs, StageCost(title, len(seconds), sum(seconds), _environment(source))]
+    env = _environment(source)
+    kept = {key: env.get(key) for key in ("python", "device", "threads", "git_revision")}
+    packages = {package: env.get("packages", {}).get(package) for package in PACKAGES}
+    stage = TrainingStage(
+        stage=title, epochs=len(seconds), seconds=sum(seconds), environment={**kept, "packages": packages}
+    )
+    return [*stages, stage]
 
 
 def _environment(source: RunFolder) -> Mapping[str, Any]:
@@ -158,35 +181,44 @@ def _environment(source: RunFolder) -> Mapping[str, Any]:
     return values
 
 
-def _check_paths(texts: Mapping[str, str]) -> None:
-    for file, text in texts.items():
-        found = MACHINE_PATH.search(text)
-        if found:
-            raise InputError(f"{file} would hold a path of this machine, {found[0]!r}; take it out of its source first")
+def _check_paths(home: Path) -> None:
+    """Refuse files with a path of this machine."""
+    for file in sorted(path for path in home.rglob("*") if path.suffix in (".json", ".yaml", ".md")):
+        match = MACHINE_PATH.search(file.read_text(encoding="utf-8"))
+        if match:
+            raise InputError(
+                f"{file.relative_to(home)} would hold a path of this machine, {match[0]!r}; remove it from its source"
+            )
 
 
-def _enter(
-    name: str, description: str, config: RunConfig, results: Sequence[str], folder: Path, manifest: Path
-) -> None:
-    """Write the network's entry, with the hash of every file in its folder."""
+def _write_entry(name: str, description: str, stems: Sequence[str], folder: Path, manifest: Path) -> None:
+    """Write the network's entry of the manifest, with the hash of every file in its folder."""
+    config = RunFolder(folder / name).config()
     files = [
-        zoo.ZooFile(
-            path=path.relative_to(folder).as_posix(), sha256=zoo.digest(path), size=path.stat().st_size
-        )
-        for path in sorted((folder / name).rglob("*")) if path.is_file()
-    ]  # fmt: skip
+        zoo.ZooFile(path=path.relative_to(folder).as_posix(), sha256=zoo.digest(path), size=path.stat().st_size)
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file()
+    ]
     entry = zoo.ZooModel(
         description=description, recipe=config.recipe, dataset=config.data.dataset, defence=config.model.defence,
-        training=training_in_words(config), results=tuple(results), files=tuple(files),
+        training=training_description(config), results=tuple(f"{name}/results/{stem}.json" for stem in stems),
+        files=tuple(files),
     )  # fmt: skip
-    values = json.loads(manifest.read_text()) if manifest.is_file() else {"models": {}}
-    models = {**parse(zoo.Manifest, values, str(manifest)).models, name: entry}
+    models = {**_read_manifest(manifest).models, name: entry}
     write_json(manifest, zoo.Manifest(models=dict(sorted(models.items()))).model_dump(mode="json"))
+
+
+def _read_manifest(path: Path) -> zoo.Manifest:
+    values = json.loads(path.read_text()) if path.is_file() else {"models": {}}
+    return parse(zoo.Manifest, values, str(path))
 
 
 if __name__ == "__main__":
     try:
-        tyro.cli(add, description=__doc__)
+        if sys.argv[1:] == ["--refresh"]:
+            refresh()
+        else:
+            tyro.cli(add, description=__doc__)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

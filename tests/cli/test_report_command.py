@@ -31,13 +31,13 @@ def test_one_run_is_reported_with_its_baseline_beside_it(runs: Path, capsys: pyt
     main(["report", str(runs / "mine")])
     said = capsys.readouterr().out
     page = runs / "mine" / "report.html"
-    assert f"report: {page}, also as report.md and report.csv" in said
+    assert f"report: {page}, also as report.csv" in said
     record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
     assert f"{record.verdict.status}: " in said
     text = page.read_text(encoding="utf-8")
     assert "mine-baseline" in text
     assert "Settings that differ" in text
-    assert (runs / "mine" / "report.md").is_file()
+    assert (runs / "mine" / "report.csv").is_file()
     assert "no evaluation" not in said
 
 

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.config import RunConfig
 from robustfpd.evaluation import AttackResult, EvaluationRecord, Proportion, Verdict, WorstCase
-from robustfpd.report.sources import Evaluated, Source
+from robustfpd.evaluation.gallery import GalleryImage, GalleryIndex
+from robustfpd.report.sources import Source, StoredEvaluation
 from robustfpd.training import EpochMetrics
 
 MakeRecord = Callable[..., EvaluationRecord]
@@ -20,7 +22,7 @@ MakeSource = Callable[..., Source]
 
 @pytest.fixture
 def make_record() -> MakeRecord:
-    """A record of `subject` with these numbers of robust images at eps 0.1, 0.2, …, of 200."""
+    """Makes a record of 200 images with these numbers of robust images at eps 0.1, 0.2, …"""
 
     def make(
         subject: str,
@@ -68,18 +70,20 @@ def history() -> tuple[EpochMetrics, ...]:
 
 @pytest.fixture
 def make_source(make_record: MakeRecord, history: tuple[EpochMetrics, ...], tmp_path: Path) -> MakeSource:
-    """A run as a report finds it, with one evaluation."""
+    """A run with one evaluation, as a report reads it."""
 
     def make(name: str, robust: tuple[int, ...] = (150, 60), **others: Any) -> Source:
-        evaluated = Evaluated(tmp_path / name / "evaluation" / "x.json", make_record(name, robust, **others), None)
-        return Source(name, tmp_path / name, (evaluated,), RunConfig(recipe=f"recipe of {name}"), history)
+        evaluation = StoredEvaluation(
+            tmp_path / name / "evaluation" / "x.json", make_record(name, robust, **others), None
+        )
+        return Source(name, tmp_path / name, (evaluation,), RunConfig(recipe=f"recipe of {name}"), history)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def measured(digits: tuple[nn.Module, Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a real evaluation of a real network on real digits, its ledger and pictures beside it."""
+    """A folder with an evaluation of a trained network on digits, its ledger and pictures beside it."""
     net, images, labels = digits
     folder = tmp_path_factory.mktemp("measured")
     rf.evaluate(
@@ -89,27 +93,25 @@ def measured(digits: tuple[nn.Module, Tensor, Tensor], tmp_path_factory: pytest.
     return folder
 
 
-class Brighter(nn.Module):
-    """Tells images brighter than most from darker ones."""
-
-    threshold = 0.0
-
-    def forward(self, images: Tensor) -> Tensor:
-        light = images.mean(dim=(1, 2, 3)) - self.threshold
-        return 1000 * torch.stack([-light, light], dim=1)
-
-
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation on 224×224 pixels of noise, which no compression makes small: half of the images fall."""
-    images = torch.rand(80, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    net = Brighter()
-    net.threshold = float(images.mean(dim=(1, 2, 3)).median())
-    labels = net(images).argmax(1)
-    spread = net(images).diff(dim=1).abs().median() / 2000
-    folder = tmp_path_factory.mktemp("photographs")
-    rf.evaluate(net, (images, labels), suite="first-look", eps=float(spread), out_dir=folder, model_name="photographs")
-    return folder
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GalleryIndex]:
+    """A gallery of 60 images of 224×224 pixels of noise, which does not compress."""
+    folder = tmp_path_factory.mktemp("photographs") / "record.gallery"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "noise.png")
+    images = [
+        GalleryImage(
+            image=i, label=0, clean_prediction=0, adversarial_prediction=1, attack="PGD-40", eps=0.1, distance=0.1,
+            misclassified=i < 30, margin=0.1, amplification=5.0,
+        )
+        for i in range(60)
+    ]  # fmt: skip
+    for image in images:
+        for picture in image.pictures:
+            (folder / image.file(picture)).symlink_to("noise.png")
+    half = tuple(images[:30]), tuple(images[30:])
+    return folder, GalleryIndex(settings_sha256="0" * 64, norm="linf", misclassified=half[0], robust=half[1])
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def test_a_recipe_as_it_is_needs_no_settings(name: str) -> None:
         assert settings(training_command(run, "runs/x")) == []
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -38,21 +38,21 @@ def test_a_recipe_as_it_is_needs_no_settings(name: str) -> None:
         ["adversarial.epochs=2", "adversarial.eps=0.3", "model.denoise_after=[0]", "model.stages=[act1, layer1]"],
     ],
 )  # fmt: skip
-def test_the_settings_lead_back_to_the_run(overrides: list[str], plain: bool) -> None:
+def test_the_settings_lead_back_to_the_run(overrides: list[str], baseline: bool) -> None:
     run = recipe("digits/mini", overrides)
-    run = run.baseline() if plain else run
+    run = run.baseline() if baseline else run
     command = training_command(run, "runs/x")
     words = shlex.split(command)
-    assert ("--baseline" in words) is plain
+    assert ("--baseline" in words) is baseline
     seed = [f"seed={words[words.index('--seed') + 1]}"] if "--seed" in words else []
     again = recipe("digits/mini", [*settings(command), *seed])
-    assert (again.baseline() if plain else again) == run
+    assert (again.baseline() if baseline else again) == run
 
 
-def test_what_no_setting_says_is_an_error() -> None:
+def test_settings_without_overrides_are_an_error() -> None:
     run = recipe("digits/mini").baseline()
     odd = run.model_copy(update={"training": run.training.model_copy(update={"epochs": 3})})
-    with pytest.raises(InputError, match=r"training\.epochs is 3, .*training\.epochs=1.* gives 2"):
+    with pytest.raises(InputError, match=r"training\.epochs is 3, .*training\.epochs=2.* gives 4"):
         training_command(odd, "runs/x")
     with pytest.raises(InputError, match=r"recipe 'mine\.yaml' is not a packaged one"):
         training_command(run.model_copy(update={"recipe": "mine.yaml"}), "runs/x")
@@ -83,7 +83,7 @@ def test_the_published_protocol_is_named() -> None:
         assert settings(command) == []
 
 
-def test_an_evaluation_is_told_in_full(make_record: MakeRecord) -> None:
+def test_an_evaluation_command_names_every_option(make_record: MakeRecord) -> None:
     record = make_record("x")
     first = record.worst_case[0].model_copy(update={"eps": 8 / 255})
     record = record.model_copy(update={"worst_case": (first, *record.worst_case[1:])})
@@ -95,7 +95,7 @@ def test_an_evaluation_is_told_in_full(make_record: MakeRecord) -> None:
     assert mnist.endswith("--seed 7 --data-root data")
 
 
-@pytest.mark.parametrize(("backbone", "asked"), [("mynets:make", True), ("torchvision.models:resnet18", False)])
-def test_networks_of_one_s_own_are_evaluated_with_trust(make_record: MakeRecord, backbone: str, asked: bool) -> None:
+@pytest.mark.parametrize(("backbone", "trust"), [("mynets:make", True), ("torchvision.models:resnet18", False)])
+def test_own_networks_are_evaluated_with_trust_code(make_record: MakeRecord, backbone: str, trust: bool) -> None:
     config = recipe("folder/mini", [f"model.backbone={backbone}"])
-    assert ("--trust-code" in shlex.split(evaluation_command(make_record("x"), config, "runs/x"))) is asked
+    assert ("--trust-code" in shlex.split(evaluation_command(make_record("x"), config, "runs/x"))) is trust

@@ -28,27 +28,29 @@ def test_curves_are_svg_that_names_axes_and_networks(make_record: MakeRecord) ->
     assert {"FPD", "undefended baseline", "eps (L∞)", "accuracy under the worst attack (%)"} <= set(_texts(svg))
 
 
-def test_attack_curves_draw_every_attack_that_turned_something(make_record: MakeRecord) -> None:
+def test_attack_curves_draw_every_successful_attack(make_record: MakeRecord) -> None:
     names = tuple(f"attack {i}" for i in range(9))
     svg = figures.attack_curves(make_record("FPD", attacks=names), "0")
     assert [t for t in _texts(svg) if t.startswith("attack")] == list(names)
     many = tuple(f"attack {i}" for i in range(14))
     record = make_record("FPD", attacks=many, every_attack=False)
-    quiet = {"attack 3", "attack 5"}
-    idle = tuple(a.model_copy(update={"misclassified": 0}) if a.attack in quiet else a for a in record.attacks)
-    svg = figures.attack_curves(record.model_copy(update={"attacks": idle}), "0")
+    without_success = {"attack 3", "attack 5"}
+    attacks = tuple(
+        a.model_copy(update={"misclassified": 0}) if a.attack in without_success else a for a in record.attacks
+    )
+    svg = figures.attack_curves(record.model_copy(update={"attacks": attacks}), "0")
     shown = [t.removeprefix("after ") for t in _texts(svg) if t.startswith("after ")]
-    assert shown == [n for n in many if n not in quiet][: figures.MOST_LINES]
+    assert shown == [n for n in many if n not in without_success][: figures.MAX_LINES]
 
 
 def test_training_curves_show_the_gate_of_networks_that_have_one(history: tuple[EpochMetrics, ...]) -> None:
-    plain = tuple(EpochMetrics(**{**vars(m), "restoration": None}) for m in history)
+    baseline = tuple(EpochMetrics(**{**vars(m), "restoration": None}) for m in history)
     gate = "gate open (%)"
-    assert gate in _texts(figures.training_curves({"FPD": history, "baseline": plain}, {"FPD": 3, "baseline": 3}))
-    assert gate not in _texts(figures.training_curves({"baseline": plain}, {"baseline": 50}))
+    assert gate in _texts(figures.training_curves({"FPD": history, "baseline": baseline}, {"FPD": 3, "baseline": 3}))
+    assert gate not in _texts(figures.training_curves({"baseline": baseline}, {"baseline": 50}))
 
 
-def test_figures_on_one_page_share_no_ids_and_take_the_page_s_ink(
+def test_figures_on_one_page_share_no_ids_and_take_the_page_s_colour(
     make_record: MakeRecord, history: tuple[EpochMetrics, ...]
 ) -> None:
     record = make_record("FPD")
@@ -63,7 +65,7 @@ def test_figures_on_one_page_share_no_ids_and_take_the_page_s_ink(
         named = set(re.findall(r'\bid="([^"]+)"', svg))
         assert set(re.findall(r'href="#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg)) <= named
         assert "currentColor" in svg
-        assert figures.INK not in svg
+        assert figures.TEXT_COLOUR not in svg
         assert "<metadata" not in svg
 
 
@@ -81,20 +83,20 @@ def test_a_confusion_matrix_has_its_counts_written_in_where_they_fit() -> None:
     assert "77" not in _texts(figures.confusion(large, [str(i) for i in range(40)]))
 
 
-def test_the_surface_marks_image_and_adversarial_point(measured: Path) -> None:
-    surface = read_gallery(measured / "record.gallery").landscape
-    assert surface is not None
-    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_landscape(surface)))
-    flat = surface.model_copy(update={"margin": tuple((0.0,) * 21 for _ in range(21))})
+def test_the_landscape_marks_image_and_adversarial_point(measured: Path) -> None:
+    landscape = read_gallery(measured / "record.gallery").landscape
+    assert landscape is not None
+    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_landscape(landscape)))
+    flat = landscape.model_copy(update={"margin": tuple((0.0,) * 21 for _ in range(21))})
     assert "image" in _texts(figures.loss_landscape(flat))
 
 
 @pytest.mark.parametrize("name", ["$x^2$", "a < b & c", "</svg><script>x</script>", "--> $\\frac$"])
-def test_names_that_mean_something_to_tools_are_text(make_record: MakeRecord, name: str) -> None:
+def test_names_with_markup_are_text(make_record: MakeRecord, name: str) -> None:
     assert name in _texts(figures.accuracy_curves([make_record("x")], [name]))
 
 
-def test_lines_are_told_apart_without_colour() -> None:
-    looks = [figures._look(i) for i in range(24)]
-    assert len(set(looks)) == 24
-    assert len({(style, marker) for _, style, marker in looks[:6]}) == 6 or len({m for *_, m in looks[:6]}) == 6
+def test_lines_differ_without_colour() -> None:
+    styles = [figures.line_style(i) for i in range(24)]
+    assert len(set(styles)) == 24
+    assert len({(style, marker) for _, style, marker in styles[:6]}) == 6

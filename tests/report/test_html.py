@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -9,20 +12,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from robustfpd.errors import InputError
-from robustfpd.evaluation import Proportion
+from robustfpd.evaluation import EvaluationRecord, Proportion
 from robustfpd.evaluation.checks import NAMES
-from robustfpd.report.html import render
-from robustfpd.report.meanings import meanings
+from robustfpd.evaluation.gallery import GalleryIndex
+from robustfpd.report.html import check_meanings, render, write_report
 from robustfpd.report.page import report_on
 from robustfpd.report.sources import read
-from robustfpd.report.tables import comparison_table, evaluation_table
-from robustfpd.report.write import write_report
+from robustfpd.report.tables import COLUMNS, comparison_table, csv_text, evaluation_table
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord, MakeSource
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
-LARGEST = 3_000_000
+MAX_BYTES = 3_000_000
 
 
 class _Page(HTMLParser):
@@ -97,10 +99,12 @@ def test_every_part_of_a_real_evaluation_is_there(page: str) -> None:
     text = unescape(page)
     for part in (
         "a small network classifies", "trusted", "clean accuracy", "worst-case robust accuracy, L∞ eps 0.1",
-        "Fell first", "Never fell", "Loss surface", "Confusion matrix", "digit 3 →", "Seed 0, batches of 64",
-        "The commonest mistakes", "There are no training curves",
+        "Misclassified under attack", "Robust: the attack", "Loss landscape", "Confusion matrix",
+        "Seed 0, batches of 64",
+        "The most frequent mistakes", "There are no training curves",
     ):  # fmt: skip
         assert part in text, part
+    assert re.search(r"digit \d → digit \d · ", text)
     parsed = _Page(page)
     assert len(parsed.alts) > 20 * 3
     assert all(parsed.alts)
@@ -115,8 +119,8 @@ def test_every_check_has_its_evidence_and_what_it_means(page: str, measured: Pat
         assert check.evidence in text
         assert f'href="#check-{check.name}"' in page
         assert f'id="check-{check.name}"' in page
-    assert set(meanings()) >= set(NAMES)
-    assert "<strong>Asked:</strong>" in page
+    assert set(check_meanings()) >= set(NAMES)
+    assert "<strong>Question:</strong>" in page
 
 
 def test_every_network_is_named_with_its_numbers(compared: str) -> None:
@@ -130,7 +134,7 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
     beside = ["FPD", "trusted", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
     assert cells[5:10] == beside
     assert "75.0 % [68.6, 80.5]" in compared
-    assert "Where they differ most, at eps 0.1, FPD keeps" in compared
+    assert "Where they differ most, at eps 0.1, FPD reaches" in compared
     assert compared.count("<title>What it buys: robustness report</title>") == 1
     assert "recipe of third net" in compared
 
@@ -143,32 +147,32 @@ def test_names_are_escaped(make_source: MakeSource) -> None:
     assert _Page(text).open == []
 
 
-def test_sixty_photographs_weigh_less_than_three_megabytes(photographs: Path) -> None:
-    (evaluated,) = read(photographs).evaluations
-    assert evaluated.shown is not None
-    assert (len(evaluated.shown.misclassified), len(evaluated.shown.robust)) == (30, 30)
-    text = render(report_on([read(photographs)]))
-    assert len(text.encode()) < LARGEST
+def test_sixty_photographs_weigh_less_than_three_megabytes(
+    photographs: tuple[Path, GalleryIndex], make_source: MakeSource
+) -> None:
+    folder, gallery = photographs
+    source = make_source("photographs")
+    evaluation = dataclasses.replace(source.evaluations[0], path=folder.with_name("record.json"), gallery=gallery)
+    text = render(report_on([dataclasses.replace(source, evaluations=(evaluation,))]))
+    assert len(text.encode()) < MAX_BYTES
     assert text.count("data:image/webp;base64,") == 60 * 3
     assert 'class="gone"' not in text
 
 
-def test_a_report_is_written_as_three_files_and_replaces_what_was_there(
-    make_source: MakeSource, tmp_path: Path
-) -> None:
+def test_a_report_is_a_page_and_a_csv_and_replaces_its_own_files(make_source: MakeSource, tmp_path: Path) -> None:
     report, page = report_on([make_source("only")]), tmp_path / "sub" / "r.html"
     files = write_report(page, report)
-    assert [f.name for f in files] == ["r.html", "r.md", "r.csv"]
-    assert sorted(p.name for p in page.parent.iterdir()) == ["r.csv", "r.html", "r.md"]
+    assert [f.name for f in files] == ["r.html", "r.csv"]
+    assert sorted(p.name for p in page.parent.iterdir()) == ["r.csv", "r.html"]
     first = page.read_text(encoding="utf-8")
     assert first.startswith("<!doctype html>")
     page.write_text("old")
     write_report(page, report)
     assert page.read_text(encoding="utf-8") == first
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(InputError, match=r"README\.md is there and is no report's"):
-        write_report(tmp_path / "README.html", report)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    (tmp_path / "data.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"data\.csv exists and is no report's"):
+        write_report(tmp_path / "data.html", report)
+    assert (tmp_path / "data.csv").read_text() == "mine"
     with pytest.raises(InputError, match=r"must be an \.html file"):
         write_report(tmp_path / "r.pdf", report)
 
@@ -182,3 +186,19 @@ def test_tables_hold_the_numbers(make_record: MakeRecord) -> None:
     columns = [list(c.cells) for c in evaluation_table(records[0]).columns]
     assert columns[1] == [str(Proportion.of(k, 200)) for k in (190, 150, 60)]
     assert columns[2] == ["clean", "FGSM 40/190\nPGD-40 39/190", "FGSM 130/190\nPGD-40 129/190"]
+
+
+def test_the_csv_reads_back_as_the_record(measured_record: EvaluationRecord) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text([("mine", measured_record)]))))
+    assert tuple(rows[0]) == COLUMNS
+    clean, *rest = rows
+    assert (clean["attack"], float(clean["accuracy"])) == ("clean", measured_record.clean.value)
+    worst = {float(r["eps"]): r for r in rest if r["attack"] == "worst case"}
+    assert {eps: float(r["accuracy"]) for eps, r in worst.items()} == {
+        w.eps: w.robust.value for w in measured_record.worst_case
+    }  # fmt: skip
+    assert all(float(r["low"]) <= float(r["accuracy"]) <= float(r["high"]) for r in worst.values())
+    attacks = [(r["attack"], int(r["misclassified"])) for r in rest if r["attack"] != "worst case"]
+    assert attacks == [(a.attack, a.misclassified) for a in measured_record.attacks]
+    assert {r["verdict"] for r in rows} == {measured_record.verdict.status}
+    assert csv_text([]) == ",".join(COLUMNS) + "\n"

@@ -6,17 +6,23 @@ import numpy as np
 import pytest
 
 from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow, Proportion, WorstCase
-from robustfpd.report.metrics import after_each_attack, attack_lines, class_name, confusion_counts, final_predictions
+from robustfpd.report.metrics import (
+    accuracy_by_attack,
+    attack_metrics,
+    class_name,
+    worst_case_confusion,
+    worst_case_predictions,
+)
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord
 
 
-def _row(image: int, label: int, clean: int, attack: str, eps: float, said: int, **others: Any) -> LedgerRow:
+def _row(image: int, label: int, clean: int, attack: str, eps: float, predicted: int, **others: Any) -> LedgerRow:
     """A line of a ledger."""
-    outcome = "misclassified" if said != label else "robust"
+    outcome = "misclassified" if predicted != label else "robust"
     return LedgerRow(
-        image=image, label=label, clean_prediction=clean, attack=attack, eps=eps, adversarial_prediction=said,
+        image=image, label=label, clean_prediction=clean, attack=attack, eps=eps, adversarial_prediction=predicted,
         distance=others.pop("distance", eps), **{"outcome": outcome, "margin": 0.0, **others},
     )  # fmt: skip
 
@@ -30,8 +36,10 @@ LEDGER = (
 )  # fmt: skip
 
 
-def _result(attack: str, tried: int, turned: int) -> AttackResult:
-    return AttackResult(attack=attack, eps=0.1, attacked=tried, misclassified=turned, seconds=1.0, forward_passes=40)
+def _result(attack: str, attacked: int, misclassified: int) -> AttackResult:
+    return AttackResult(
+        attack=attack, eps=0.1, attacked=attacked, misclassified=misclassified, seconds=1.0, forward_passes=40
+    )
 
 
 @pytest.fixture
@@ -45,33 +53,33 @@ def record(make_record: MakeRecord) -> EvaluationRecord:
 
 
 def test_accuracy_after_each_attack_counts_down(record: EvaluationRecord) -> None:
-    first, second = attack_lines(record)
+    first, second = attack_metrics(record)
     assert (first.accuracy, second.accuracy) == (0.5, 0.25)
     assert (first.median_norm, second.median_norm) == (0.08, 0.1)
     assert (first.median_queries, second.median_queries) == (2, 10)
-    assert after_each_attack(record) == {"FGSM": [(0.1, 0.5)], "PGD": [(0.1, 0.25)]}
+    assert accuracy_by_attack(record) == {"FGSM": [(0.1, 0.5)], "PGD": [(0.1, 0.25)]}
     assert second.accuracy == record.worst_case[-1].robust.value
 
 
-def test_an_attack_that_tried_every_image_keeps_its_own_accuracy(make_record: MakeRecord) -> None:
-    lines = attack_lines(make_record("net", (150,)))
+def test_an_attack_on_every_image_has_its_own_accuracy(make_record: MakeRecord) -> None:
+    lines = attack_metrics(make_record("net", (150,)))
     assert [line.accuracy for line in lines] == [150 / 200, 151 / 200]
     assert [line.median_norm for line in lines] == [None, None]
 
 
 def test_the_last_line_of_a_real_record_is_its_worst_case(measured_record: EvaluationRecord) -> None:
     for worst in measured_record.worst_case:
-        last = [line for line in attack_lines(measured_record) if line.eps == worst.eps][-1]
+        last = [line for line in attack_metrics(measured_record) if line.eps == worst.eps][-1]
         assert last.accuracy == pytest.approx(worst.robust.value)
 
 
-def test_each_image_has_the_class_of_the_first_attack_that_turned_it(record: EvaluationRecord) -> None:
-    assert final_predictions(record) == [(1, 2), (2, 0), (0, 1), (2, 2)]
-    assert np.array_equal(confusion_counts(record), [[0, 1, 0], [0, 0, 1], [1, 0, 1]])
+def test_each_image_has_the_class_of_its_first_successful_attack(record: EvaluationRecord) -> None:
+    assert worst_case_predictions(record) == [(1, 2), (2, 0), (0, 1), (2, 2)]
+    assert np.array_equal(worst_case_confusion(record), [[0, 1, 0], [0, 0, 1], [1, 0, 1]])
 
 
-def test_the_diagonal_of_a_real_confusion_is_what_withstood(measured_record: EvaluationRecord) -> None:
-    counts = confusion_counts(measured_record)
+def test_the_diagonal_of_the_confusion_counts_robust_images(measured_record: EvaluationRecord) -> None:
+    counts = worst_case_confusion(measured_record)
     assert counts.shape == (10, 10)
     assert counts.sum() == measured_record.num_images
     assert np.trace(counts) == measured_record.worst_case[-1].robust.count

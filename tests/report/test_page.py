@@ -9,28 +9,28 @@ import pytest
 from robustfpd.config import RunConfig, recipe
 from robustfpd.errors import InputError
 from robustfpd.evaluation import Proportion, WorstCase
-from robustfpd.report.metrics import radius
+from robustfpd.report.metrics import format_eps
 from robustfpd.report.page import (
     Report,
-    commands,
     comparison_sentence,
-    confusions,
+    differing_settings,
+    frequent_confusions,
+    repeat_commands,
     report_on,
-    settings_that_differ,
     verdict_sentence,
 )
-from robustfpd.report.sources import Evaluated, Source
+from robustfpd.report.sources import Source, StoredEvaluation
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord, MakeSource
 
 
-def _with(source: Source, *evaluations: Evaluated) -> Source:
+def _with(source: Source, *evaluations: StoredEvaluation) -> Source:
     return dataclasses.replace(source, evaluations=tuple(sorted(evaluations, key=lambda e: e.strength)))
 
 
-def _evaluated(make_record: MakeRecord, name: str, **values: object) -> Evaluated:
-    return Evaluated(Path(f"{name}.json"), make_record(name, **values), None)
+def _evaluated(make_record: MakeRecord, name: str, **values: object) -> StoredEvaluation:
+    return StoredEvaluation(Path(f"{name}.json"), make_record(name, **values), None)
 
 
 def _shown(report: Report) -> list[tuple[str, str, str]]:
@@ -56,7 +56,7 @@ def test_of_several_runs_the_evaluation_that_they_share(make_source: MakeSource,
     assert [p for p in report.problems if p.startswith("c has no evaluation with suite quick")]
 
 
-def test_other_images_and_radii_are_told(make_source: MakeSource) -> None:
+def test_other_images_and_radii_are_problems(make_source: MakeSource) -> None:
     other = make_source("b", (100,), data_sha256="f" * 64)
     problems = report_on([make_source("a"), other]).problems
     assert problems == (
@@ -72,7 +72,7 @@ def test_other_images_and_radii_are_told(make_source: MakeSource) -> None:
         ({"norm": "l1"}, "no evaluation in norm l1; there are: quick in linf"),
     ],
 )
-def test_what_no_run_was_evaluated_with_is_refused(
+def test_a_suite_or_norm_without_an_evaluation_is_refused(
     make_source: MakeSource, options: dict[str, str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -87,44 +87,44 @@ def test_runs_without_an_evaluation_make_a_report_too(make_source: MakeSource) -
 
 
 def test_the_verdict_in_one_sentence(make_record: MakeRecord) -> None:
-    said = verdict_sentence(make_record("net", (150, 60)))
-    assert said == (
-        f"net classifies {Proportion.of(60, 200)} of 200 images correctly whatever suite quick did within L∞ 0.2."
-    )
+    record = make_record("net", (150, 60))
+    robust = Proportion.of(60, 200)
+    text = f"net classifies {robust} of 200 images correctly under all attacks of suite quick within L∞ 0.2."
+    assert verdict_sentence(record) == text
 
 
 @pytest.mark.parametrize(
-    ("eps", "said"),
+    ("eps", "text"),
     [(0.1, "0.1"), (8 / 255, "8/255"), (0.3, "0.3"), (1.5, "1.5"), (1 / 255, "1/255")],
 )  # fmt: skip
-def test_radii_in_words(eps: float, said: str) -> None:
-    assert radius(eps) == said
+def test_eps_as_text(eps: float, text: str) -> None:
+    assert format_eps(eps) == text
 
 
 def test_comparison_of_clear_differences(make_record: MakeRecord) -> None:
-    ours, worse, worst = make_record("A", (150, 60)), make_record("B", (140, 10)), make_record("C", (20, 5))
-    assert comparison_sentence([ours, worst, worse]) == (
-        f"Where they differ most, at eps 0.2, A keeps {Proportion.of(60, 200)} and the best rival, B, "
-        f"{Proportion.of(10, 200)}: more robust by 25 points."
+    a, b, c = make_record("A", (150, 60)), make_record("B", (140, 10)), make_record("C", (20, 5))
+    assert comparison_sentence([a, c, b]) == (
+        f"Where they differ most, at eps 0.2, A reaches {Proportion.of(60, 200)} and the best other network, "
+        f"B, {Proportion.of(10, 200)}: more robust by 25 points."
     )
-    assert str(comparison_sentence([worse, ours])).endswith(
-        f"B keeps {Proportion.of(10, 200)} and A, {Proportion.of(60, 200)}: less robust by 25 points."
+    assert str(comparison_sentence([b, a])).endswith(
+        f"B reaches {Proportion.of(10, 200)} and A {Proportion.of(60, 200)}: less robust by 25 points."
     )
-    assert comparison_sentence([ours]) is None
+    assert comparison_sentence([a]) is None
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "clear"), [(100, 99, False), (100, 100, False), (110, 91, False), (115, 86, True)]
 )
-def test_a_difference_is_one_only_where_intervals_part(
+def test_overlapping_intervals_are_no_clear_difference(
     make_record: MakeRecord, ours: int, theirs: int, clear: bool
 ) -> None:
     a, b = Proportion.of(ours, 200), Proportion.of(theirs, 200)
     assert clear == (b.high < a.low)
     for first, second in ((ours, theirs), (theirs, ours)):
-        said = str(comparison_sentence([make_record("A", (first,)), make_record("B", (second,))]))
-        assert ("no clear difference: the intervals overlap" in said) is not clear
-        assert ("points" in said) is clear
+        sentence = str(comparison_sentence([make_record("A", (first,)), make_record("B", (second,))]))
+        assert ("no clear difference: the intervals overlap" in sentence) is not clear
+        assert ("points" in sentence) is clear
 
 
 def test_only_radii_that_all_have_are_compared(make_record: MakeRecord) -> None:
@@ -136,37 +136,38 @@ def test_only_radii_that_all_have_are_compared(make_record: MakeRecord) -> None:
     elsewhere = other.model_copy(update={"data_sha256": "f" * 64})
     assert comparison_sentence([ours, elsewhere]) is None
     third = make_record("C", (90,))
-    assert "and the best rival, B," in str(comparison_sentence([ours, third, other]))
-    assert "and C," in str(comparison_sentence([ours, third, elsewhere]))
+    assert "and the best other network, B," in str(comparison_sentence([ours, third, other]))
+    assert "and C " in str(comparison_sentence([ours, third, elsewhere]))
 
 
-def test_commands_as_typed_or_as_told_by_what_was_left(make_source: MakeSource, make_record: MakeRecord) -> None:
+def test_commands_as_typed_or_from_settings_and_record(make_source: MakeSource, make_record: MakeRecord) -> None:
     run = dataclasses.replace(make_source("runs/digits-mini"), config=recipe("digits/mini", ["training.epochs=2"]))
-    trained, attacked = commands(run, run.evaluations[0])
+    trained, attacked = repeat_commands(run, run.evaluations[0])
     assert trained == "robustfpd train digits/mini training.epochs=2 --out runs/digits-mini"
     assert attacked.startswith("robustfpd evaluate runs/digits-mini --suite quick --norm linf --eps 0.1 0.2")
     typed = dataclasses.replace(run, environment={"command": "robustfpd train x"})
     record = make_record("x", environment={"command": "robustfpd evaluate x"})
-    assert commands(typed, Evaluated(Path("x"), record, None)) == ["robustfpd train x", "robustfpd evaluate x"]
+    evaluation = StoredEvaluation(Path("x"), record, None)
+    assert repeat_commands(typed, evaluation) == ["robustfpd train x", "robustfpd evaluate x"]
     own = dataclasses.replace(run, config=RunConfig(recipe="mine.yaml"))
-    assert commands(own, None)[0].startswith("# recipe 'mine.yaml' is not a packaged one")
+    assert repeat_commands(own, None)[0].startswith("# recipe 'mine.yaml' is not a packaged one")
 
 
 def test_settings_that_differ_are_named_with_their_values(make_source: MakeSource) -> None:
     runs = [make_source("a"), make_source("b")]
-    assert settings_that_differ(runs) == [("recipe", ["recipe of a", "recipe of b"])]
-    assert settings_that_differ(runs[:1]) == []
+    assert differing_settings(runs) == [("recipe", ["recipe of a", "recipe of b"])]
+    assert differing_settings(runs[:1]) == []
 
 
-def test_the_commonest_mistakes_come_first(measured: Path) -> None:
-    from robustfpd.report.metrics import final_predictions
+def test_the_most_frequent_mistakes_come_first(measured: Path) -> None:
+    from robustfpd.report.metrics import worst_case_predictions
     from robustfpd.report.sources import read
 
     record = read(measured).evaluations[0].record
-    found = confusions(record)
-    counts = [n for *_, n in found]
+    confusions = frequent_confusions(record)
+    counts = [n for *_, n in confusions]
     assert counts == sorted(counts, reverse=True)
-    actual, became, n = found[0]
-    pairs = [(f"digit {a}", f"digit {b}") for a, b in final_predictions(record)]
-    assert pairs.count((actual, became)) == n
-    assert actual != became
+    true, predicted, n = confusions[0]
+    pairs = [(f"digit {a}", f"digit {b}") for a, b in worst_case_predictions(record)]
+    assert pairs.count((true, predicted)) == n
+    assert true != predicted

@@ -12,7 +12,6 @@ from robustfpd.errors import InputError
 from robustfpd.report.html import render
 from robustfpd.report.page import report_on
 from robustfpd.report.sources import Source, read
-from robustfpd.report.text import markdown, table
 
 
 @pytest.fixture
@@ -32,29 +31,26 @@ def run(measured: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def _made(source: Source) -> str:
-    """The whole report, which must be made whatever is missing."""
-    report = report_on([source])
-    assert markdown(report)
-    assert table(report)
-    return render(report)
+def _page(source: Source) -> str:
+    """The page, which is made also where files are missing."""
+    return render(report_on([source]))
 
 
-def test_a_whole_run_has_nothing_missing(run: Path) -> None:
+def test_a_complete_run_has_no_problems(run: Path) -> None:
     source = read(run)
     assert source.problems == ()
     assert [m.validation_accuracy for m in source.history] == [0.5, 0.6, 0.7]
     assert source.config == RunConfig(recipe="digits/mini")
-    (evaluated,) = source.evaluations
-    assert evaluated.problems == ()
-    assert evaluated.record.ledger
-    assert evaluated.shown is not None
+    (evaluation,) = source.evaluations
+    assert evaluation.problems == ()
+    assert evaluation.record.ledger
+    assert evaluation.gallery is not None
     assert source.home == run
-    assert "What is missing" not in _made(source)
+    assert "Missing results" not in _page(source)
 
 
 @pytest.mark.parametrize("given", ["folder", "record"])
-def test_evaluations_of_foreign_modules_are_read_from_their_folder(measured: Path, given: str) -> None:
+def test_evaluations_of_own_modules_are_read_from_their_folder(measured: Path, given: str) -> None:
     source = read(measured if given == "folder" else measured / "record.json")
     assert len(source.evaluations) == 1
     assert source.problems == ()
@@ -66,7 +62,7 @@ def test_networks_that_come_with_robustfpd_have_their_results(tmp_path: Path, mo
     assert source.evaluations
     assert source.config is not None
     assert source.home == Path("runs") / "digits-mini-fpd-evaluation"
-    page = _made(source)
+    page = _page(source)
     assert "trusted" in page
 
 
@@ -77,7 +73,7 @@ def test_a_saved_model_has_its_evaluations_beside_it(measured: Path, tmp_path: P
     assert len(read(tmp_path / "model").evaluations) == 1
 
 
-def test_a_name_that_is_nothing_is_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "digits-mini").mkdir(parents=True)
     RunConfig().save(tmp_path / "runs" / "digits-mini" / "config.yaml")
@@ -161,10 +157,10 @@ def _bytes_in_metrics(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said", "kept"),
+    ("damage", "problem", "shown"),
     [
         (_no_evaluation, "was not evaluated: run <code>robustfpd evaluate", "Validation accuracy and gate"),
-        (_half_a_ledger, "record.ledger.csv is cut off or damaged: no confusion", "a small network"),
+        (_half_a_ledger, "record.ledger.csv is truncated or damaged: no confusion", "a small network"),
         (_no_record, "lost its record: so far ", "Validation accuracy and gate"),
         (_no_ledger, "record.ledger.csv is missing: no confusion", "a small network"),
         (_unfinished, "was not finished: so far ", "Validation accuracy and gate"),
@@ -179,33 +175,33 @@ def _bytes_in_metrics(run: Path) -> None:
         (_no_settings, "settings: ", "a small network"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_and_the_rest_is_shown(
-    run: Path, damage: Callable[[Path], None], said: str, kept: str
+def test_missing_files_are_listed_and_the_rest_is_shown(
+    run: Path, damage: Callable[[Path], None], problem: str, shown: str
 ) -> None:
     damage(run)
-    page = _made(read(run))
-    assert "What is missing, or to be kept in mind" in page
-    assert said in page.replace("&#39;", "'")
-    assert kept in page
+    page = _page(read(run))
+    assert "Missing results and limits" in page
+    assert problem in page.replace("&#39;", "'")
+    assert shown in page
 
 
-def test_a_picture_that_is_none_is_left_blank(run: Path) -> None:
+def test_a_damaged_picture_is_left_blank(run: Path) -> None:
     _bad_picture(run)
-    assert _made(read(run)).count('class="gone"') == 1
+    assert _page(read(run)).count('class="gone"') == 1
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "huge"])
-def test_a_picture_that_is_none_of_ours_is_left_blank(run: Path, kind: str) -> None:
+def test_a_huge_picture_is_left_blank_and_cmyk_is_converted(run: Path, kind: str) -> None:
     from PIL import Image
 
     path = next((run / "evaluation" / "record.gallery").glob("*-clean.png"))
     Image.new("CMYK" if kind == "CMYK" else "1", (8, 8) if kind == "CMYK" else (20000, 20000)).save(
         path, "JPEG" if kind == "CMYK" else "PNG"
     )
-    assert _made(read(run)).count('class="gone"') == (kind == "huge")
+    assert _page(read(run)).count('class="gone"') == (kind == "huge")
 
 
-def test_json_files_of_others_are_not_taken_for_records(run: Path) -> None:
+def test_other_json_files_are_not_read_as_records(run: Path) -> None:
     (run / "evaluation" / "notes.json").write_text('{"mine": 1}')
     (run / "evaluation" / "list.json").write_text("[1, 2]")
     assert read(run).problems == ()

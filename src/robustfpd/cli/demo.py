@@ -69,10 +69,10 @@ def demo(
         _run_all(configs, out, seed, output)
     from robustfpd.cli.common import program
     from robustfpd.evaluation import EvaluationRecord
+    from robustfpd.report.html import write_report
     from robustfpd.report.page import comparison_sentence, report_on
     from robustfpd.report.sources import read
     from robustfpd.report.tables import comparison_table
-    from robustfpd.report.write import write_report
 
     folders = [out / folder for folder in RUNS.values()]
     records = [EvaluationRecord.load(folder / "evaluation" / f"{RECORD}.json") for folder in folders]

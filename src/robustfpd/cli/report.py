@@ -24,7 +24,7 @@ def report(
     title: str | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Write evaluations as one page to read and send: report.html, with report.md and report.csv beside it.
+    """Write evaluations as one page to read and send: report.html, with report.csv beside it.
 
     For example `robustfpd report runs/digits-mini`,
     or `robustfpd report runs/mnist-mini runs/mnist-mini-baseline --suite standard`.
@@ -42,7 +42,7 @@ def report(
     if not runs:
         raise InputError("name what to report on: robustfpd report RUN")
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out must be an .html file, found {out}; the .md and .csv go beside it")
+        raise InputError(f"--out must be an .html file, found {out}; the .csv is written beside it")
     from robustfpd.config import SUITES
     from robustfpd.report.paths import resolve
 
@@ -50,9 +50,9 @@ def report(
         check_choice("suite", suite, SUITES)
     for run in runs:
         resolve(run)
+    from robustfpd.report.html import write_report
     from robustfpd.report.page import report_on
     from robustfpd.report.sources import read
-    from robustfpd.report.write import write_report
 
     sources = [read(run) for run in runs]
     if len(sources) == 1:
@@ -83,11 +83,12 @@ def _baseline(source: Source) -> list[Source]:
 
 
 def _print_summary(output: Output, made: Report, files: list[Path]) -> None:
-    from robustfpd.report.page import SAID, comparison_sentence, verdict_sentence
+    from robustfpd.report.page import STATUS_SENTENCES, comparison_sentence, verdict_sentence
 
     if made.first is not None:
         verdict = made.first.record.verdict
-        output.print_wrapped(f"{verdict.status}: {verdict_sentence(made.first.record)} {SAID[verdict.status]}")
+        sentences = f"{verdict_sentence(made.first.record)} {STATUS_SENTENCES[verdict.status]}"
+        output.print_wrapped(f"{verdict.status}: {sentences}")
         for reason in verdict.reasons:
             output.print_wrapped(f"- {reason}")
         compared = comparison_sentence([c.record for c in made.columns])
@@ -95,7 +96,7 @@ def _print_summary(output: Output, made: Report, files: list[Path]) -> None:
             output.print_wrapped(compared)
     for problem in made.problems:
         output.print_wrapped(f"note: {problem}")
-    output.print(f"report: {files[0]}, also as {files[1].name} and {files[2].name}")
+    output.print(f"report: {files[0]}, also as {files[1].name}")
 
 
 def _numbers(made: Report) -> list[dict[str, object]]:

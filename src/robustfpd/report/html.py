@@ -1,114 +1,179 @@
-"""`report.html`: one self-contained page."""
+"""`report.html`, one self-contained page, and its CSV."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.report.meanings import meanings
-from robustfpd.report.metrics import NORMS, radius
+from robustfpd.evaluation.gallery import gallery_folder
+from robustfpd.evaluation.ledger import writing
+from robustfpd.evaluation.verdict import Check
+from robustfpd.io import write_text
+from robustfpd.report import figures
+from robustfpd.report.metrics import NORM_NAMES, attack_metrics, class_name, format_eps, worst_case_confusion
 from robustfpd.report.page import (
-    SAID,
+    STATUS_SENTENCES,
     Column,
     Report,
-    commands,
     comparison_sentence,
-    confusions,
-    drawn,
-    settings_that_differ,
+    differing_settings,
+    frequent_confusions,
+    repeat_commands,
     verdict_sentence,
 )
+from robustfpd.report.sources import Source
+from robustfpd.report.tables import COLUMNS, csv_text
+from robustfpd.report.thumbnails import thumbnails
 
 HERE = Path(__file__).parent
+CHECKS = (HERE / "checks.md", HERE.parents[2] / "docs" / "checks.md")
+"""The checks' documentation: in an installed package, and in a checkout."""
 VIEWS = {
-    "pre-squash": "the logits before the head's squashing, which hides gradients where it saturates",
-    "bpda-restoration": "as if the restored image were the image: past the decoder, straight through",
-    "bpda-denoising": "past the denoising layers, straight through",
-    "front-pass": "through the restoration only, not through the image that goes around it",
-    "back-pass": "through the image that goes around the restoration only",
-    "joint": "with a loss that spoils the restoration as well",
-    "joint-hidden": "with a loss that keeps the restoration as it is",
-    "straight-through": "past parts of the network that give no gradients",
+    "pre-squash": "the logits before the head's tanh, which has no gradients where it saturates",
+    "bpda-restoration": "BPDA: the decoder is replaced by the identity in the backward pass",
+    "bpda-denoising": "BPDA: the denoising layers are replaced by the identity in the backward pass",
+    "front-pass": "gradients through the restored image only",
+    "back-pass": "gradients through the input image of the middle denoising only",
+    "joint": "a loss that also degrades the restored image",
+    "joint-hidden": "a loss that also preserves the restored image",
+    "straight-through": "parts of the network without gradients are replaced by the identity in the backward pass",
 }
-"""What the names behind an attack mean: where it takes its gradients from."""
-OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "nothing to look at"}
+"""Where an attack takes its gradients from, by the name behind the attack's."""
+OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "not applicable"}
+SEVERITY = {"failed": 0, "suspicious": 1, "passed": 2, "skipped": 3}
+
+
+def write_report(page: Path, report: Report) -> list[Path]:
+    """Write `page`, and the CSV beside it; each file is replaced as a whole.
+
+    Returns:
+        The paths of the page and of the CSV.
+
+    Raises:
+        InputError: `page` is not called .html, cannot be written, or the CSV would replace a file that is no report's.
+    """
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"a report's page must be an .html file, found {page}; the .csv is written beside it")
+    table = page.with_suffix(".csv")
+    if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(COLUMNS)):
+        raise InputError(f"{table} exists and is no report's; choose another name for the page with --out")
+    texts = {page: render(report), table: csv_text((c.name, c.record) for c in report.columns)}
+    for path, text in texts.items():
+        with writing(path):
+            write_text(path, text)
+    return list(texts)
 
 
 def render(report: Report) -> str:
-    """The page as text: figures, pictures, styles and script inside, nothing to be fetched."""
+    """Return the page: figures, pictures, styles and script are inside, nothing is loaded."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["quoted"] = _quoted
     environment.globals |= {
-        "radius": radius, "norms": NORMS, "said": SAID, "outcomes": OUTCOMES, "commands": commands,
+        "eps": format_eps, "norms": NORM_NAMES, "status_sentences": STATUS_SENTENCES, "outcomes": OUTCOMES,
+        "commands": repeat_commands, "attack_metrics": attack_metrics, "passes": _passes,
         "percent": lambda value: f"{100 * value:.1f} %",
         "number": lambda value: "" if value is None else f"{value:.4g}",
     }  # fmt: skip
-    first = report.first
     records = [c.record for c in report.columns]
+    labels = {attack.attack for record in records for attack in record.attacks}
+    config = report.sources[0].config
     return environment.get_template("report.html").render(
         report=report,
-        first=first,
-        drawn=drawn(report),
+        first=report.first,
         style=(HERE / "report.css").read_text(encoding="utf-8"),
         script=(HERE / "report.js").read_text(encoding="utf-8"),
-        meanings=meanings(),
-        sentence=None if first is None else verdict_sentence(first.record),
+        sentence=verdict_sentence(records[0]) if records else None,
         comparison=comparison_sentence(records) if records else None,
         checks=_checks(report.columns),
+        meanings=check_meanings(),
         radii=sorted({w.eps for r in records for w in r.worst_case}),
         robust=[{w.eps: w.robust for w in r.worst_case} for r in records],
-        confusions=[] if first is None else confusions(first.record) if first.record.ledger else [],
-        others=[e for s in report.sources for e in s.evaluations if all(e is not c.evaluated for c in report.columns)],
-        differing=settings_that_differ(report.sources) if len(report.sources) > 1 else [],
+        others=[e for s in report.sources for e in s.evaluations if all(e is not c.evaluation for c in report.columns)],
+        differing=differing_settings(report.sources),
         environments=_environments(report.columns),
-        config=_yaml(report),
-        passes=_passes,
-        views={name: told for name, told in VIEWS.items() if any(_seen(name, c.record) for c in report.columns)},
+        config=None if config is None else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        views={name: text for name, text in VIEWS.items() if any(label.endswith(f", {name}") for label in labels)},
+        **_figures(report),
     )
 
 
+@cache
+def check_meanings() -> dict[str, str]:
+    """Return the entries of docs/checks.md as HTML by the name of the check; empty where the file is missing."""
+    path = next((p for p in CHECKS if p.is_file()), None)
+    if path is None:
+        return {}
+    markdown = MarkdownIt("js-default", {"html": False})
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", path.read_text(encoding="utf-8"))  # links lead to other pages
+    parts = re.split(r"^### `([a-z-]+)`\n", text, flags=re.MULTILINE)
+    texts = (re.split(r"^## ", part, flags=re.MULTILINE)[0] for part in parts[2::2])
+    return {name: markdown.render(text) for name, text in zip(parts[1::2], texts, strict=True)}
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """Return the figures as SVG and the gallery; None where there is nothing to draw."""
+    names = {id(c.source): c.name for c in report.columns}
+    trained = {names.get(id(s), s.name): s for s in report.sources if s.history}
+    histories, epochs = {n: s.history for n, s in trained.items()}, {n: _epochs(s) for n, s in trained.items()}
+    drawn: dict[str, Any] = dict.fromkeys(("accuracy", "attacks", "confusion", "gallery", "landscape"))
+    drawn |= {"confusions": [], "training": figures.training_curves(histories, epochs) if histories else None}
+    if report.first is None:
+        return drawn
+    record, gallery = report.first.record, report.first.evaluation.gallery
+    records = [c.record for c in report.columns]
+    drawn["accuracy"] = figures.accuracy_curves(records, [r.model_name for r in records])
+    drawn["attacks"] = [(r.model_name, figures.attack_curves(r, str(i))) for i, r in enumerate(records)]
+    if record.ledger:
+        counts = worst_case_confusion(record)
+        drawn["confusion"] = figures.confusion(counts, [class_name(record, i) for i in range(len(counts))])
+        drawn["confusions"] = frequent_confusions(record)
+    if gallery is not None:
+        drawn["gallery"] = thumbnails(gallery_folder(report.first.evaluation.path), gallery, record)
+        drawn["landscape"] = gallery.landscape and figures.loss_landscape(gallery.landscape)
+    return drawn
+
+
+def _epochs(source: Source) -> int:
+    """Return the configured number of epochs, or of finished ones where the settings are missing."""
+    return source.config.procedure.epochs if source.config else len(source.history)
+
+
 def _quoted(text: str) -> Markup:
-    """Text with what stands in backticks set as code."""
+    """Return text whose parts in backticks are code."""
     parts = text.split("`")
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
-def _seen(view: str, record: EvaluationRecord) -> bool:
-    return any(attack.attack.endswith(f", {view}") for attack in record.attacks)
-
-
-def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Any]]]:
-    """Checks by name, with what each column's says; None where it was not made."""
-    made = [{check.name: check for check in c.record.verdict.checks} for c in columns]
-    names = dict.fromkeys(name for checks in made for name in checks)
-    rows = [(name, [checks.get(name) for checks in made]) for name in names]
-    grave = {"failed": 0, "suspicious": 1, "passed": 2, "skipped": 3}
-    return sorted(rows, key=lambda row: min(grave[c.outcome] if c is not None else 4 for c in row[1]))
+def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Check | None]]]:
+    """Return each check's results by column, the most severe first; None where it was not run."""
+    by_column = [{check.name: check for check in c.record.verdict.checks} for c in columns]
+    names = dict.fromkeys(name for checks in by_column for name in checks)
+    rows = [(name, [checks.get(name) for checks in by_column]) for name in names]
+    return sorted(rows, key=lambda row: min(SEVERITY[c.outcome] for c in row[1] if c is not None))
 
 
 def _environments(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
-    """Versions and machine in words, with the columns that were measured so."""
-    found: dict[str, list[str]] = {}
+    """Return versions and machine as text, with the names of the columns that were measured there."""
+    environments: dict[str, list[str]] = {}
     for column in columns:
         env = column.record.environment
         packages = (f"{name} {version}" for name, version in (env.get("packages") or {}).items() if version)
         machine = f"Python {env.get('python', 'unknown')} on {env.get('device', 'unknown')} ({env.get('machine', '?')})"
-        words = ", ".join([machine, *packages, f"git {env.get('git_revision') or 'unknown'}"])
-        found.setdefault(words, []).append(column.name)
-    return list(found.items())
-
-
-def _yaml(report: Report) -> str | None:
-    config = report.sources[0].config
-    return None if config is None else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        text = ", ".join([machine, *packages, f"git {env.get('git_revision') or 'unknown'}"])
+        environments.setdefault(text, []).append(column.name)
+    return list(environments.items())
 
 
 def _passes(record: EvaluationRecord) -> str:

@@ -1,18 +1,28 @@
-"""A trained network's card: what it is, how it was made, what was measured, what that does not say."""
+"""Model cards of trained networks: the YAML header of the Hugging Face Hub, and a page made from the stored files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from robustfpd.config import RunConfig
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from robustfpd.config import Config, RunConfig, load_run, parse
 from robustfpd.errors import unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.models import FPD, Baseline
+from robustfpd.io import write_json
+from robustfpd.models import FPD, Baseline, load, zoo
+from robustfpd.models.checkpoint import WEIGHTS
 from robustfpd.report.commands import evaluation_command, training_command
+from robustfpd.report.metrics import NORM_NAMES, format_eps
 
-LICENCES = {
+TEMPLATE = Path(__file__).with_name("model_card.md")
+TRAINING = "training.json"
+"""Cost and environment of each stage of the training."""
+PACKAGES = ("robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
+DATA_LICENCES = {
     "mnist": "MNIST, Yann LeCun and Corinna Cortes, CC BY-SA 3.0",
     "digits": "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, "
     "CC BY 4.0",
@@ -21,158 +31,144 @@ LICENCES = {
 """Data sets with their authors and licences."""
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage of training took."""
+class TrainingStage(Config):
+    """Cost of one stage of training."""
 
     stage: str
     epochs: int
     seconds: float
     """Of the epochs, without validation."""
-    environment: Mapping[str, Any]
-    """As the run noted it."""
+    environment: dict[str, Any]
+    """Python version, device, threads, package versions and git revision."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """A card's facts."""
+class TrainingCost(Config):
+    """All stages of a training, in order."""
 
-    name: str
-    description: str
-    config: RunConfig
-    model: FPD | Baseline
-    weights_bytes: int
-    weights_sha256: str
-    """Of the file."""
-    costs: Sequence[StageCost]
-    records: Mapping[str, EvaluationRecord]
-    """By the name of their file, without its suffix."""
-    ledgers: frozenset[str]
-    """Names of records with one row per attacked image beside them."""
+    stages: tuple[TrainingStage, ...]
 
-    def markdown(self) -> str:
-        """The card; a data set whose licence is not known is an InputError."""
-        if self.config.data.dataset not in LICENCES:
-            raise unknown_name("data set with a known licence", self.config.data.dataset, LICENCES)
-        parts = [
-            f"# {self.name}\n\n{self.description}", _facts(self), _results(self), _loading(self), _making(self),
-            _limits(self), _versions(self), _licence(self),
-        ]  # fmt: skip
-        return "\n\n".join(parts) + "\n"
+    def save(self, folder: Path) -> None:
+        """Write `training.json` into a model's folder."""
+        write_json(folder / TRAINING, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainingCost:
+        """Read `training.json` from a model's folder."""
+        return parse(cls, json.loads((folder / TRAINING).read_text(encoding="utf-8")), str(folder / TRAINING))
 
 
-def training_in_words(config: RunConfig) -> str:
-    """A run's stage in a few words."""
+def model_card(folder: Path, name: str, description: str, results: Sequence[str]) -> ModelCard:
+    """Return the card of the network in `folder`, from its settings, weights, records and training costs.
+
+    Args:
+        folder: holds the model, `config.yaml`, `training.json` and records in `results/`.
+        name: the network's name in the zoo, `<data set>/<model>`.
+        description: one line.
+        results: names of the records without suffix, in the card's order.
+
+    Raises:
+        InputError: the data set's licence is unknown, a file is damaged, or no command repeats the training.
+    """
+    config, model = load_run(folder / zoo.SETTINGS), load(folder)
+    dataset = config.data.dataset
+    if dataset not in DATA_LICENCES:
+        raise unknown_name("data set with a known licence", dataset, DATA_LICENCES)
+    records = {stem: EvaluationRecord.load(folder / "results" / f"{stem}.json") for stem in results}
+    stages = TrainingCost.load(folder).stages
+    run = f"runs/{name.replace('/', '-')}"
+    trained = f"{run}/adversarial" if config.stage == "adversarial" else run
+    environments = {stage.stage: stage.environment for stage in stages}
+    environments |= {f"evaluation {stem}": record.environment for stem, record in records.items()}
+    height, width = model.task.image_size
+    card: ModelCard = ModelCard.from_template(
+        _card_data(name, dataset, records.values()),
+        template_path=str(TEMPLATE),
+        name=name,
+        description=description,
+        config=config,
+        network=_network(model),
+        shapes=f"{model.task.in_channels}×{height}×{width} pixels in [0, 1] → {model.task.num_classes} logits",
+        training=training_description(config),
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        weights_bytes=f"{(folder / WEIGHTS).stat().st_size:,}",
+        weights_sha256=zoo.digest(folder / WEIGHTS),
+        records=records,
+        ledgers=[stem for stem, record in records.items() if record.ledger],
+        norms=NORM_NAMES,
+        result_table=_result_table,
+        training_commands=[training_command(config, run), *_evaluations(records, config, trained)],
+        evaluation_commands=_evaluations(records, config, name),
+        stages=stages,
+        attacks=list(dict.fromkeys(attack.attack for r in records.values() for attack in r.attacks)),
+        norm_names=list(dict.fromkeys(NORM_NAMES[r.norm] for r in records.values())),
+        version_table=_version_table(environments),
+        data_licence=DATA_LICENCES[dataset],
+    )
+    return card
+
+
+def training_description(config: RunConfig) -> str:
+    """Return a run's stage in a few words."""
     if config.stage == "adversarial":
         settings = config.adversarial
         return f"adversarial, {'eps' if settings.norm == 'linf' else settings.norm} {settings.eps:.3g}"
     return f"{'two-phase, ' if config.model.defence == 'fpd' else ''}noise {config.training.noise:g}"
 
 
-def _facts(card: Card) -> str:
-    model, config, task = card.model.config, card.config, card.model.task
-    network = f"`{model.backbone}` without a defence (the undefended baseline)"
-    if model.defence == "fpd":
-        width = f"{model.pyramid_channels} channels" if model.pyramid_channels else "default width"
-        network = (
-            f"Feature Pyramid Decoder around `{model.backbone}`: pyramid of {width}, {model.denoise} denoising, "
-            f"{model.head} head"
-        )
-    height, width_px = task.image_size
-    count = sum(p.numel() for p in card.model.parameters())
-    rows = (
-        ("network", network),
-        ("input → output", f"{task.in_channels}×{height}×{width_px} pixels in [0, 1] → {task.num_classes} logits"),
-        ("training", f"{training_in_words(config)}; recipe `{config.recipe}`, protocol {config.protocol}"),
-        ("data set", f"{config.data.dataset}; seed {config.seed}"),
-        ("parameters", f"{count:,}"),
-        ("weights", f"`model.safetensors`, {card.weights_bytes:,} bytes, SHA-256 `{card.weights_sha256}`"),
-    )
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _results(card: Card) -> str:
-    parts = ["## What was measured", "Accuracy with 95 % Wilson intervals; then, per attack, images turned / tried."]
-    for name, record in card.records.items():
-        labels = list(dict.fromkeys(attack.attack for attack in record.attacks))
-        ledger = f", each attacked image in `results/{name}.ledger.csv`" if name in card.ledgers else ""
-        parts.append(
-            f"### Suite {record.suite}, {record.norm}\n\n{record.num_images:,} test images, seed {record.seed}; "
-            f"`results/{name}.json`{ledger}."
-        )
-        rows = [["eps", "accuracy", *labels], ["---"] * (2 + len(labels))]
-        rows.append(["0 (clean)", str(record.clean), *[""] * len(labels)])
-        for worst in record.worst_case:
-            tried = {a.attack: f"{a.misclassified} / {a.attacked}" for a in record.attacks if a.eps == worst.eps}
-            rows.append([f"{worst.eps:.4g}", str(worst.robust), *(tried.get(label, "") for label in labels)])
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    return "\n\n".join(parts)
-
-
-def _loading(card: Card) -> str:
-    return (
-        "## How to load it\n\n```python\nimport robustfpd as rf\n\n"
-        f'model = rf.load("{card.name}")  # in evaluation mode, on the CPU\n'
-        "classifier = model.classifier()  # images N×C×H×W in [0, 1] → logits N×K\n```"
-    )
-
-
-def _making(card: Card) -> str:
-    out = f"runs/{card.name.replace('/', '-')}"
-    stage = f"{out}/adversarial" if card.config.stage == "adversarial" else out
-    making = [training_command(card.config, out)]
-    making += [evaluation_command(record, card.config, stage) for record in card.records.values()]
-    checking = [evaluation_command(record, card.config, card.name) for record in card.records.values()]
-    rows = ["| stage | epochs | time | device | threads |", "|---|---|---|---|---|"]
-    for cost in card.costs:
-        device, threads = cost.environment.get("device", "unknown"), cost.environment.get("threads", "unknown")
-        rows.append(f"| {cost.stage} | {cost.epochs} | {cost.seconds:,.0f} s | {device} | {threads} |")
-    return "\n".join(
-        [
-            "## How it was made", "", "```sh", *making, "```", "", *rows, "",
-            "The time is that of the epochs, without validation. Other versions, devices and numbers of threads round "
-            "otherwise and lead to other weights. The attacks on these very weights are repeated by:", "",
-            "```sh", *checking, "```",
-        ]
+def _card_data(name: str, dataset: str, records: Iterable[EvaluationRecord]) -> ModelCardData:
+    """Return the card's YAML header, with clean and robust accuracies as evaluation results."""
+    results = []
+    for record in records:
+        where = f"suite {record.suite}, {NORM_NAMES[record.norm]} eps"
+        accuracies = [("clean accuracy", record.clean)]
+        accuracies += [(f"robust accuracy, {where} {format_eps(w.eps)}", w.robust) for w in record.worst_case]
+        results += [
+            EvalResult(
+                task_type="image-classification", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",
+                metric_name=metric, metric_value=round(p.value, 4),
+            )
+            for metric, p in accuracies
+        ]  # fmt: skip
+    return ModelCardData(
+        license="mit", library_name="robustfpd", pipeline_tag="image-classification", datasets=[dataset],
+        tags=["adversarial-robustness"], metrics=["accuracy"], model_name=name, eval_results=results,
     )  # fmt: skip
 
 
-def _limits(card: Card) -> str:
-    config, records = card.config, card.records.values()
-    labels = dict.fromkeys(attack.attack for record in records for attack in record.attacks)
-    norms = dict.fromkeys(record.norm for record in records)
-    limits = [
-        f"A robust accuracy is an upper bound: it holds for the attacks that were run ({'; '.join(labels)}). "
-        "Others may turn more images.",
-        f"eps is in pixels of [0, 1], measured in {' and '.join(norms)}. Nothing is said about other norms and radii.",
-        f"One training, seed {config.seed}: the intervals cover the choice of images, not of seeds.",
-        f"Only {config.data.dataset} was seen. On other images its answers mean nothing.",
-    ]
-    if config.stage == "adversarial":
-        limits.append(
-            f"It was trained on {config.adversarial.attack.upper()} images within {config.adversarial.norm} "
-            f"{config.adversarial.eps:.3g}; attacks of that kind are the ones it knows."
-        )
-    if config.data.selection == "test":
-        limits.append("Its best epoch was picked on the test images (as published): its accuracy on them is flattered.")
-    if card.model.config.defence == "none":
-        limits.append("It has no defence of its own: it is what a defended network is compared with.")
-    return "\n".join(["## What this does not say", "", *(f"- {limit}" for limit in limits)])
-
-
-def _versions(card: Card) -> str:
-    settings = {cost.stage: cost.environment for cost in card.costs}
-    settings |= {f"evaluation {name}": record.environment for name, record in card.records.items()}
-    packages = list(dict.fromkeys(p for env in settings.values() for p in env.get("packages", {})))
-    rows = [["", "python", *packages, "git revision"], ["---"] * (3 + len(packages))]
-    for name, env in settings.items():
-        versions = [str(env.get("packages", {}).get(package) or "") for package in packages]
-        rows.append([name, str(env.get("python", "")), *versions, str(env.get("git_revision") or "")])
-    return "\n".join(["## Versions", "", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _licence(card: Card) -> str:
+def _network(model: FPD | Baseline) -> str:
+    config = model.config
+    if config.defence == "none":
+        return f"`{config.backbone}` without a defence (the undefended baseline)"
+    width = f"{config.pyramid_channels} channels" if config.pyramid_channels else "default width"
     return (
-        "## Licence\n\nThe weights, like the code: MIT. They were trained on "
-        f"{LICENCES[card.config.data.dataset]}; its images are not part of them."
+        f"Feature Pyramid Decoder around `{config.backbone}`: pyramid of {width}, {config.denoise} denoising, "
+        f"{config.head} head"
     )
+
+
+def _result_table(record: EvaluationRecord) -> str:
+    """Return accuracies by radius, and images misclassified / attacked by attack."""
+    attacks = list(dict.fromkeys(attack.attack for attack in record.attacks))
+    rows = [["eps", "accuracy", *attacks], ["0 (clean)", str(record.clean), *[""] * len(attacks)]]
+    for worst in record.worst_case:
+        counts = {a.attack: f"{a.misclassified} / {a.attacked}" for a in record.attacks if a.eps == worst.eps}
+        rows.append([f"{worst.eps:.4g}", str(worst.robust), *(counts.get(attack, "") for attack in attacks)])
+    return _markdown_table(rows)
+
+
+def _evaluations(records: Mapping[str, EvaluationRecord], config: RunConfig, model: str) -> list[str]:
+    return [evaluation_command(record, config, model) for record in records.values()]
+
+
+def _version_table(environments: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return Python, package versions and git revision of each stage and evaluation."""
+    rows = [["", "python", *PACKAGES, "git revision"]]
+    for name, env in environments.items():
+        versions = [env.get("packages", {}).get(package) for package in PACKAGES]
+        rows.append([name, *(str(value or "") for value in (env.get("python"), *versions, env.get("git_revision")))])
+    return _markdown_table(rows)
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,11 +1,10 @@
-"""What a run left behind, as a report finds it: whatever is missing or damaged is named, and the rest is read."""
+"""The files of a run as a report reads them: missing or damaged files are listed as problems, the rest is read."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from robustfpd.evaluation.ledger import CLEAN, read_rows
 from robustfpd.evaluation.record import FORMAT, LEDGER
 from robustfpd.evaluation.suites import STRENGTH
 from robustfpd.models import zoo
-from robustfpd.report.metrics import fell
 from robustfpd.report.paths import resolve
 from robustfpd.training import EpochMetrics, RunFolder
 
@@ -26,20 +24,20 @@ UNFINISHED = ".unfinished.json"
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class StoredEvaluation:
     """One evaluation of a run."""
 
     path: Path
     record: EvaluationRecord
-    shown: GalleryIndex | None
-    """Its pictures; None where there are none."""
+    gallery: GalleryIndex | None
+    """None where there are no pictures."""
     problems: tuple[str, ...] = ()
 
     @property
     def strength(self) -> tuple[int, int]:
-        """How much a report should make of it: the thorough ones first, then those of many images."""
-        known = STRENGTH.index(self.record.suite) if self.record.suite in STRENGTH else len(STRENGTH)
-        return known, -self.record.num_images
+        """Sort key: strong suites first, then many images."""
+        rank = STRENGTH.index(self.record.suite) if self.record.suite in STRENGTH else len(STRENGTH)
+        return rank, -self.record.num_images
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class Source:
 
     name: str
     home: Path
-    """Where its report goes."""
-    evaluations: tuple[Evaluated, ...] = ()
+    """Folder of its report."""
+    evaluations: tuple[StoredEvaluation, ...] = ()
     """The strongest first."""
     config: RunConfig | None = None
     history: tuple[EpochMetrics, ...] = ()
@@ -67,131 +65,106 @@ def read(given: str | Path) -> Source:
     target = resolve(given)
     name, path, records = target.name, target.path, _records(target.results)
     if target.kind == "record":
-        return _assembled(name, target.results, None, [path])
+        return _read(name, target.results, None, [path])
     if target.kind == "run":
-        return _assembled(name, path, RunFolder(path), records)
+        return _read(name, path, RunFolder(path), records)
     if target.kind == "zoo":
-        source = _assembled(name, target.results, None, [*records, *_records(path / "results")])
-        return dataclasses.replace(source, config=_settings(path))
+        source = _read(name, target.results, None, [*records, *_records(path / "results")])
+        settings = path / zoo.SETTINGS
+        return dataclasses.replace(source, config=load_run(settings) if settings.is_file() else None)
     if target.kind == "factory":
-        return _assembled(name, target.results, None, records)
-    return _assembled(name, path, None, _records(path) or records)
-
-
-def _settings(folder: Path) -> RunConfig | None:
-    path = folder / zoo.SETTINGS
-    return load_run(path) if path.is_file() else None
+        return _read(name, target.results, None, records)
+    return _read(name, path, None, _records(path) or records)
 
 
 def _records(folder: Path) -> list[Path]:
-    """Files of a folder that are, or should be, records: those of evaluations that were not finished as well."""
+    """Return the paths of a folder's records; those of unfinished evaluations do not exist yet."""
     if not folder.is_dir():
         return []
     names = {p.name.removesuffix(UNFINISHED).removesuffix(".json") for p in folder.glob("*.json")}
     names |= {p.name.removesuffix(LEDGER) for p in folder.glob(f"*{LEDGER}")}
     paths = [folder / f"{name}.json" for name in sorted(names)]
-    return [p for p in paths if is_unfinished(p) or _may_be_record(p)]
+    return [p for p in paths if is_unfinished(p) or p.with_suffix(LEDGER).is_file() or "worst_case" in _json(p)]
 
 
-def _may_be_record(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path.with_suffix(LEDGER).is_file()  # a record that was damaged, not somebody else's file
-    return isinstance(values, dict) and "worst_case" in values
-
-
-def _assembled(name: str, home: Path, run: RunFolder | None, paths: list[Path]) -> Source:
+def _read(name: str, home: Path, run: RunFolder | None, paths: list[Path]) -> Source:
+    """Read a source from a run's folder, if there is one, and its records."""
     evaluations, problems = [], []
     for path in paths:
         try:
-            evaluations.append(_evaluated(path))
+            evaluations.append(_evaluation(path))
         except InputError as error:
             problems.append(str(error))
     if not paths:
         problems.append(f"{name} was not evaluated: run `robustfpd evaluate {name}`")
-    config: RunConfig | None = None
-    history: tuple[EpochMetrics, ...] = ()
-    environment: dict[str, Any] = {}
-    if run is not None:
-        try:
-            config = run.config()
-        except InputError as error:
-            problems.append(f"settings: {error}")
-        history, lost = _history(run.metrics_file)
-        environment = _json(run.path / "environment.json")
-        problems += lost
     evaluations.sort(key=lambda e: e.strength)
-    return Source(name, home, tuple(evaluations), config, history, environment, tuple(problems))
+    source = Source(name, home, tuple(evaluations), problems=tuple(problems))
+    if run is None:
+        return source
+    config: RunConfig | None = None
+    try:
+        config = run.config()
+    except InputError as error:
+        problems.append(f"settings: {error}")
+    history, damaged = _history(run.metrics_file)
+    environment = _json(run.path / "environment.json")
+    return dataclasses.replace(
+        source, config=config, history=history, environment=environment, problems=(*problems, *damaged)
+    )
 
 
-def _evaluated(path: Path) -> Evaluated:
-    """Read a record; without its ledger where that is damaged, without pictures where there are none."""
+def _evaluation(path: Path) -> StoredEvaluation:
+    """Read a record, without its ledger where that is damaged, and its gallery."""
     if is_unfinished(path) or not path.is_file():
-        raise InputError(_so_far(path))
-    problems = []
+        raise InputError(_progress(path))
+    ledger, problems = path.with_suffix(LEDGER), []
+    without = "no confusion matrix, norms and queries of single images"
     try:
         record = EvaluationRecord.load(path)
-        if not record.ledger:
-            problems.append(f"{path.with_suffix(LEDGER)} is missing: no confusion, norms and queries of single images")
-    except InputError as error:
-        record = _without_ledger(path, error)
-        ledger = path.with_suffix(LEDGER)
-        problems.append(f"{ledger} is cut off or damaged: no confusion, norms and queries of single images")
-    folder = gallery_folder(path)
-    shown = None
+        problems += [] if record.ledger else [f"{ledger} is missing: {without}"]
+    except InputError:
+        values = _json(path)
+        if values.get("format") != FORMAT or not ledger.is_file():
+            raise
+        record = parse(EvaluationRecord, values, str(path))
+        problems.append(f"{ledger} is truncated or damaged: {without}")
+    folder, gallery = gallery_folder(path), None
     if folder.is_dir():
         try:
-            shown = read_gallery(folder)
+            gallery = read_gallery(folder)
         except InputError as error:
             problems.append(f"no pictures: {error}")
-        if shown is not None and record.settings_sha256 != shown.settings_sha256:
-            shown = None
-            problems.append(f"the pictures in {folder} are another evaluation's")
-        problems += [] if shown is None else shown.problems
-        lost = [] if shown is None else list(_missing(folder, shown))
+    if gallery is not None and record.settings_sha256 != gallery.settings_sha256:
+        gallery = None
+        problems.append(f"the pictures in {folder} are another evaluation's")
+    if gallery is not None:
+        files = [i.file(picture) for i in (*gallery.misclassified, *gallery.robust) for picture in i.pictures]
+        lost = [file for file in files if not (folder / file).is_file()]
+        problems += gallery.problems
         problems += [f"{len(lost)} of the pictures in {folder} are missing, the first is {lost[0]}"] if lost else []
-    return Evaluated(path, record, shown, tuple(problems))
+    return StoredEvaluation(path, record, gallery, tuple(problems))
 
 
-def _without_ledger(path: Path, error: InputError) -> EvaluationRecord:
-    """The record alone, if that is whole; what was wrong with both if not."""
-    values = _json(path)
-    if values.get("format") != FORMAT:
-        raise error
-    try:
-        return parse(EvaluationRecord, values, str(path))
-    except InputError:
-        raise error from None
-
-
-def _missing(folder: Path, shown: GalleryIndex) -> Iterator[str]:
-    for gallery_image in (*shown.misclassified, *shown.robust):
-        for picture in gallery_image.pictures:
-            if not (folder / gallery_image.file(picture)).is_file():
-                yield gallery_image.file(picture)
-
-
-def _so_far(path: Path) -> str:
-    """What an evaluation found that was not finished."""
+def _progress(path: Path) -> str:
+    """Return what the ledger of an unfinished evaluation holds so far."""
     ledger = path.with_suffix(LEDGER)
     try:
         rows = read_rows(ledger, cut_off=True) if ledger.is_file() else []
     except (InputError, ValueError) as error:
         return f"{path.stem} has no record, and its ledger cannot be read: {first_line(error)}"
     clean = [r for r in rows if r.attack == CLEAN]
-    right = sum(r.clean_prediction == r.label for r in clean)
-    fallen = {(r.image) for r in rows if r.attack != CLEAN and fell(r)}
+    correct = sum(r.clean_prediction == r.label for r in clean)
+    misclassified = {r.image for r in rows if r.attack != CLEAN and r.outcome == "misclassified"}
     unfinished = is_unfinished(path)
-    lost = "was not finished" if unfinished else "lost its record"
     return (
-        f"{path.stem} {lost}: so far {right} of {len(clean)} images were correct and {len(fallen)} of these "
-        f"fell; repeat the evaluation{', it goes on from there' if unfinished else ''}"
+        f"{path.stem} {'was not finished' if unfinished else 'lost its record'}: so far {correct} of {len(clean)} "
+        f"images were correct, and {len(misclassified)} of these were misclassified under attack; repeat the "
+        f"evaluation{', which resumes there' if unfinished else ''}"
     )
 
 
 def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
-    """The epochs in metrics.csv, up to the first line that cannot be read."""
+    """Return the epochs in metrics.csv up to the first unreadable line, and the problems."""
     if not path.is_file():
         return (), [f"{path} is missing: no training curves"]
     history: list[EpochMetrics] = []
@@ -199,10 +172,10 @@ def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
         for line in csv.DictReader(file.read().replace("\0", "").splitlines()):
             try:
                 values: dict[str, Any] = {f.name: _number(line[f.name]) for f in dataclasses.fields(EpochMetrics)}
-                whole = None not in (values["gate_open"], values["validation_accuracy"])
+                complete = None not in (values["gate_open"], values["validation_accuracy"])
             except (KeyError, ValueError, TypeError):
-                whole = False
-            if not whole:
+                complete = False
+            if not complete:
                 return tuple(history), [f"{path} is damaged after {len(history)} epochs"]
             history.append(EpochMetrics(**{**values, "epoch": len(history)}))
     return tuple(history), []
@@ -213,7 +186,7 @@ def _number(text: str) -> float | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing."""
+    """Return a JSON object; empty where the file does not hold one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Gallery as small pictures inside the page, within a budget of bytes."""
+"""Gallery images as small pictures embedded in the page, within a limit of bytes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from PIL import Image
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import GalleryImage, GalleryIndex, Picture
-from robustfpd.report.metrics import class_name, radius
+from robustfpd.report.metrics import class_name, format_eps
 
-BUDGET = 2_000_000
-"""Bytes of all pictures together, as base64."""
-LARGEST = 4096**2
-"""Pixels of a picture; larger ones are none of ours."""
-SMALL = 64
-"""Pixels a side up to which pictures are kept as they are."""
-SIDES = (160, 128, 104, 88, 72, 56)
-"""Sides that larger ones are reduced to, until all fit."""
+MAX_BYTES = 2_000_000
+"""Of all pictures, as base64."""
+MAX_PIXELS = 4096**2
+"""Larger files are not read."""
+LOSSLESS_SIZE = 64
+"""Longest side in pixels up to which pictures are embedded unchanged."""
+SIZES = (160, 128, 104, 88, 72, 56)
+"""Longest sides that larger pictures are reduced to, until all fit."""
 QUALITY = 78
+Key = tuple[int, Picture]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a card."""
+    """One picture."""
 
     title: str
     alt: str
@@ -36,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One gallery_image, as the page shows it."""
+    """One gallery image: its pictures and a caption."""
 
     tiles: tuple[Tile, ...]
     caption: str
@@ -45,79 +46,80 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class ThumbnailGallery:
-    """Images that fell first, and images that never fell."""
+    """Misclassified and robust images."""
 
-    fell: tuple[Thumbnail, ...]
-    stood: tuple[Thumbnail, ...]
-
-
-def thumbnails(folder: Path, shown: GalleryIndex, record: EvaluationRecord, budget: int = BUDGET) -> ThumbnailGallery:
-    """Embed all pictures, as large as the budget allows; those that cannot be read are left blank."""
-    gallery = (*shown.misclassified, *shown.robust)
-    read = {(e.image, p): _open(folder / e.file(p)) for e in gallery for p in e.pictures}
-    pictures = {key: picture for key, picture in read.items() if picture is not None}
-    uris = _embedded(pictures, budget)
-    cards = [_thumbnail(gallery_image, record, pictures, uris) for gallery_image in gallery]
-    return ThumbnailGallery(tuple(cards[: len(shown.misclassified)]), tuple(cards[len(shown.misclassified) :]))
+    misclassified: tuple[Thumbnail, ...]
+    robust: tuple[Thumbnail, ...]
 
 
-def _thumbnail(
-    gallery_image: GalleryImage, record: EvaluationRecord, pictures: dict[tuple[int, Picture], Image.Image],
-    uris: dict[tuple[int, Picture], str],
-) -> Thumbnail:  # fmt: skip
-    true, became = (class_name(record, n) for n in (gallery_image.label, gallery_image.adversarial_prediction))
-    times = f"×{gallery_image.amplification:.3g}"
-    said = {
-        "clean": f"classified as {true}, correctly", "adversarial": f"classified as {became}",
-        "perturbation": f"magnified {times}, grey is 0", "restored": "what the decoder makes of it",
+def thumbnails(
+    folder: Path, gallery: GalleryIndex, record: EvaluationRecord, max_bytes: int = MAX_BYTES
+) -> ThumbnailGallery:
+    """Embed all pictures of a gallery, as large as `max_bytes` allows; unreadable ones are left blank."""
+    images = (*gallery.misclassified, *gallery.robust)
+    files = {(image.image, picture): folder / image.file(picture) for image in images for picture in image.pictures}
+    pictures = {key: picture for key, path in files.items() if (picture := _open(path)) is not None}
+    uris = _embed(pictures, max_bytes)
+    pixelated = {key[0] for key, picture in pictures.items() if max(picture.size) <= LOSSLESS_SIZE}
+    made = tuple(_thumbnail(image, record, uris, image.image in pixelated) for image in images)
+    count = len(gallery.misclassified)
+    return ThumbnailGallery(made[:count], made[count:])
+
+
+def _thumbnail(image: GalleryImage, record: EvaluationRecord, uris: dict[Key, str], pixelated: bool) -> Thumbnail:
+    true, predicted = (class_name(record, n) for n in (image.label, image.adversarial_prediction))
+    times = f"×{image.amplification:.3g}"
+    alt = {
+        "clean": f"classified as {true}, correctly", "adversarial": f"classified as {predicted}",
+        "perturbation": f"magnified {times}, grey is 0", "restored": "the decoder's restored image",
     }  # fmt: skip
     tiles = tuple(
         Tile(
-            f"δ {times}" if p == "perturbation" else p, f"Image {gallery_image.image}, {p}: {said[p]}",
-            uris.get((gallery_image.image, p)),
+            f"δ {times}" if picture == "perturbation" else picture, f"Image {image.image}, {picture}: {alt[picture]}",
+            uris.get((image.image, picture)),
         )
-        for p in gallery_image.pictures
+        for picture in image.pictures
     )  # fmt: skip
-    outcome = f"{true} → {became}" if gallery_image.misclassified else f"{true}, still"
-    caption = f"{outcome} · {gallery_image.attack}, eps {radius(gallery_image.eps)}, norm {gallery_image.distance:.3g}"
-    known = [pictures[key] for key in pictures if key[0] == gallery_image.image]
-    return Thumbnail(tiles, caption, bool(known) and max(known[0].size) <= SMALL)
+    outcome = f"{true} → {predicted}" if image.misclassified else f"{true}, still correct"
+    caption = f"{outcome} · {image.attack}, eps {format_eps(image.eps)}, norm {image.distance:.3g}"
+    return Thumbnail(tiles, caption, pixelated)
 
 
 def _open(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
-            if picture.width * picture.height > LARGEST:
+            if picture.width * picture.height > MAX_PIXELS:
                 return None
             return picture.convert("L" if picture.mode == "L" else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # missing, cut off, or no picture of ours
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # missing, truncated or not a picture
         return None
 
 
-def _embedded(pictures: dict[tuple[int, Picture], Image.Image], budget: int) -> dict[tuple[int, Picture], str]:
-    found: dict[tuple[int, Picture], str] = {}
-    for side in SIDES:
-        found = {key: _uri(picture, side) for key, picture in pictures.items()}
-        if sum(map(len, found.values())) <= budget:
-            return found
-    left, kept = budget, {}
-    for key, uri in found.items():  # hundreds of pictures: as many as fit
-        left -= len(uri)
-        if left < 0:
+def _embed(pictures: dict[Key, Image.Image], max_bytes: int) -> dict[Key, str]:
+    """Return data: addresses at the largest size at which all fit; at the smallest, as many as fit."""
+    uris: dict[Key, str] = {}
+    for size in SIZES:
+        uris = {key: _data_uri(picture, size) for key, picture in pictures.items()}
+        if sum(map(len, uris.values())) <= max_bytes:
+            return uris
+    total, fitting = 0, {}
+    for key, uri in uris.items():
+        total += len(uri)
+        if total > max_bytes:
             break
-        kept[key] = uri
-    return kept
+        fitting[key] = uri
+    return fitting
 
 
-def _uri(picture: Image.Image, side: int) -> str:
-    """Small ones as they are, lossless; larger ones reduced, as WebP."""
+def _data_uri(picture: Image.Image, size: int) -> str:
+    """Return small pictures as PNG, larger ones reduced to `size` as WebP."""
     buffer = io.BytesIO()
-    if max(picture.size) <= SMALL:
+    if max(picture.size) <= LOSSLESS_SIZE:
         picture.save(buffer, "PNG", optimize=True)
         kind = "png"
     else:
         picture = picture.convert("RGB")
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
         picture.save(buffer, "WEBP", quality=QUALITY)
         kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
