@@ -1,4 +1,4 @@
-"""What lies in models/ is what the manifest says; and models/add.py, which puts it there."""
+"""The networks in models/ agree with the manifest; models/add.py adds them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 import robustfpd as rf
 from robustfpd.cli import parse
@@ -27,7 +28,7 @@ MakeRun = Callable[..., Path]
 
 
 def check(folder: Path, name: str, model: zoo.ZooModel) -> None:
-    """Everything that is promised of a network in models/."""
+    """Check a network in models/ against its manifest entry and its card."""
     home = folder / name
     assert {p.relative_to(folder).as_posix() for p in home.rglob("*") if p.is_file()} == {f.path for f in model.files}
     for file in model.files:
@@ -39,7 +40,8 @@ def check(folder: Path, name: str, model: zoo.ZooModel) -> None:
     assert (config.recipe, config.data.dataset, config.model.defence) == (model.recipe, model.dataset, model.defence)
     assert (config.data.root, config.data.cache) == ("data", None)
     card = (home / "README.md").read_text()
-    assert card.startswith(f"# {name}\n\n{model.description}\n")
+    assert f"\n---\n\n# {name}\n\n{model.description}\n" in card
+    assert ModelCard(card).data.license == "mit"
     assert f'rf.load("{name}")' in card
     assert f"{sum(p.numel() for p in loaded.parameters()):,}" in card
     assert model.file("model.safetensors").sha256 in card
@@ -107,7 +109,7 @@ def entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, zoo.Zo
     return zoo.manifest().models
 
 
-def test_what_is_added_keeps_the_promises(
+def test_an_added_network_agrees_with_manifest_and_card(
     add: Add, run: Path, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(run, "digits/mini-fpd")
@@ -115,16 +117,16 @@ def test_what_is_added_keeps_the_promises(
     add(plain_run, "digits/mini-baseline")
     add(run, "digits/mini-fpd", description="Anew")
     known = entered(tmp_path, monkeypatch)
-    assert list(known) == ["digits/mini-fpd", "digits/mini-fpd-adversarial", "digits/mini-baseline"]
+    assert list(known) == ["digits/mini-baseline", "digits/mini-fpd", "digits/mini-fpd-adversarial"]
     for name, model in known.items():
         check(tmp_path / "models", name, model)
         assert isinstance(rf.load(name), rf.Baseline if "baseline" in name else rf.FPD)
         assert not any(part in json.dumps(model.model_dump()) for part in ("/machine", str(tmp_path)))
-    assert [m.training for m in known.values()] == ["two-phase, noise 0.2", "adversarial, eps 0.1", "noise 0.2"]
+    assert [m.training for m in known.values()] == ["noise 0.2", "two-phase, noise 0.2", "adversarial, eps 0.1"]
     assert known["digits/mini-fpd"].description == "Anew"
 
 
-def test_the_card_tells_cost_and_commands(add: Add, run: Path, tmp_path: Path) -> None:
+def test_the_card_lists_cost_and_commands(add: Add, run: Path, tmp_path: Path) -> None:
     add(run / "adversarial", "digits/mini-fpd-adversarial")
     card = (tmp_path / "models" / "digits" / "mini-fpd-adversarial" / "README.md").read_text()
     assert f"robustfpd train digits/mini {' '.join(SMALL)} --stages two-phase,adversarial --out runs/" in card
@@ -133,7 +135,7 @@ def test_the_card_tells_cost_and_commands(add: Add, run: Path, tmp_path: Path) -
     assert f"robustfpd evaluate digits/mini-fpd-adversarial {evaluation}\n" in card
     for row in ("| two-phase | 2 | 121 s | cpu | ", "| adversarial | 2 | 121 s | cpu | "):
         assert row in card
-    for words in ("upper bound", "seed 0", "Only digits", "pixels of [0, 1]", "CC BY 4.0", "PGD-40, pre-squash"):
+    for words in ("upper bound", "seed 0", "digits only", "pixels of [0, 1]", "CC BY 4.0", "PGD-40, pre-squash"):
         assert words in card
 
 
@@ -164,13 +166,13 @@ def _rewrite(path: Path, **changes: Any) -> None:
         ({"environment": {"note": "C:\\Users\\me"}}, "would hold a path of this machine"),
     ],
 )
-def test_records_that_do_not_belong_there_are_refused(
+def test_records_of_other_weights_or_with_machine_paths_are_refused(
     add: Add, plain_run: Path, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     _rewrite(plain_run / "evaluation" / "first.json", **changes)
     with pytest.raises(InputError, match=expected):
         add(plain_run, "digits/mini-baseline")
-    assert not (tmp_path / "models").exists()
+    assert not (tmp_path / "models" / "digits" / "mini-baseline").exists()
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -190,7 +192,7 @@ def test_names_that_do_not_fit_are_refused(add: Add, plain_run: Path, name: str)
         add(plain_run, name)
 
 
-def test_what_cannot_be_told_on_a_card_is_refused(add: Add, plain_run: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_unfit_descriptions_and_names_are_refused(add: Add, plain_run: Path, make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--description must be one line"):
         add(plain_run, "digits/x", description="two\nlines")
     shutil.copy(plain_run / "evaluation" / "first.json", tmp_path / "first.json")
@@ -203,14 +205,14 @@ def test_what_cannot_be_told_on_a_card_is_refused(add: Add, plain_run: Path, mak
         add(custom, "digits/x")
 
 
-def test_what_is_missing_is_named(add: Add, plain_run: Path, run: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(add: Add, plain_run: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match="no run in"):
         add(tmp_path / "nowhere", "digits/x")
     alone = shutil.copytree(run / "adversarial", tmp_path / "alone" / "adversarial")
     with pytest.raises(MissingDataError, match="no run in"):
         add(alone, "digits/x")
     shutil.copytree(plain_run, tmp_path / "alone", dirs_exist_ok=True)
-    with pytest.raises(InputError, match="does not go on from"):
+    with pytest.raises(InputError, match="does not continue"):
         add(alone, "digits/x")
     (plain_run / "metrics.csv").unlink()
     with pytest.raises(MissingDataError, match=r"no metrics\.csv"):
@@ -227,7 +229,7 @@ def test_weights_over_five_megabytes_are_refused(add: Add, plain_run: Path) -> N
         add(plain_run, "digits/x")
 
 
-def test_a_large_ledger_stays_behind(
+def test_a_large_ledger_is_left_out(
     add: Add, plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "models" / "digits" / "mini-baseline" / "results"
@@ -261,3 +263,16 @@ def test_the_settings_that_go_along_name_no_folder(add: Add, run: Path, tmp_path
     settings = yaml.safe_load((tmp_path / "models" / "digits" / "mini-fpd" / "config.yaml").read_text())
     assert settings["data"]["root"] == "data"
     assert settings["training"]["epochs"] == 2
+
+
+def test_refresh_writes_cards_and_manifest_again(
+    add: Add, add_model: Add, plain_run: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    add(plain_run, "digits/mini-baseline")
+    manifest, home = tmp_path / "manifest.json", tmp_path / "models" / "digits" / "mini-baseline"
+    card, entries = (home / "README.md").read_text(), manifest.read_text()
+    (home / "README.md").write_text("outdated")
+    refresh = add_model.__globals__["refresh"]
+    refresh(tmp_path / "models", manifest)
+    assert (home / "README.md").read_text() == card
+    assert manifest.read_text() == entries

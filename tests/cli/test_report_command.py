@@ -57,7 +57,7 @@ def test_several_runs_are_compared_in_the_first_one_s_folder(runs: Path, capsys:
 def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(runs / "mine"), "--out", str(tmp_path / "x" / "page.html"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert [Path(f).name for f in found["files"]] == ["page.html", "page.md", "page.csv"]
+    assert [Path(f).name for f in found["files"]] == ["page.html", "page.csv"]
     assert all(Path(f).is_file() for f in found["files"])
     record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
     assert found["runs"][0]["clean_accuracy"] == record.clean_accuracy
