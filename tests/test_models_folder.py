@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
 
 import robustfpd as rf
 from robustfpd.cli import parse
@@ -41,7 +40,7 @@ def check(folder: Path, name: str, model: zoo.ZooModel) -> None:
     assert (config.data.root, config.data.cache) == ("data", None)
     card = (home / "README.md").read_text()
     assert f"\n---\n\n# {name}\n\n{model.description}\n" in card
-    assert ModelCard(card).data.license == "mit"
+    assert "license: mit" in card.split("---")[1]
     assert f'rf.load("{name}")' in card
     assert f"{sum(p.numel() for p in loaded.parameters()):,}" in card
     assert model.file("model.safetensors").sha256 in card

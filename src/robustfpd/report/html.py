@@ -16,7 +16,7 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import gallery_folder
 from robustfpd.evaluation.ledger import writing
-from robustfpd.evaluation.verdict import Check
+from robustfpd.evaluation.record import Check
 from robustfpd.io import write_text
 from robustfpd.report import figures
 from robustfpd.report.metrics import NORM_NAMES, attack_metrics, class_name, format_eps, worst_case_confusion
