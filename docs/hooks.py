@@ -1,4 +1,4 @@
-"""What pages show of the code itself is put in when they are built: commands with their flags, recipes."""
+"""mkdocs hooks: insert the commands' help and the recipes, and repair the notebook's page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOREIGN = re.compile(r"cdnjs|data:text/javascript|x-mathjax-config")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the marks in a page."""
+    """Replace a page's placeholders by generated Markdown."""
     for mark, made in (("<!-- commands -->", _commands), ("<!-- recipes -->", _recipes)):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Mend the notebook's page, whose template would fetch scripts for formulas, and whose links stay as they are."""
+    """Remove the scripts that the notebook's template loads from elsewhere, and rewrite its links to .html."""
     if not page.file.src_uri.endswith(".ipynb"):
         return output
     scripts = re.compile(r"<script[^>]*>(?:(?!</script>).)*</script>", flags=re.DOTALL)

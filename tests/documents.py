@@ -1,4 +1,4 @@
-"""Reads the documentation's pages: their blocks of code, and the commands in them."""
+"""Parse the documentation's pages: their code blocks, and the commands in them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]
 FENCE = re.compile(r"(<!-- run -->\n)?^```(\w+)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 LANGUAGES = ("sh", "python", "text")
-"""What blocks may be; tests run the first two."""
+"""Languages of code blocks; tests run the first two."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Block:
 
     language: str
     title: str | None
-    """The file that it is."""
+    """Name of the file that the block shows."""
     body: str
     runs: bool
-    """A shell block whose commands work offline, in seconds, where the page's other blocks were run."""
+    """Whether the test runs a shell block: its commands work offline, in seconds, after the page's other blocks."""
 
     def commands(self) -> list[list[str]]:
-        """Words of the block's lines, without variables before and redirections behind."""
+        """Return the words of each line, without leading variables and trailing redirections."""
         lines = self.body.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := _words(line))]
 
@@ -43,11 +45,11 @@ def _words(line: str) -> list[str]:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All blocks of a page, in order; refuses a page with fences that no test would look behind."""
+    """Return all blocks of a page, in order; a fence that the tests would miss is an AssertionError."""
     found = []
     text = page.read_text()
     missed = [line for line in FENCE.sub("", text).splitlines() if line.lstrip().startswith(("```", "~~~"))]
-    assert not missed, f"{page} has fences that are no blocks: {missed}; begin them in column 0, with a language"
+    assert not missed, f"{page} has fences that are no blocks: {missed}; start them in column 0, with a language"
     for run, language, info, body in FENCE.findall(text):
         assert language in LANGUAGES, f"{page} has a block of {language}; known are {', '.join(LANGUAGES)}"
         inside = [line for line in body.splitlines() if line.lstrip().startswith("```")]
@@ -58,12 +60,12 @@ def blocks(page: Path) -> list[Block]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """Commands in the text itself; `robustfpd COMMAND` and the like only tell a form."""
+    """Return the commands in the text itself, except forms such as `robustfpd COMMAND`."""
     text = FENCE.sub("", page.read_text())
     found = [shlex.split(command) for command in re.findall(r"`(robustfpd [^`]+)`", text)]
-    return [words for words in found if not words[1].isupper()]
+    return [words for words in found if not any(re.fullmatch(r"\W*[A-Z_]{3,}\W*", word) for word in words)]
 
 
 def name_of(page: Path) -> str:
-    """What tests call a page."""
-    return str(page.relative_to(DOCS))
+    """Return a page's name in test ids."""
+    return str(page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT))

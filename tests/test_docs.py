@@ -1,4 +1,4 @@
-"""The documentation: its snippets run, its commands exist, and nothing that there is goes unmentioned."""
+"""The README and the documentation: snippets run, commands parse, and every public name is documented."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import torch
 import yaml
 from pydantic import BaseModel
 from tests.conftest import SHARED
-from tests.documents import DOCS, PAGES, ROOT, Block, blocks, inline_commands, name_of
+from tests.documents import DOCS, DOCUMENTS, PAGES, README, ROOT, Block, blocks, inline_commands, name_of
 
 import robustfpd as rf
 from robustfpd.attacks import adaptive
 from robustfpd.cli import COMMANDS, function, main, parse
 from robustfpd.config import RunConfig, TaskConfig, recipe, recipe_names
 from robustfpd.config.schema import Denoise, Head, Middle
-from robustfpd.evaluation import suite_names
+from robustfpd.evaluation import suite_names, suites
 
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
+WITH_PYTHON = [page for page in DOCUMENTS if any(b.language == "python" for b in blocks(page))]
 CHECKPOINT = SHARED / "published" / "resnet_mnist_1-1-1-1" / "bestmodel_params.pkl"
-OTHERS = {"make", "pip", "wait"}
-"""What shell blocks may call beside robustfpd."""
+OTHERS = {"make", "pip", "tensorboard", "wait"}
+"""Programs in shell blocks beside robustfpd."""
 
 
 def _page(name: str) -> str:
@@ -39,14 +39,16 @@ def _page(name: str) -> str:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in, whose modules can be imported."""
+    """An empty working folder whose modules can be imported; suites run only the attacks of `first-look`."""
+    for name in ("quick", "standard"):
+        monkeypatch.setitem(suites._SUITES, name, suites._SUITES["first-look"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 def _shortened(words: list[str]) -> list[str]:
-    """The same command in less time."""
+    """Return the same command with less to compute."""
     if words[0] == "train":
         return [*words, "training.epochs=1"]
     if words[0] == "evaluate" and "--suite" not in words:
@@ -77,7 +79,7 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page: Path, elsewhere: P
         _run(block, str(page), vars(module), elsewhere)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
 def test_the_commands_of_a_page_are_accepted(page: Path, elsewhere: Path) -> None:
     for block in blocks(page):
         if block.title is not None:
@@ -97,7 +99,7 @@ def test_the_commands_of_a_page_are_accepted(page: Path, elsewhere: Path) -> Non
 
 
 def _accepted(words: list[str]) -> None:
-    """Parse as the program does, and look up the names that only running would."""
+    """Parse as the program does, and resolve the recipe and the suite."""
     name, call = words[0], parse(words)
     given = inspect.signature(function(name)).bind(*call.args, **call.keywords).arguments  # type: ignore[attr-defined]
     if name == "train":
@@ -111,7 +113,7 @@ def _accepted(words: list[str]) -> None:
     ("~~~sh\nrobustfpd nope\n~~~\n", "no blocks"), ("```bash\nrobustfpd nope\n```\n", "a block of bash"),
     ("```sh\nmake\n ```\n\n```sh\nmake\n```\n", "inside|no blocks"),
 ])  # fmt: skip
-def test_a_fence_that_no_test_would_look_behind_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_fence_that_the_tests_would_miss_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(AssertionError, match=message):
         blocks(tmp_path / "page.md")
@@ -127,7 +129,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(leaves(SITE["nav"])) == sorted(pages)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
 def test_links_lead_to_files_or_to_papers_and_projects(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
@@ -136,7 +138,7 @@ def test_links_lead_to_files_or_to_papers_and_projects(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-def test_the_site_is_strict_executes_the_notebook_and_asks_for_nothing_elsewhere() -> None:
+def test_the_site_is_strict_executes_the_notebook_and_loads_nothing_from_elsewhere() -> None:
     assert SITE["strict"] is True
     assert SITE["theme"]["font"] is False
     assert SITE["validation"]["links"]["anchors"] == "warn"
@@ -145,7 +147,7 @@ def test_the_site_is_strict_executes_the_notebook_and_asks_for_nothing_elsewhere
     assert notebook["allow_errors"] is False
 
 
-def test_attacks_views_and_suites_are_told() -> None:
+def test_attacks_views_and_suites_are_documented() -> None:
     page, choosing = _page("attacks.md"), _page("choosing.md")
     views = adaptive.adaptive_views(rf.load("digits/mini-fpd").classifier(), torch.zeros(2, 1, 8, 8))
     assert len(views) > 6
@@ -155,7 +157,7 @@ def test_attacks_views_and_suites_are_told() -> None:
         assert f"`{name}`" in choosing, name
 
 
-def test_the_method_tells_the_choices_of_its_parts() -> None:
+def test_the_method_page_lists_denoising_layers_and_heads() -> None:
     page = _page("method.md")
     for name in (*typing.get_args(Denoise), *typing.get_args(Head)):
         assert f"| `{name}` |" in page, name
@@ -186,7 +188,7 @@ def test_every_setting_is_in_the_reference() -> None:
             assert field.description, f"{cls.__name__}.{name} has no docstring to show"
 
 
-def test_the_reference_tells_every_command_with_its_flags_and_every_recipe() -> None:
+def test_the_reference_lists_every_command_with_its_flags_and_every_recipe() -> None:
     spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
     assert spec is not None
     assert spec.loader is not None
@@ -198,8 +200,23 @@ def test_the_reference_tells_every_command_with_its_flags_and_every_recipe() -> 
     for name, section in sections.items():
         for parameter in inspect.signature(function(name)).parameters.values():
             if parameter.kind is not parameter.POSITIONAL_ONLY and parameter.name not in ("output", "images"):
-                assert f"│ --{parameter.name.replace('_', '-')} " in section, (name, parameter.name)
-        assert "│ --json " in section
+                flag = f"--{parameter.name.replace('_', '-')}"
+                assert re.search(rf"^\W*{flag}\b", section, flags=re.MULTILINE), (name, flag)
+        assert re.search(r"^\W*--json\b", section, flags=re.MULTILINE), name
     settings = hooks.on_page_markdown(_page("reference/settings.md"))
     for name in recipe_names():
         assert f"| `{name}` |" in settings, name
+
+
+def test_the_readme_starts_with_four_commands_and_lists_all_of_them() -> None:
+    text = README.read_text()
+    shown = [words for block in blocks(README) if block.language == "sh" for words in block.commands()]
+    assert [words[:2] for words in shown[:4]] == [
+        ["pip", "install"], ["robustfpd", "train"], ["robustfpd", "evaluate"], ["robustfpd", "report"],
+    ]  # fmt: skip
+    assert text.index("robustfpd report") < text.index("make demo") < 2500
+    rows = re.findall(r"^\| `robustfpd (\w+)[^|]*\|(.*)\|$", text, flags=re.MULTILINE)
+    assert {name for name, _ in rows} == COMMANDS.keys()
+    for name, row in rows:
+        parameters = {*inspect.signature(function(name)).parameters, "json", "quiet"}
+        assert {flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z-]+", row)} <= parameters, name
