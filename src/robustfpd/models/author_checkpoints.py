@@ -119,11 +119,9 @@ def load_published(
 
 
 def read_author_checkpoint(
-    path: str | Path,
-    image_size: int | tuple[int, int] | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> AuthorCheckpoint:
+    path: str | Path, image_size: int | tuple[int, int] | None = None,
+    mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+) -> AuthorCheckpoint:  # fmt: skip
     """Load a checkpoint as `load_published` does, and return its architecture and epoch too."""
     path = Path(path)
     weights, epoch = _weights(_unpickled(path), path)
@@ -167,9 +165,7 @@ def _unpickled(path: Path) -> Any:
                 f"{path} refers to code ({code[1]}), which weights do not need and which was not run; "
                 "give a file of tensors and numbers, as the authors' are"
             ) from None
-        raise InputError(
-            f"{path} is damaged or was not written by torch.save, and cannot be read; fetch it again"
-        ) from None
+        raise InputError(f"{path} is damaged or was not written by torch.save; fetch it again") from None
 
 
 def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], int | None]:
