@@ -75,7 +75,7 @@ def test_links_between_pages_lead_somewhere(site: Path) -> None:
             assert not anchor or anchor in anchors[found] or anchor == "__top", (page.name, target)
 
 
-def test_the_references_tell_each_command_and_each_setting(site: Path) -> None:
+def test_the_references_list_each_command_and_each_setting(site: Path) -> None:
     commands, settings = (
         (site / "reference" / "cli.html").read_text(),
         (site / "reference" / "settings.html").read_text(),
@@ -93,15 +93,15 @@ def test_a_page_opens_without_requests_errors_or_overflow(
     site: Path, browser: Any, name: str, width: int, scheme: str
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    asked: list[str] = []
-    said: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    requested: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto((site / f"{name}.html").as_uri())
     page.wait_for_timeout(50)
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert said == []
+    assert [url for url in requested if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert errors == []
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
     page.close()
