@@ -19,7 +19,7 @@ import torch
 
 from robustfpd import data
 from robustfpd.config import DataConfig, recipe
-from robustfpd.data.batches import batches
+from robustfpd.data.image_set import batches
 from robustfpd.data.transforms import augment
 from robustfpd.rng import generator
 

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustfpd.data.batches import batches
-from robustfpd.data.decode_cache import kept
-from robustfpd.data.image_set import ImageSet
+from robustfpd.data.decode_cache import cached_images
+from robustfpd.data.image_set import ImageSet, batches
 from robustfpd.rng import generator
 
 SHAPE = (30_607, 3, 256, 256)
@@ -56,7 +55,7 @@ def main() -> None:
         shape = (arguments.images, *SHAPE[1:])
         start = time.perf_counter()
         images = partial(distinct_images, arguments.images)
-        cached = kept(Path(folder), "synthetic", {}, shape, images, lambda done, total: None)
+        cached = cached_images(Path(folder), "synthetic", {}, shape, images, lambda done, total: None)
         made = time.perf_counter() - start
         data = ImageSet(cached.images, torch.arange(arguments.images), size=SEEN)
         before, peaks, seconds = resident(), resident(), []

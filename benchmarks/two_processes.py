@@ -29,10 +29,8 @@ BAR = 1.7
 def steps(workload: str, count: int) -> list[float]:
     """Return the seconds of each of `count` steps of this process, which trains its part of each batch."""
     from robustfpd.config import AugmentConfig, OptimizerConfig, RunConfig, TrainingConfig
-    from robustfpd.data.batches import batches
-    from robustfpd.data.image_set import ImageSet
-    from robustfpd.data.noise import add_uniform_noise
-    from robustfpd.data.transforms import augment
+    from robustfpd.data.image_set import ImageSet, batches
+    from robustfpd.data.transforms import add_uniform_noise, augment
     from robustfpd.distributed import init_process_group
     from robustfpd.models import enhance
     from robustfpd.rng import generator

@@ -7,8 +7,8 @@ from PIL import Image
 
 from robustfpd.cli import main
 from robustfpd.data import names
+from robustfpd.data.datasets import inventory
 from robustfpd.data.download import NOTE
-from robustfpd.data.inventory import inventory
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustfpd.data import ImageSet
-from robustfpd.data.batches import batches, batches_per_epoch
+from robustfpd.data.image_set import batches, batches_per_epoch
 
 CPU = torch.device("cpu")
 

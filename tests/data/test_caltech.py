@@ -20,8 +20,8 @@ from torchvision.datasets import utils
 
 from robustfpd.config import DataConfig
 from robustfpd.data import download, image_folder, info, load
-from robustfpd.data.caltech import BACKGROUND_101, CLASSES_101
-from robustfpd.data.decode import Pixels, decode
+from robustfpd.data.image_files import Pixels, decode
+from robustfpd.data.image_folder import BACKGROUND_101, CLASSES_101
 from robustfpd.errors import InputError, MissingDataError
 
 CLASSES_256 = [f"{number:03}.thing-{number % 7}" for number in range(1, 258)]
@@ -202,9 +202,9 @@ def test_an_archive_beside_a_whole_folder_does_no_harm(
     archive = small / dataset / ARCHIVES[dataset]
     archive.touch()
     for name in ("ARCHIVE_101", "ARCHIVE_256"):
-        published = getattr(__import__("robustfpd.data.caltech", fromlist=[name]), name)
+        published = getattr(__import__("robustfpd.data.image_folder", fromlist=[name]), name)
         images = 2 * (102 if name == "ARCHIVE_101" else 257)
-        monkeypatch.setattr(f"robustfpd.data.caltech.{name}", replace(published, images=images))
+        monkeypatch.setattr(f"robustfpd.data.image_folder.{name}", replace(published, images=images))
     load(config(small, dataset, download=True))
     assert not server
     assert archive.exists()

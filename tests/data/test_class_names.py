@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from robustfpd.config import DataConfig
-from robustfpd.data.class_names import class_names
+from robustfpd.data.datasets import class_names
 
 
 def folders(root: Path, *names: str) -> None:

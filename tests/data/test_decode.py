@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional
 
-from robustfpd.data.decode import AHEAD, covering, decode, decoded
+from robustfpd.data.image_files import AHEAD, covering, decode, decoded
 from robustfpd.errors import InputError
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from robustfpd.data import decode_cache
-from robustfpd.data.decode import Pixels
-from robustfpd.data.decode_cache import Kept, images_folder, kept
+from robustfpd.data.decode_cache import CachedImages, cached_images, images_folder
+from robustfpd.data.image_files import Pixels
 from robustfpd.errors import InputError
 
 SHAPE = (10, 3, 4, 5)
@@ -34,11 +34,13 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def make(folder: Path, source: Any = "x", bad: tuple[int, ...] = (), made: Any = None, progress: Any = silent) -> Kept:
-    return kept(folder, "small", {"files": source}, SHAPE, made or (lambda: pictures(bad)), progress)
+def make(
+    folder: Path, source: Any = "x", bad: tuple[int, ...] = (), made: Any = None, progress: Any = silent
+) -> CachedImages:
+    return cached_images(folder, "small", {"files": source}, SHAPE, made or (lambda: pictures(bad)), progress)
 
 
-def check(found: Kept, bad: tuple[int, ...] = ()) -> None:
+def check(found: CachedImages, bad: tuple[int, ...] = ()) -> None:
     good = [place for place in range(10) if place not in bad]
     assert found.images.shape == (len(good), *SHAPE[1:])
     assert found.images[:, 0, 0, 0].tolist() == good

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustfpd.data import decode as decoding
 from robustfpd.data import image_files
-from robustfpd.data.decode import ORIENTATION, Picture, decode, picture
-from robustfpd.data.image_files import named, read
+from robustfpd.data.image_files import ORIENTATION, Picture, decode, decode_pictures, find_images, picture
 
 
 def one(path: Path, size: tuple[int, int] = (8, 8), channels: int = 3) -> Picture | str:
-    (found,) = read([path], size, channels)
+    (found,) = decode_pictures([path], size, channels)
     return found
 
 
@@ -37,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(folder: Path, *given: str | Path) -> list[str]:
-    return [str(f.path.relative_to(folder)) + (f": {f.problem}" if f.problem else "") for f in named(given)]
+    return [str(f.path.relative_to(folder)) + (f": {f.problem}" if f.problem else "") for f in find_images(given)]
 
 
 def test_paths_folders_and_patterns_name_files(folder: Path) -> None:
@@ -54,7 +52,7 @@ def test_what_names_nothing_says_so(folder: Path) -> None:
     found = names(folder, folder / "gone.png", f"{folder}/*.gif", folder / "empty")
     assert found[:2] == ["gone.png: no such file or folder", "*.gif: no file matches this pattern"]
     assert found[2].startswith("empty: no images in this folder (.jpg")
-    (long,) = named(["x" * 5000])
+    (long,) = find_images(["x" * 5000])
     assert long.problem == "cannot be read: File name too long"
 
 
@@ -121,7 +119,7 @@ def test_what_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path, pho
     (tmp_path / "text.png").write_text("hello")
     os.mkfifo(tmp_path / "pipe.png")
     files = [tmp_path / f"{n}.png" for n in ("cut", "empty", "text", "pipe", "gone", "whole")]
-    *bad, good = read(files, (8, 8), 3)
+    *bad, good = decode_pictures(files, (8, 8), 3)
     assert isinstance(good, Picture)
     assert ["truncated" in str(bad[0]), *bad[1:]] == [
         True, "the file is empty", "not an image", "not a regular file", "not a regular file",
@@ -159,7 +157,7 @@ def test_as_many_threads_as_cores_that_the_process_may_use(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert all(isinstance(found, Picture) for found in read(some(tmp_path, 9), (8, 8), 3))
+    assert all(isinstance(found, Picture) for found in decode_pictures(some(tmp_path, 9), (8, 8), 3))
     assert most == [1] * 8
 
 
@@ -170,7 +168,7 @@ def test_large_pictures_wait_for_each_other(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(image_files, "AT_ONCE", 100_000, raising=False)  # 40 kB and 160 kB as they are decoded
-    found = list(read([*some(tmp_path, size), tmp_path / "gone.png"], (8, 8), 3))
+    found = list(decode_pictures([*some(tmp_path, size), tmp_path / "gone.png"], (8, 8), 3))
     assert [isinstance(one, Picture) for one in found] == [True] * 8 + [False]
     assert max(most) == at_once
 
@@ -209,7 +207,7 @@ def test_files_and_memory_have_limits(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(decoding, "_rgb", full)
+    monkeypatch.setattr(image_files, "_rgb", full)
     assert "not enough memory" in str(one(tmp_path / "a.png"))
 
 

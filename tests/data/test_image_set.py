@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.functional import center_crop
 
 from robustfpd.data import ImageSet
-from robustfpd.data.image_set import centre_crop
+from robustfpd.data.transforms import centre_crop
 from robustfpd.errors import InputError
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustfpd.data.noise import add_uniform_noise, uniform_like
+from robustfpd.data.transforms import add_uniform_noise, uniform_like
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.image_set import centre_crop
-from robustfpd.data.transforms import ASPECTS, _affine, _crops, augment
+from robustfpd.data.transforms import ASPECTS, _affine, _crops, augment, centre_crop
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustfpd import data
 from robustfpd.config import RunConfig, parse
-from robustfpd.data.noise import add_uniform_noise
+from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights

@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from robustfpd.config import RunConfig, TaskConfig, parse, recipe, recipe_names
-from robustfpd.data.noise import add_uniform_noise
+from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.models import FPD, build
 from robustfpd.training.fabric import FabricUpdate
 from robustfpd.training.optim import make_optimizer

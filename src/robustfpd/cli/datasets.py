@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from robustfpd.cli.common import Output
 
 if TYPE_CHECKING:
-    from robustfpd.data.inventory import Found
+    from robustfpd.data.datasets import LocalDataset
 
 
 def datasets(
@@ -28,8 +28,8 @@ def datasets(
     from rich.table import Table
 
     from robustfpd.cli.common import program
+    from robustfpd.data.datasets import inventory
     from robustfpd.data.decode_cache import images_folder
-    from robustfpd.data.inventory import inventory
 
     found = inventory(data_root, cache)
     table = Table(
@@ -51,7 +51,7 @@ def datasets(
     output.print_result({"data_root": str(data_root), "datasets": [_values(each, data_root) for each in found]})
 
 
-def _values(found: Found, data_root: Path) -> dict[str, object]:
+def _values(found: LocalDataset, data_root: Path) -> dict[str, object]:
     """Return a data set for the JSON result; sizes are bytes."""
     from robustfpd.cli.common import program
 
@@ -64,7 +64,7 @@ def _values(found: Found, data_root: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _row(found: Found) -> tuple[str, ...]:
+def _row(found: LocalDataset) -> tuple[str, ...]:
     """Return a row of the table."""
     described = found.info
     where = described.files[0].partition("/")[0] if described.files else ""
@@ -79,7 +79,7 @@ def _row(found: Found) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _download_command(program: str, found: Found, data_root: Path) -> str:
+def _download_command(program: str, found: LocalDataset, data_root: Path) -> str:
     """Return the command that downloads a data set and trains on it."""
     from robustfpd.config import recipe, recipe_names
 

@@ -107,9 +107,9 @@ def _rows(
     model: FPD | Baseline, target: Target, images: Sequence[str], restored: Path | None, top: int, output: Output
 ) -> Iterator[Row]:  # fmt: skip
     """Yield a row for each image, in order; memory holds one batch of images."""
-    from robustfpd.data.image_files import named, read
+    from robustfpd.data.image_files import decode_pictures, find_images
 
-    files, class_names = named(images), target.class_names()
+    files, class_names = find_images(images), target.class_names()
     config = None if target.config is None else target.config.data
     stored = model.task.image_size if config is None or config.stored_size is None else config.stored_size
     names = None if restored is None else _Names(restored, [file.path for file in files])
@@ -117,7 +117,9 @@ def _rows(
         for start in range(0, len(files), BATCH):
             status.update(f"{target.name}: {start} of {len(files)} images")
             batch = files[start : start + BATCH]
-            pictures = iter(read([file.path for file in batch if not file.problem], stored, model.task.in_channels))
+            pictures = iter(
+                decode_pictures([file.path for file in batch if not file.problem], stored, model.task.in_channels)
+            )
             inputs = [file.problem or next(pictures) for file in batch]
             pixels = [i.pixels for i in inputs if not isinstance(i, str)]
             predictions = iter(_predictions(model, class_names, pixels, top))
@@ -140,7 +142,7 @@ def _predictions(
     import numpy as np
     import torch
 
-    from robustfpd.data.image_set import as_seen
+    from robustfpd.data.transforms import as_seen
     from robustfpd.models.predict import predict as predict_batch
 
     if not pixels:

@@ -253,7 +253,7 @@ def _stage_seconds(
 
     from robustfpd.cli.common import timed
     from robustfpd.data import ImageSet
-    from robustfpd.data.batches import batches_per_epoch
+    from robustfpd.data.image_set import batches_per_epoch
     from robustfpd.training.validation import robust_accuracy, validate
 
     procedure, settings, task = run.procedure, run.adversarial, counts.info.task
@@ -289,8 +289,8 @@ def _training_batch(
     """Return a function that trains on one batch, given the epoch and the batch's index in it."""
     import torch
 
-    from robustfpd.data.batches import batches
-    from robustfpd.data.noise import add_uniform_noise
+    from robustfpd.data.image_set import batches
+    from robustfpd.data.transforms import add_uniform_noise
     from robustfpd.models import FPD
     from robustfpd.training import (
         OptimizerUpdate,

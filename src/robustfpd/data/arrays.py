@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from robustfpd.config import DataConfig
-from robustfpd.data.decode import Pixels, covering
-from robustfpd.data.decode_cache import images_folder, kept
-from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.download import alone, set_aside
-from robustfpd.data.image_set import ImageSet, centre_crop
-from robustfpd.data.progress import decoding_shown
+from robustfpd.data.decode_cache import OnProgress, cached_images, decoding_progress, images_folder
+from robustfpd.data.download import exclusive_lock, move_aside
+from robustfpd.data.image_files import Pixels, covering
+from robustfpd.data.image_set import DatasetInfo, ImageSet, Parts
 from robustfpd.data.splits import stratified
+from robustfpd.data.transforms import centre_crop
 from robustfpd.errors import InputError, MissingDataError, first_line
 
 UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError)
@@ -56,7 +55,7 @@ class Arrays:
                 f"or give the folder that holds {Path(described.files[0]).parts[0]} as --data-root"
             )
         try:
-            with alone(root / f".{self.class_name}.lock") if config.download else nullcontext():
+            with exclusive_lock(root / f".{self.class_name}.lock") if config.download else nullcontext():
                 train, test = self._fetched(kind, root, place, config.download)
         except UNREADABLE as error:
             what = "could not be fetched into" if config.download else "is incomplete or damaged in"
@@ -80,7 +79,7 @@ class Arrays:
         except UNREADABLE:
             if not download or not place.is_dir():
                 raise
-        aside = set_aside(place)
+        aside = move_aside(place)
         try:
             return read()
         except BaseException:
@@ -120,8 +119,8 @@ def _resized(
     images: Tensor, size: tuple[int, int], described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None
 ) -> Tensor:  # fmt: skip
     source = {"sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "torch": torch.__version__}
-    with decoding_shown(described.name, on_progress) as show:
-        return kept(
+    with decoding_progress(described.name, on_progress) as show:
+        return cached_images(
             images_folder(config.cache), described.name, source, (len(images), images.shape[1], *size),
             lambda: _pictures(images, size), show,
         ).images  # fmt: skip

@@ -1,27 +1,37 @@
-"""Data sets by name: uint8 images, split into train, validation and test."""
+"""Data sets by name: loaded as uint8 images and split, counted, or listed as they lie on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from robustfpd.config import DataConfig
 from robustfpd.data import arrays
-from robustfpd.data.caltech import (
+from robustfpd.data.decode_cache import SUFFIX, OnProgress, images_folder
+from robustfpd.data.download import interrupted
+from robustfpd.data.image_files import EXTENSIONS
+from robustfpd.data.image_folder import (
     ARCHIVE_101,
     ARCHIVE_256,
+    ARCHIVES,
+    BACKGROUND_101,
     CLASSES_101,
+    Listing,
     caltech101_listing,
     caltech256_listing,
+    class_folders,
+    folder_listing,
     read_caltech101,
     read_caltech256,
+    read_folder,
+    split_listing,
 )
-from robustfpd.data.described import DatasetInfo, OnProgress, Parts
-from robustfpd.data.image_folder import Listing, folder_listing, parted, read_folder
-from robustfpd.data.image_set import ImageSet
+from robustfpd.data.image_set import DatasetInfo, ImageSet, Parts
 from robustfpd.data.splits import stratified
 from robustfpd.errors import unknown_name
 from robustfpd.rng import generator
@@ -63,7 +73,7 @@ def load(config: DataConfig, on_progress: OnProgress | None = None) -> Splits:
 
     Args:
         config: which images, at which size, and how they are split.
-        on_progress: told how many images are decoded, and of how many; None shows a bar where there is a terminal.
+        on_progress: called with the number of decoded images, and of all; None shows a bar in a terminal.
 
     Raises:
         InputError: unknown name, settings that do not fit the images, or damaged files.
@@ -98,7 +108,7 @@ def count(config: DataConfig) -> Counts:
         splits = load(config)
         return Counts(splits.info, len(splits.train), len(splits.validation), len(splits.test))
     listing = _LISTINGS[config.dataset](described, config)
-    train, test = parted(listing, torch.arange(len(listing.files)), config)
+    train, test = split_listing(listing, torch.arange(len(listing.files)), config)
     rest, held_out = _held_out(listing.labels[train], config)
     named = replace(described, num_classes=len(listing.class_names), class_names=listing.class_names)
     validation = len(test) if held_out is None else len(held_out)
@@ -172,3 +182,80 @@ _LISTINGS: dict[str, Callable[[DatasetInfo, DataConfig], Listing]] = {
     "caltech101": caltech101_listing, "caltech256": caltech256_listing, "folder": folder_listing,
 }  # fmt: skip
 """How data sets of image files are listed."""
+
+
+def class_names(config: DataConfig, num_classes: int) -> tuple[str, ...]:
+    """Return class names in the order of the labels, without reading images; empty where they are not known.
+
+    They come from the data set's description, else from its folders, unless these are not `num_classes`.
+    """
+    names = info(config.dataset).class_names
+    if config.dataset == "caltech101" and config.background:
+        names = (BACKGROUND_101, *names)
+    if not names:
+        root = Path(config.root).expanduser()
+        root = root / ARCHIVE_256.folder if config.dataset == "caltech256" else root
+        names = _in(root / "train") or _in(root)
+        if config.dataset == "caltech256":  # the folder of clutter comes last
+            names = tuple(name.partition(".")[2] or name for name in names)[:num_classes]
+    return names if len(names) == num_classes else ()
+
+
+def _in(root: Path) -> tuple[str, ...]:
+    try:
+        return class_folders(root) if root.is_dir() else ()
+    except OSError:
+        return ()
+
+
+@dataclass(frozen=True)
+class LocalDataset:
+    """A data set and its files on this machine."""
+
+    info: DatasetInfo
+    there: bool
+    """Whether its files are there, judged by names; True for bundled data sets, False for `folder`."""
+    images: int | None
+    """Image files; None where files hold many images each, or are not there."""
+    classes: int
+    """Folders of classes; where there are no such folders, the classes it is known to have."""
+    size: int
+    """Bytes below the data root."""
+    cached: int
+    """Bytes of decoded images in the cache."""
+
+
+def inventory(root: str | Path, cache: str | Path | None = None) -> list[LocalDataset]:
+    """Look for every data set below `root`, and for its decoded images in the cache (None: the cache folder)."""
+    return [_find(info(name), Path(root).expanduser(), images_folder(cache)) for name in names()]
+
+
+def _find(described: DatasetInfo, root: Path, cache: Path) -> LocalDataset:
+    places = [root / file for file in described.files]
+    archive = ARCHIVES.get(described.name)
+    partly = archive is not None and interrupted(archive, places[0]) is not None
+    there = described.name != "folder" and not partly and all(place.exists() for place in places)
+    images, classes, size = 0, 0, 0
+    for place in places:
+        for file in _files(place):
+            size += file.stat().st_size
+            images += file.name.lower().endswith(EXTENSIONS)
+        classes += sum(1 for entry in os.scandir(place) if entry.is_dir()) if images else 0
+    there = there and (size > 0 or not places)  # empty folders hold nothing
+    kept = cache.glob(f"{described.name}-*{SUFFIX}")
+    cached = sum(path.stat().st_size for path in kept)
+    return LocalDataset(described, there, images or None, classes or described.num_classes, size, cached)
+
+
+def _files(place: Path) -> Iterator[os.DirEntry[str] | Path]:
+    """All files at or below `place`."""
+    if place.is_file():
+        yield place
+    if not place.is_dir():
+        return
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(Path(entry.path))
+            elif entry.is_file():
+                yield entry

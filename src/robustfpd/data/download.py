@@ -1,8 +1,8 @@
-"""Fetches archives of class folders through torchvision, and tells a whole folder from an interrupted one.
+"""Downloads archives of class folders through torchvision, and detects interrupted downloads.
 
-torchvision takes any folder of the right name for the whole data set. So a note lies beside it for as long as we fetch;
-a folder without one is the user's own and is taken as it is, unless what is left of an archive lies beside it and the
-folder has fewer images than were published.
+torchvision accepts any folder of the right name as the complete data set. So a marker file lies beside it during the
+download. A folder without the marker is the user's own and used as it is, unless the rest of an archive lies beside it
+and it has fewer images than published.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from robustfpd.config import DataConfig
-from robustfpd.data.described import DatasetInfo
+from robustfpd.data.image_set import DatasetInfo
 from robustfpd.errors import MissingDataError, first_line
 
 NOTE = ".robustfpd-fetching"
-"""Beside a data set while it is fetched; what an interrupt leaves behind."""
+"""Marker file beside a data set during its download; an interrupt leaves it behind."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Archive:
     folder: str
     """Below the data root; holds the class folders."""
     leftovers: tuple[str, ...]
-    """What lies beside the folder while it is unpacked."""
+    """Files beside the folder while it is unpacked."""
     images: int
-    """How many it has when whole."""
+    """Number of images of the complete data set."""
 
 
-def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Path:
-    """The folder of class folders, fetched when it is not there or not whole and `config.download` is on.
+def archive_folder(archive: Archive, described: DatasetInfo, config: DataConfig) -> Path:
+    """Return the folder of class folders, downloaded if it is missing or incomplete and `config.download` is on.
 
     Raises:
         MissingDataError: it is not there, not whole, or cannot be fetched.
@@ -62,7 +62,7 @@ def unpacked(archive: Archive, described: DatasetInfo, config: DataConfig) -> Pa
 
 
 def interrupted(archive: Archive, folder: Path) -> str | None:
-    """Why the folder cannot be trusted to be whole; None when it can, or is not there."""
+    """Return why the folder may be incomplete; None if it is complete or not there."""
     if (folder.parent / NOTE).exists():
         return f"{NOTE} lies beside it"
     left = next((name for name in archive.leftovers if (folder.parent / name).exists()), None)
@@ -73,7 +73,7 @@ def interrupted(archive: Archive, folder: Path) -> str | None:
 
 
 def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
-    """Let torchvision fetch and unpack; it keeps an archive whose checksum is right, and fetches any other anew."""
+    """Download and unpack by torchvision, which keeps an archive whose checksum is right."""
     import torchvision.datasets
 
     home, note = folder.parent, folder.parent / NOTE
@@ -87,7 +87,7 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
             before = set() if ours else {name for name in archive.leftovers if (home / name).is_file()}
             for part in (folder, *(home / name for name in archive.leftovers)):
                 if part.is_dir():
-                    set_aside(part)
+                    move_aside(part)
             getattr(torchvision.datasets, archive.class_name)(home.parent, download=True)
             for name in archive.leftovers:
                 if name not in before:  # an archive that was there may be the user's
@@ -99,16 +99,16 @@ def _fetch(archive: Archive, described: DatasetInfo, folder: Path) -> None:
         ) from None
 
 
-def set_aside(folder: Path) -> Path:
-    """Make way for a new download without deleting: someone may have put his own images there."""
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to make room for a download; it may hold the user's own images, so it is not deleted."""
     names = (f"{folder.name}.incomplete{suffix}" for suffix in ("", *map(str, range(2, 1000))))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     return folder.rename(aside)
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Keep other processes from fetching the same; where nothing can be written, nothing is fetched either."""
+def exclusive_lock(lock: Path) -> Iterator[None]:
+    """Hold a lock against other processes that download the same; no lock where nothing can be written."""
     held = FileLock(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,18 @@
-"""Images with labels: uint8 as they are stored, floats as the network sees them."""
+"""Images with labels (uint8 as stored, floats as the network sees them), their batches, and their description."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from robustfpd.data.mapped import let_go
+from robustfpd.config import DataConfig, TaskConfig
+from robustfpd.data.decode_cache import release_pages
+from robustfpd.data.transforms import as_seen, centre_crop
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 from robustfpd.errors import InputError
 
 
@@ -55,7 +60,7 @@ class ImageSet:
         if self._rows is None:
             return self._stored
         copy = self._stored[self._rows]
-        let_go(self._stored)
+        release_pages(self._stored)
         return copy
 
     @property
@@ -84,19 +89,90 @@ class ImageSet:
         return digest.hexdigest()
 
 
-def as_seen(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Turn stored images N×C0×H0×W0 uint8 into the network's N×C×H×W float32 in [0, 1]: cropped, grey repeated."""
-    seen = centre_crop(images, size).float().div_(255)
-    return seen if seen.shape[1] == channels else seen.repeat(1, channels, 1, 1)
+def batches(
+    data: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    *,
+    cropped: bool | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
+
+    Args:
+        data: the images, uint8 on the CPU; they travel as uint8 and become floats on the device.
+        batch_size: images a batch.
+        device: where the batches are wanted.
+        generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
+        cropped: whether images come at the network's size, or at the stored one, for `augment` to crop them. None:
+            at the network's size unless they are shuffled.
+        group: the ranks that share each batch; only this rank's images are read.
+    """
+    count = len(data)
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    if generator is not None and count >= batch_size:
+        order = order[: count - count % batch_size]
+    size = data.size if (generator is None if cropped is None else cropped) else data.stored_size
+    for indices in torch.split(order, batch_size):
+        part = data.take(indices[group.batch_shard])
+        yield as_seen(part.images.to(device), data.channels, size), part.labels.to(device)
 
 
-def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of images N×C×H0×W0, N×C×H×W."""
-    height, width = size
-    top, left = margin(images.shape[-2], height), margin(images.shape[-1], width)
-    return images[..., top : top + height, left : left + width]
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """Return the number of batches of a shuffled epoch."""
+    return max(1, count // batch_size)
 
 
-def margin(whole: int, part: int) -> int:
-    """Pixels before the middle `part` of a side; an odd number is halved as torchvision does, to the even side."""
-    return round((whole - part) / 2)
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a data set holds."""
+
+    name: str
+    num_classes: int
+    """0 if it depends on the files."""
+    in_channels: int
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    """Empty if they depend on the files."""
+    description: str
+    files: tuple[str, ...] = ()
+    """Its paths below the data root."""
+    download: str = ""
+    """Size of the download."""
+
+    @property
+    def task(self) -> TaskConfig:
+        """Its classification task."""
+        return TaskConfig(num_classes=self.num_classes, in_channels=self.in_channels, image_size=self.image_size)
+
+    def seen(self, config: DataConfig) -> DatasetInfo:
+        """The same data set as a network sees it under `config`; channels that cannot be had are an InputError."""
+        channels = config.channels or self.in_channels
+        if channels < self.in_channels:
+            raise InputError(
+                f"data.channels: {self.name} has RGB images, which are not shown as grey ones; leave it out, or give 3"
+            )
+        return replace(self, in_channels=channels, image_size=config.image_size or self.image_size)
+
+    def stored_size(self, config: DataConfig) -> tuple[int, int]:
+        """Height and width of the images in memory; an InputError where the network's do not fit in."""
+        seen = config.image_size or self.image_size
+        stored = config.stored_size or seen
+        if stored[0] < seen[0] or stored[1] < seen[1]:
+            raise InputError(
+                f"data.stored_size {stored[0]}×{stored[1]} must be at least the network's size, {seen[0]}×{seen[1]}; "
+                "leave it out, or make data.image_size smaller"
+            )
+        return stored
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set as read: all images to train with, and the test images."""
+
+    info: DatasetInfo
+    train: ImageSet
+    test: ImageSet
+    skipped: tuple[str, ...] = ()
+    """Files that cannot be decoded and were left out, below the data set's folder."""

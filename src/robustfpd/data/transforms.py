@@ -1,4 +1,7 @@
-"""Augmentation in batches, on the images' device, each image with its own draw."""
+"""Transforms of batches on the images' device: augmentation, training noise, centre crop.
+
+Each image of a batch has its own random numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.image_set import centre_crop, margin
 from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 
 ASPECTS = (3 / 4, 4 / 3)
@@ -27,7 +29,7 @@ def augment(
 ) -> Tensor:  # fmt: skip
     """Crop, rotate, shift, mirror, brighten images and change their contrast at random.
 
-    LpBall is one interpolation from the images to the result. Its steps, in torchvision's terms:
+    The geometry is one interpolation from the images to the result. Its steps, in torchvision's terms:
     RandomResizedCrop to the images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip,
     CenterCrop to `size`.
 
@@ -123,3 +125,50 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
         grey = (images * images.new_tensor(LUMA).reshape(1, -1, 1, 1)).sum(dim=1, keepdim=True)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     return mean + factor.reshape(-1, 1, 1, 1) * (images - mean)
+
+
+def uniform_like(images: Tensor, generator: torch.Generator, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+    """Draw uniform numbers in [-1, 1), shaped like `images`, from a generator on any device.
+
+    Each of several ranks draws for the whole batch, so that an image gets the same numbers as in one process.
+    """
+    shape = (group.world_size * len(images), *images.shape[1:])
+    draws = torch.rand(shape, generator=generator, device=generator.device, dtype=images.dtype)
+    return draws[group.batch_shard].to(images.device).mul_(2).sub_(1)
+
+
+def add_uniform_noise(
+    images: Tensor, eps: float, generator: torch.Generator, unit: Tensor | float = 1.0,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Tensor:  # fmt: skip
+    """Return `images` plus uniform noise of half-width `eps`.
+
+    Args:
+        images: N×C×H×W in [0, 1].
+        eps: half-width, in units of `unit`; 0 returns the images themselves.
+        generator: source of the noise.
+        unit: pixels of [0, 1], or 1×C×1×1 standard deviations of normalised images.
+        group: the ranks that share the batch, of which `images` are this rank's part.
+
+    Returns:
+        Noisy images, not clipped: clipping would make noise at black and white pixels one-sided.
+    """
+    return images + eps * unit * uniform_like(images, generator, group) if eps > 0 else images
+
+
+def as_seen(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """Turn stored images N×C0×H0×W0 uint8 into the network's N×C×H×W float32 in [0, 1]: cropped, grey repeated."""
+    seen = centre_crop(images, size).float().div_(255)
+    return seen if seen.shape[1] == channels else seen.repeat(1, channels, 1, 1)
+
+
+def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the centre crop N×C×H×W of images N×C×H0×W0."""
+    height, width = size
+    top, left = margin(images.shape[-2], height), margin(images.shape[-1], width)
+    return images[..., top : top + height, left : left + width]
+
+
+def margin(whole: int, part: int) -> int:
+    """Pixels before the middle `part` of a side; an odd number is halved as torchvision does, to the even side."""
+    return round((whole - part) / 2)

@@ -65,7 +65,7 @@ class Target:
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the network's classes; empty where they are unknown."""
-        from robustfpd.data.class_names import class_names
+        from robustfpd.data.datasets import class_names
 
         if self.config is None or self.task is None:
             return ()

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from robustfpd import data
 from robustfpd.config import Precision, RunConfig
-from robustfpd.data.batches import batches, batches_per_epoch
-from robustfpd.data.noise import add_uniform_noise
-from robustfpd.data.transforms import augment
+from robustfpd.data.image_set import batches, batches_per_epoch
+from robustfpd.data.transforms import add_uniform_noise, augment
 from robustfpd.device import resolve_precision
 from robustfpd.distributed import ProcessGroup, average_batch_norm_statistics, init_process_group, shared_errors
 from robustfpd.errors import InputError, first_line

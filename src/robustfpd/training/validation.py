@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustfpd.attacks import pgd
 from robustfpd.config import AdversarialConfig
 from robustfpd.data import ImageSet
-from robustfpd.data.batches import batches
+from robustfpd.data.image_set import batches
 from robustfpd.distributed import ProcessGroup
 from robustfpd.models import FPD, Baseline, FPDOutput
 from robustfpd.models.mode import evaluating
