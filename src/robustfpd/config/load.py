@@ -56,7 +56,7 @@ def recipe(name: str, overrides: Iterable[str] = (), *, protocol: str = "correct
     published = values.pop("published", None)
     if protocol == "published":
         if not isinstance(published, dict) or not published:
-            raise InputError(f"recipe {name} has no section `published`, which tells what that protocol changes")
+            raise InputError(f"recipe {name} has no section `published`, which lists what that protocol changes")
         for field, value in published.items():
             _set(values, str(field), value, f"published field {field}")
     for override in overrides:

@@ -31,7 +31,7 @@ SUITES = ("first-look", "full", "pgd-100", "published", "published-mnist", "quic
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Kinds of devices; `cuda:1` is one of several."""
 CUSTOM_BACKBONE = "custom"
-"""`ModelConfig.backbone` of a network that the user handed over as a module."""
+"""`ModelConfig.backbone` of a module that the user passes as `net`."""
 
 
 def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
@@ -92,7 +92,7 @@ class ProcedureConfig(Config):
     epochs: int = Field(default=100, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=128, ge=2)
-    """Images a step, of all processes together: several processes share each batch."""
+    """Images per step; several processes share each batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and rate."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -232,7 +232,7 @@ class ModelConfig(Config):
     backbone: str = "resnet_mini"
     """A timm model name, `resnet_mini`, `package.module:factory` for a function that gives your own network, weights
     included (imported from where you work and what is installed, also when the model is loaded), `custom` for a module
-    that is handed over in Python, or the authors' networks: `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`,
+    that is passed in Python, or the authors' networks: `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`,
     with the number of blocks in each stage."""
     stages: tuple[str, ...] | None = None
     """Names of the modules where stages end, stem first; None asks timm, or takes those of a ResNet."""
@@ -350,7 +350,7 @@ class DataConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """What `robustfpd evaluate` does unless told otherwise."""
+    """Defaults of `robustfpd evaluate`."""
 
     suite: str = "quick"
     """Which attacks; `robustfpd.evaluation.suite_names()` lists the suites."""
@@ -363,7 +363,7 @@ class EvaluationConfig(Config):
     space: Literal["pixels", "normalised"] = "pixels"
     """Where eps is measured and images are clipped to [0, 1]: pixels, or (published CALTECH) after normalisation."""
     divide_by: int | None = Field(default=None, ge=1)
-    """Count that the published evaluation divides by, whatever it attacked; shown beside the true accuracy."""
+    """Count that the published evaluation divides by, however many images it attacked; shown beside the accuracy."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -380,7 +380,7 @@ class RunConfig(Config):
     recipe: str = "custom"
     """Name of the recipe this came from."""
     protocol: Protocol = "corrected"
-    """`published` repeats what the authors' code does; docs/protocols.md tells each difference."""
+    """`published` repeats what the authors' code does; docs/protocols.md lists the differences."""
     stage: StageName = "two-phase"
     """Which stage of training this run is."""
     seed: int = 0
