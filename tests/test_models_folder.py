@@ -134,7 +134,7 @@ def test_the_card_lists_cost_and_commands(add: Add, run: Path, tmp_path: Path) -
     assert f"robustfpd evaluate digits/mini-fpd-adversarial {evaluation}\n" in card
     for row in ("| two-phase | 2 | 121 s | cpu | ", "| adversarial | 2 | 121 s | cpu | "):
         assert row in card
-    for words in ("upper bound", "seed 0", "digits only", "pixels of [0, 1]", "CC BY 4.0", "PGD-40, pre-squash"):
+    for words in ("upper bound", "seed 0", "digits only", "pixels in [0, 1]", "CC BY 4.0", "PGD-40, pre-squash"):
         assert words in card
 
 
