@@ -16,7 +16,7 @@ def network() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
 
 
-def test_equal_weights_have_one_hash_whatever_their_layout() -> None:
+def test_equal_weights_have_one_hash_in_any_layout() -> None:
     expected = weights_sha256(network())
     assert weights_sha256(copy.deepcopy(network())) == expected
     assert weights_sha256(network().to(memory_format=torch.channels_last)) == expected

@@ -47,7 +47,7 @@ def test_every_data_set_is_described() -> None:
         described = info(name)
         assert described.name == name
         assert described.description
-        if name not in ("caltech256", "folder"):  # the files alone tell the classes
+        if name not in ("caltech256", "folder"):  # its classes depend on the files
             assert len(described.class_names) == described.num_classes
         if name != "folder":
             assert described.task.num_classes == described.num_classes

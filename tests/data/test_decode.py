@@ -85,7 +85,7 @@ def test_sixteen_bits_become_eight_and_are_not_cut_off(tmp_path: Path, name: str
     assert np.array_equal(found[0], found[2])
 
 
-def test_what_holds_no_whole_picture_is_told_and_why(tmp_path: Path, photograph: Image.Image) -> None:
+def test_bad_files_give_an_error(tmp_path: Path, photograph: Image.Image) -> None:
     photograph.save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
     for name, bad in (

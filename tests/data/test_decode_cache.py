@@ -61,11 +61,11 @@ def test_another_source_makes_another_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.images"))) == 2
 
 
-def test_progress_is_told_after_each_image_and_only_while_they_are_made(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_called_after_each_decoded_image(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
     for _ in range(2):
-        make(tmp_path, bad=(4,), progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 10) for done in range(1, 11)]
+        make(tmp_path, bad=(4,), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 10) for done in range(1, 11)]
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1, 30, 600, -1, -20])

@@ -83,7 +83,7 @@ def test_a_camera_s_picture_is_turned_upright(
     assert found.notes == (("turned upright",) if orientation > 1 and suffix != "tif" else ())
 
 
-def test_what_was_done_to_a_picture_is_told(tmp_path: Path) -> None:
+def test_changes_to_a_picture_are_noted(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 81).astype(np.uint16).reshape(9, 9)
     Image.fromarray(grey).save(tmp_path / "sixteen.png")
     Image.new("RGBA", (9, 9), (200, 10, 10, 0)).save(tmp_path / "clear.png")
@@ -111,7 +111,7 @@ def test_grey_networks_see_the_luminance(tmp_path: Path, photograph: Image.Image
     assert np.array_equal(found.pixels[0], np.asarray(photograph.crop((0, 0, 60, 60)).convert("L")))
 
 
-def test_what_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Path, photograph: Image.Image) -> None:
+def test_bad_files_are_reported_and_the_others_are_read(tmp_path: Path, photograph: Image.Image) -> None:
     photograph.save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])

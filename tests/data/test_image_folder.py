@@ -65,9 +65,9 @@ def test_the_published_split_takes_the_last_files(tmp_path: Path, paint: Painter
 
 
 def test_the_second_time_nothing_is_decoded(tmp_path: Path, paint: Painter, request: pytest.FixtureRequest) -> None:
-    root, told = paint(tmp_path, CLASSES), list[tuple[int, int]]()
-    first = digests(load(config(root), lambda done, total: told.append((done, total))))
-    assert told == [(done, 30) for done in range(1, 31)]
+    root, calls = paint(tmp_path, CLASSES), list[tuple[int, int]]()
+    first = digests(load(config(root), lambda done, total: calls.append((done, total))))
+    assert calls == [(done, 30) for done in range(1, 31)]
     request.getfixturevalue("undecoded")
     assert digests(load(config(root))) == first
     for other in ({"split": "published"}, {"split_seed": 3}, {"on_bad_image": "skip"}, {"train_limit": 5}):
@@ -93,9 +93,9 @@ def test_what_changes_pixels_is_decoded_again(tmp_path: Path, paint: Painter, ch
         path.rename(path.with_name("zzz.jpg"))
     if change == "a size":
         settings = {"image_size": 12}
-    told = list[int]()
-    after = digests(load(config(root, **settings), lambda done, total: told.append(done)))
-    assert len(told) == 30 + (change == "a new file")
+    calls = list[int]()
+    after = digests(load(config(root, **settings), lambda done, total: calls.append(done)))
+    assert len(calls) == 30 + (change == "a new file")
     assert before != after
 
 
@@ -169,7 +169,7 @@ def test_bad_images_end_the_run_or_are_left_out_and_counted(tmp_path: Path, pain
         load(config(root))
 
 
-def test_a_mended_image_is_taken(tmp_path: Path, paint: Painter) -> None:
+def test_a_fixed_image_is_used(tmp_path: Path, paint: Painter) -> None:
     root = paint(tmp_path, CLASSES)
     path = root / "ant" / "image_0003.jpg"
     whole = path.read_bytes()

@@ -31,7 +31,7 @@ def test_an_image_set_is_indexed_scaled_and_hashed() -> None:
     assert data.digest() != ImageSet(images.flip(0), torch.arange(6)).digest()
 
 
-def test_the_network_sees_what_is_stored_unless_told_otherwise() -> None:
+def test_the_network_sees_what_is_stored_by_default() -> None:
     data = numbered(channels=3)
     assert (data.channels, data.size, data.stored_size) == (3, (5, 8), (5, 8))
     assert torch.equal(data.floats()[0], data.images.float() / 255)

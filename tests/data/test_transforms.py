@@ -330,7 +330,7 @@ def test_brightness_is_cut_before_contrast_as_torchvision_does() -> None:
     sides=st.tuples(*[st.integers(1, 14)] * 4),
     channels=st.integers(1, 4),
 )
-def test_every_change_together_keeps_range_size_and_seed(
+def test_all_changes_keep_range_size_and_seed(
     crop: float, rotation: float, expand: bool, flip: bool, contrast: float, sides: tuple[int, ...], channels: int
 ) -> None:
     config = AugmentConfig(crop=crop, rotation=rotation, expand=expand, flip=flip, contrast=contrast, brightness=0.2)
