@@ -28,7 +28,7 @@ from robustfpd.io import readable_folder, replace_folder, write_json
 from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS
 from robustfpd.provenance import weights_sha256
-from robustfpd.report.model_card import PACKAGES, TrainingCost, TrainingStage, model_card, training_description
+from robustfpd.report.model_card import PACKAGES, TRAINING, model_card, training_description
 from robustfpd.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -73,12 +73,12 @@ def add(
         raise InputError(f"{best / WEIGHTS} has {size:,} bytes; models/ takes networks of up to {zoo.LARGEST:,}")
     model = load(source.best)
     records = {path.stem: _checked(EvaluationRecord.load(path), path, model, source) for path in record}
-    cost = TrainingCost(stages=tuple(_stages(source, config)))
+    stages = _stages(source, config)
     with replace_folder(folder / name) as new:
         for file in (WEIGHTS, CONFIG):
             shutil.copyfile(best / file, new / file)
         config.save(new / zoo.SETTINGS)
-        cost.save(new)
+        write_json(new / TRAINING, {"stages": stages})
         for stem, evaluation in records.items():
             path = evaluation.model_copy(update={"model_name": name}).save(new / "results" / f"{stem}.json")
             ledger = path.with_suffix(LEDGER)
@@ -150,7 +150,7 @@ def _checked(record: EvaluationRecord, path: Path, model: FPD | Baseline, source
     return record
 
 
-def _stages(source: RunFolder, config: RunConfig) -> list[TrainingStage]:
+def _stages(source: RunFolder, config: RunConfig) -> list[dict[str, Any]]:
     """Return the costs of the run's stage and of the stage before it."""
     stages = []
     if config.stage == "adversarial" and config.adversarial.start == "best":
@@ -168,10 +168,8 @@ def _stages(source: RunFolder, config: RunConfig) -> list[TrainingStage]:
     env = _environment(source)
     kept = {key: env.get(key) for key in ("python", "device", "threads", "git_revision")}
     packages = {package: env.get("packages", {}).get(package) for package in PACKAGES}
-    stage = TrainingStage(
-        stage=title, epochs=len(seconds), seconds=sum(seconds), environment={**kept, "packages": packages}
-    )
-    return [*stages, stage]
+    cost = {"stage": title, "epochs": len(seconds), "seconds": sum(seconds)}
+    return [*stages, {**cost, "environment": {**kept, "packages": packages}}]
 
 
 def _environment(source: RunFolder) -> Mapping[str, Any]:

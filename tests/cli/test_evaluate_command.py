@@ -12,8 +12,8 @@ from robustfpd.cli import main
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
 from robustfpd.models.import_model import import_model
+from robustfpd.report.metrics import verdict_text
 from robustfpd.report.paths import resolve_network
-from robustfpd.report.tables import verdict_text
 
 MODULE = """
 import torch

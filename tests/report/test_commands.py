@@ -7,7 +7,7 @@ import pytest
 
 from robustfpd.config import RunConfig, parse, recipe, recipe_names
 from robustfpd.errors import InputError
-from robustfpd.report.commands import evaluation_command, training_command
+from robustfpd.report.sources import evaluation_command, training_command
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord

@@ -23,7 +23,7 @@ def _texts(svg: str) -> list[str]:
 
 
 def test_curves_are_svg_that_names_axes_and_networks(make_record: MakeRecord) -> None:
-    svg = figures.accuracy_curves([make_record("a"), make_record("b")], ["FPD", "undefended baseline"])
+    svg = figures.accuracy_curves([make_record("FPD"), make_record("undefended baseline")])
     assert svg.startswith("<svg")
     assert {"FPD", "undefended baseline", "eps (L∞)", "accuracy under the worst attack (%)"} <= set(_texts(svg))
 
@@ -55,7 +55,7 @@ def test_figures_on_one_page_share_no_ids_and_take_the_page_s_colour(
 ) -> None:
     record = make_record("FPD")
     made = [
-        figures.accuracy_curves([record], ["FPD"]), figures.attack_curves(record, "0"),
+        figures.accuracy_curves([record]), figures.attack_curves(record, "0"),
         figures.attack_curves(record, "1"), figures.training_curves({"FPD": history}, {"FPD": 3}),
         figures.confusion(np.eye(3, dtype=np.int64), ["a", "b", "c"]),
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def test_figures_on_one_page_share_no_ids_and_take_the_page_s_colour(
 
 
 def test_the_same_figure_twice_is_the_same_text(make_record: MakeRecord) -> None:
-    one, two = (figures.accuracy_curves([make_record("FPD")], ["FPD"]) for _ in range(2))
+    one, two = (figures.accuracy_curves([make_record("FPD")]) for _ in range(2))
     assert one == two
 
 
@@ -93,7 +93,7 @@ def test_the_landscape_marks_image_and_adversarial_point(measured: Path) -> None
 
 @pytest.mark.parametrize("name", ["$x^2$", "a < b & c", "</svg><script>x</script>", "--> $\\frac$"])
 def test_names_with_markup_are_text(make_record: MakeRecord, name: str) -> None:
-    assert name in _texts(figures.accuracy_curves([make_record("x")], [name]))
+    assert name in _texts(figures.accuracy_curves([make_record(name)]))
 
 
 def test_lines_differ_without_colour() -> None:

@@ -16,9 +16,9 @@ from robustfpd.evaluation import EvaluationRecord, Proportion
 from robustfpd.evaluation.checks import NAMES
 from robustfpd.evaluation.gallery import GalleryIndex
 from robustfpd.report.html import check_meanings, render, write_report
+from robustfpd.report.metrics import COLUMNS, comparison_table, csv_text, evaluation_table
 from robustfpd.report.page import report_on
 from robustfpd.report.sources import read
-from robustfpd.report.tables import COLUMNS, comparison_table, csv_text, evaluation_table
 
 if TYPE_CHECKING:
     from tests.report.conftest import MakeRecord, MakeSource
@@ -189,7 +189,7 @@ def test_tables_hold_the_numbers(make_record: MakeRecord) -> None:
 
 
 def test_the_csv_reads_back_as_the_record(measured_record: EvaluationRecord) -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_text([("mine", measured_record)]))))
+    rows = list(csv.DictReader(io.StringIO(csv_text([measured_record]))))
     assert tuple(rows[0]) == COLUMNS
     clean, *rest = rows
     assert (clean["attack"], float(clean["accuracy"])) == ("clean", measured_record.clean.value)

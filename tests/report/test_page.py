@@ -8,9 +8,10 @@ import pytest
 
 from robustfpd.config import RunConfig, recipe
 from robustfpd.errors import InputError
-from robustfpd.evaluation import Proportion, WorstCase
-from robustfpd.report.metrics import format_eps
+from robustfpd.evaluation import EvaluationRecord, Proportion, WorstCase
+from robustfpd.report.metrics import format_eps, worst_case_confusion
 from robustfpd.report.page import (
+    Column,
     Report,
     comparison_sentence,
     differing_settings,
@@ -142,15 +143,15 @@ def test_only_radii_that_all_have_are_compared(make_record: MakeRecord) -> None:
 
 def test_commands_as_typed_or_from_settings_and_record(make_source: MakeSource, make_record: MakeRecord) -> None:
     run = dataclasses.replace(make_source("runs/digits-mini"), config=recipe("digits/mini", ["training.epochs=2"]))
-    trained, attacked = repeat_commands(run, run.evaluations[0])
+    trained, attacked = repeat_commands(Column(run, run.evaluations[0]))
     assert trained == "robustfpd train digits/mini training.epochs=2 --out runs/digits-mini"
     assert attacked.startswith("robustfpd evaluate runs/digits-mini --suite quick --norm linf --eps 0.1 0.2")
     typed = dataclasses.replace(run, environment={"command": "robustfpd train x"})
     record = make_record("x", environment={"command": "robustfpd evaluate x"})
     evaluation = StoredEvaluation(Path("x"), record, None)
-    assert repeat_commands(typed, evaluation) == ["robustfpd train x", "robustfpd evaluate x"]
+    assert repeat_commands(Column(typed, evaluation)) == ["robustfpd train x", "robustfpd evaluate x"]
     own = dataclasses.replace(run, config=RunConfig(recipe="mine.yaml"))
-    assert repeat_commands(own, None)[0].startswith("# recipe 'mine.yaml' is not a packaged one")
+    assert repeat_commands(Column(own, evaluation))[0].startswith("# recipe 'mine.yaml' is not a packaged one")
 
 
 def test_settings_that_differ_are_named_with_their_values(make_source: MakeSource) -> None:
@@ -159,15 +160,10 @@ def test_settings_that_differ_are_named_with_their_values(make_source: MakeSourc
     assert differing_settings(runs[:1]) == []
 
 
-def test_the_most_frequent_mistakes_come_first(measured: Path) -> None:
-    from robustfpd.report.metrics import worst_case_predictions
-    from robustfpd.report.sources import read
-
-    record = read(measured).evaluations[0].record
-    confusions = frequent_confusions(record)
+def test_the_most_frequent_mistakes_come_first(measured_record: EvaluationRecord) -> None:
+    confusions = frequent_confusions(measured_record)
     counts = [n for *_, n in confusions]
     assert counts == sorted(counts, reverse=True)
     true, predicted, n = confusions[0]
-    pairs = [(f"digit {a}", f"digit {b}") for a, b in worst_case_predictions(record)]
-    assert pairs.count((true, predicted)) == n
+    assert worst_case_confusion(measured_record)[int(true[-1]), int(predicted[-1])] == n
     assert true != predicted

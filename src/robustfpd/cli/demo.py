@@ -70,9 +70,9 @@ def demo(
     from robustfpd.cli.common import program
     from robustfpd.evaluation import EvaluationRecord
     from robustfpd.report.html import write_report
+    from robustfpd.report.metrics import comparison_table
     from robustfpd.report.page import comparison_sentence, report_on
     from robustfpd.report.sources import read
-    from robustfpd.report.tables import comparison_table
 
     folders = [out / folder for folder in RUNS.values()]
     records = [EvaluationRecord.load(folder / "evaluation" / f"{RECORD}.json") for folder in folders]

@@ -290,7 +290,7 @@ def _evaluate(output: Output, folder: Path, name: str, options: dict[str, Any]) 
 
 
 def _print_record(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
-    from robustfpd.report.tables import evaluation_table, verdict_text
+    from robustfpd.report.metrics import evaluation_table, verdict_text
 
     output.print(evaluation_table(record))
     if plan.divide_by is not None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import LossLandscape
-from robustfpd.report.metrics import NORM_NAMES, accuracy_by_attack
+from robustfpd.report.metrics import NORM_NAMES, attack_metrics
 from robustfpd.training import EpochMetrics
 
 COLOURS = ("#2f7fc1", "#d1495b", "#2a9461", "#9a6fb0", "#b9751b", "#6b7f8c")
@@ -32,14 +32,16 @@ MAX_EPOCHS_WITH_MARKERS = 12
 MAX_CLASSES_WITH_COUNTS = 12
 
 
-def accuracy_curves(records: Sequence[EvaluationRecord], names: Sequence[str]) -> str:
+def accuracy_curves(records: Sequence[EvaluationRecord]) -> str:
     """Draw worst-case accuracy against eps, a line per network, with its 95 % band. Returns SVG."""
     with _figure(SIZE) as (figure, axes):
-        for index, (record, name) in enumerate(zip(records, names, strict=True)):
+        for index, record in enumerate(records):
             points = [(0.0, record.clean), *((worst.eps, worst.robust) for worst in record.worst_case)]
             eps = [e for e, _ in points]
             colour, style, marker = line_style(index)
-            axes.plot(eps, [100 * p.value for _, p in points], style, color=colour, marker=marker, label=name)
+            axes.plot(
+                eps, [100 * p.value for _, p in points], style, color=colour, marker=marker, label=record.model_name
+            )
             low, high = [100 * p.low for _, p in points], [100 * p.high for _, p in points]
             axes.fill_between(eps, low, high, color=colour, alpha=0.15, linewidth=0)
         _finish(axes, f"eps ({NORM_NAMES[records[0].norm]})", "accuracy under the worst attack (%)")
@@ -52,7 +54,9 @@ def attack_curves(record: EvaluationRecord, key: str) -> str:
     Attacks without a success would repeat the line before them and are left out where attacks ran one after another;
     of more than `MAX_LINES`, the strongest are drawn.
     """
-    curves = accuracy_by_attack(record)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for metrics in attack_metrics(record):
+        curves.setdefault(metrics.result.attack, []).append((metrics.result.eps, metrics.accuracy))
     if not record.every_attack:
         successful = {a.attack for a in record.attacks if a.misclassified}
         curves = {label: points for label, points in curves.items() if label in successful} or dict(

@@ -13,13 +13,11 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import gallery_folder
 from robustfpd.evaluation.ledger import writing
 from robustfpd.evaluation.record import Check
 from robustfpd.io import write_text
-from robustfpd.report import figures
-from robustfpd.report.metrics import NORM_NAMES, attack_metrics, class_name, format_eps, worst_case_confusion
+from robustfpd.report import figures, metrics
 from robustfpd.report.page import (
     STATUS_SENTENCES,
     Column,
@@ -30,8 +28,6 @@ from robustfpd.report.page import (
     repeat_commands,
     verdict_sentence,
 )
-from robustfpd.report.sources import Source
-from robustfpd.report.tables import COLUMNS, csv_text
 from robustfpd.report.thumbnails import thumbnails
 
 HERE = Path(__file__).parent
@@ -48,7 +44,6 @@ VIEWS = {
     "straight-through": "parts of the network without gradients are replaced by the identity in the backward pass",
 }
 """Where an attack takes its gradients from, by the name behind the attack's."""
-OUTCOMES = {"passed": "passed", "suspicious": "suspicious", "failed": "failed", "skipped": "not applicable"}
 SEVERITY = {"failed": 0, "suspicious": 1, "passed": 2, "skipped": 3}
 
 
@@ -64,9 +59,11 @@ def write_report(page: Path, report: Report) -> list[Path]:
     if page.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"a report's page must be an .html file, found {page}; the .csv is written beside it")
     table = page.with_suffix(".csv")
-    if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(COLUMNS)):
+    if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(
+        ",".join(metrics.COLUMNS)
+    ):
         raise InputError(f"{table} exists and is no report's; choose another name for the page with --out")
-    texts = {page: render(report), table: csv_text((c.name, c.record) for c in report.columns)}
+    texts = {page: render(report), table: metrics.csv_text(c.record for c in report.columns)}
     for path, text in texts.items():
         with writing(path):
             write_text(path, text)
@@ -80,18 +77,19 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["quoted"] = _quoted
-    environment.globals |= {
-        "eps": format_eps, "norms": NORM_NAMES, "status_sentences": STATUS_SENTENCES, "outcomes": OUTCOMES,
-        "commands": repeat_commands, "attack_metrics": attack_metrics, "passes": _passes,
-        "percent": lambda value: f"{100 * value:.1f} %",
-        "number": lambda value: "" if value is None else f"{value:.4g}",
-    }  # fmt: skip
     records = [c.record for c in report.columns]
     labels = {attack.attack for record in records for attack in record.attacks}
     config = report.sources[0].config
     return environment.get_template("report.html").render(
         report=report,
         first=report.first,
+        eps=metrics.format_eps,
+        norms=metrics.NORM_NAMES,
+        percent=lambda value: f"{100 * value:.1f} %",
+        number=lambda value: "" if value is None else f"{value:.4g}",
+        attack_metrics=metrics.attack_metrics,
+        commands=repeat_commands,
+        status_sentences=STATUS_SENTENCES,
         style=(HERE / "report.css").read_text(encoding="utf-8"),
         script=(HERE / "report.js").read_text(encoding="utf-8"),
         sentence=verdict_sentence(records[0]) if records else None,
@@ -126,28 +124,24 @@ def _figures(report: Report) -> dict[str, Any]:
     """Return the figures as SVG and the gallery; None where there is nothing to draw."""
     names = {id(c.source): c.name for c in report.columns}
     trained = {names.get(id(s), s.name): s for s in report.sources if s.history}
-    histories, epochs = {n: s.history for n, s in trained.items()}, {n: _epochs(s) for n, s in trained.items()}
+    histories = {n: s.history for n, s in trained.items()}
+    epochs = {n: s.config.procedure.epochs if s.config else len(s.history) for n, s in trained.items()}
     drawn: dict[str, Any] = dict.fromkeys(("accuracy", "attacks", "confusion", "gallery", "landscape"))
     drawn |= {"confusions": [], "training": figures.training_curves(histories, epochs) if histories else None}
     if report.first is None:
         return drawn
     record, gallery = report.first.record, report.first.evaluation.gallery
     records = [c.record for c in report.columns]
-    drawn["accuracy"] = figures.accuracy_curves(records, [r.model_name for r in records])
+    drawn["accuracy"] = figures.accuracy_curves(records)
     drawn["attacks"] = [(r.model_name, figures.attack_curves(r, str(i))) for i, r in enumerate(records)]
     if record.ledger:
-        counts = worst_case_confusion(record)
-        drawn["confusion"] = figures.confusion(counts, [class_name(record, i) for i in range(len(counts))])
+        counts = metrics.worst_case_confusion(record)
+        drawn["confusion"] = figures.confusion(counts, [metrics.class_name(record, i) for i in range(len(counts))])
         drawn["confusions"] = frequent_confusions(record)
     if gallery is not None:
         drawn["gallery"] = thumbnails(gallery_folder(report.first.evaluation.path), gallery, record)
         drawn["landscape"] = gallery.landscape and figures.loss_landscape(gallery.landscape)
     return drawn
-
-
-def _epochs(source: Source) -> int:
-    """Return the configured number of epochs, or of finished ones where the settings are missing."""
-    return source.config.procedure.epochs if source.config else len(source.history)
 
 
 def _quoted(text: str) -> Markup:
@@ -174,7 +168,3 @@ def _environments(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
         text = ", ".join([machine, *packages, f"git {env.get('git_revision') or 'unknown'}"])
         environments.setdefault(text, []).append(column.name)
     return list(environments.items())
-
-
-def _passes(record: EvaluationRecord) -> str:
-    return f"{record.forward_passes:,} images forward and {record.backward_passes:,} backward"

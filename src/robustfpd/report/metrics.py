@@ -1,28 +1,36 @@
-"""Metrics of an evaluation record: accuracy and cost per attack, confusion under attack."""
+"""Metrics of an evaluation record, and tables of them: for a terminal, and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
+from rich.text import Text
 from sklearn.metrics import confusion_matrix
 
-from robustfpd.evaluation import EvaluationRecord, LedgerRow
+from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow
 from robustfpd.evaluation.ledger import CLEAN
 
 NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+STATUS_STYLES = {"trusted": "green", "suspect": "yellow", "broken": "red"}
+COLUMNS = (
+    "run", "suite", "norm", "eps", "attack", "images", "attacked", "misclassified", "accuracy", "low", "high",
+    "median_norm", "median_queries", "passes", "seconds", "failed", "skipped", "verdict",
+)  # fmt: skip
+"""Of the CSV."""
 
 
 @dataclass(frozen=True)
 class AttackMetrics:
     """One attack at one radius."""
 
-    attack: str
-    eps: float
-    attacked: int
-    misclassified: int
+    result: AttackResult
     accuracy: float
     """Under this attack alone if it was run on every image, else after it and all attacks before it; in [0, 1]."""
     median_norm: float | None
@@ -31,9 +39,6 @@ class AttackMetrics:
     """Forward passes per misclassified image; None where there is none."""
     passes: int
     """Forward and backward passes, in images."""
-    seconds: float
-    failed: int
-    skipped: int
 
 
 def attack_metrics(record: EvaluationRecord) -> list[AttackMetrics]:
@@ -49,29 +54,20 @@ def attack_metrics(record: EvaluationRecord) -> list[AttackMetrics]:
         queries = [row.queries for row in successes if row.queries]
         metrics.append(
             AttackMetrics(
-                attack=result.attack, eps=result.eps, attacked=result.attacked, misclassified=result.misclassified,
+                result,
                 accuracy=survivors / record.num_images if result.accuracy is None else result.accuracy.value,
                 median_norm=statistics.median(row.distance for row in successes) if successes else None,
                 median_queries=statistics.median(queries) if queries else result.median_queries,
-                passes=result.forward_passes + result.backward_passes, seconds=result.seconds, failed=result.failed,
-                skipped=result.skipped,
+                passes=result.forward_passes + result.backward_passes,
             )
-        )  # fmt: skip
+        )
     return metrics
 
 
-def accuracy_by_attack(record: EvaluationRecord) -> dict[str, list[tuple[float, float]]]:
-    """Return points (eps, `AttackMetrics.accuracy`) by attack."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for metrics in attack_metrics(record):
-        curves.setdefault(metrics.attack, []).append((metrics.eps, metrics.accuracy))
-    return curves
+def worst_case_confusion(record: EvaluationRecord) -> npt.NDArray[np.int64]:
+    """Return the number of images by true class (rows) and class under the first successful attack (columns).
 
-
-def worst_case_predictions(record: EvaluationRecord) -> list[tuple[int, int]]:
-    """Return the true class and the class under the first successful attack of every image.
-
-    A robust image has its clean prediction. Without a ledger the list is empty.
+    A robust image has its clean prediction.
     """
     predictions: dict[int, tuple[int, int]] = {}
     for row in record.ledger:
@@ -79,14 +75,8 @@ def worst_case_predictions(record: EvaluationRecord) -> list[tuple[int, int]]:
             predictions[row.image] = row.label, row.clean_prediction
         elif row.outcome == "misclassified" and predictions[row.image][1] == row.label:
             predictions[row.image] = row.label, row.adversarial_prediction
-    return list(predictions.values())
-
-
-def worst_case_confusion(record: EvaluationRecord) -> npt.NDArray[np.int64]:
-    """Return the number of images by true class (rows) and class under the worst attack (columns)."""
-    pairs = worst_case_predictions(record)
-    classes = max([len(record.class_names), *(1 + max(pair) for pair in pairs)])
-    true, predicted = zip(*pairs, strict=True)
+    classes = max(len(record.class_names), *(1 + max(pair) for pair in predictions.values()))
+    true, predicted = zip(*predictions.values(), strict=True)
     counts: npt.NDArray[np.int64] = confusion_matrix(true, predicted, labels=range(classes))
     return counts
 
@@ -101,3 +91,66 @@ def format_eps(eps: float) -> str:
     levels = eps * 255
     is_level = abs(levels - round(levels)) < 1e-6 and len(f"{eps:.6g}") > 5
     return f"{round(levels)}/255" if is_level else f"{eps:.4g}"
+
+
+def evaluation_table(record: EvaluationRecord) -> Table:
+    """Return clean and worst-case accuracy by radius with intervals, and each attack's result."""
+    title = f"{record.model_name}: {record.num_images} images, {record.norm}, suite {record.suite}"
+    table = Table("eps", "accuracy [95 % interval]", "attacks: images misclassified / attacked", title=title)
+    table.add_row("0", str(record.clean), "clean")
+    for worst in record.worst_case:
+        results = [_result(a) for a in record.attacks if a.eps == worst.eps]
+        table.add_row(f"{worst.eps:.4g}", str(worst.robust), "\n".join(results), end_section=True)
+    return table
+
+
+def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
+    """Return clean and worst-case accuracy of several networks, a column each."""
+    first = records[0]
+    title = f"Accuracy in % [95 % interval], {first.num_images} images"
+    table = Table("eps", *(r.model_name for r in records), title=title)
+    rows = [("0 (clean)", [r.clean for r in records])]
+    rows += [(f"{w.eps:.3g}", [r.worst_case[i].robust for r in records]) for i, w in enumerate(first.worst_case)]
+    for eps, cells in rows:
+        table.add_row(eps, *(f"{100 * p.value:.1f} [{100 * p.low:.0f}, {100 * p.high:.0f}]" for p in cells))
+    return table
+
+
+def verdict_text(record: EvaluationRecord) -> Text:
+    """Return the verdict with a line per reason, and the number of passes."""
+    verdict = record.verdict
+    passed = sum(c.outcome == "passed" for c in verdict.checks)
+    skipped = [c.name for c in verdict.checks if c.outcome == "skipped"]
+    not_applicable = f", not applicable: {', '.join(skipped)}" if skipped else ""
+    text = Text("verdict: ").append(verdict.status, style=f"bold {STATUS_STYLES[verdict.status]}")
+    text.append(f" ({passed} of {len(verdict.checks)} checks passed{not_applicable})")
+    for reason in verdict.reasons:
+        text.append(f"\n  {reason}")
+    return text.append(f"\npasses: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
+
+
+def csv_text(records: Iterable[EvaluationRecord]) -> str:
+    """Return CSV with a row per record, radius and attack; accuracies are fractions of all images.
+
+    The attacks `clean` and `worst case` stand for no attack and for all of them.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n", restval="", extrasaction="ignore")
+    writer.writeheader()
+    for record in records:
+        common = {
+            "run": record.model_name, "suite": record.suite, "norm": record.norm, "images": record.num_images,
+            "verdict": record.verdict.status,
+        }  # fmt: skip
+        totals = [("clean", 0.0, record.clean), *(("worst case", w.eps, w.robust) for w in record.worst_case)]
+        for attack, eps, p in totals:
+            writer.writerow({**common, "attack": attack, "eps": eps, "accuracy": p.value, "low": p.low, "high": p.high})
+        for metrics in attack_metrics(record):
+            writer.writerow({**common, **vars(metrics.result), **vars(metrics)})
+    return buffer.getvalue()
+
+
+def _result(result: AttackResult) -> str:
+    left_out = [f"{n} {what}" for n, what in ((result.skipped, "skipped"), (result.failed, "failed")) if n]
+    note = f" ({', '.join(left_out)})" if left_out else ""
+    return f"{result.attack} {result.misclassified}/{result.attacked}{note}"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from robustfpd.config import Config, RunConfig, load_run, parse
+from robustfpd.config import RunConfig, load_run
 from robustfpd.errors import unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.io import write_json
 from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import WEIGHTS
-from robustfpd.report.commands import evaluation_command, training_command
 from robustfpd.report.metrics import NORM_NAMES, format_eps
+from robustfpd.report.sources import evaluation_command, training_command
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TRAINING = "training.json"
-"""Cost and environment of each stage of the training."""
+"""Epochs, seconds and environment of each stage of the training, as models/add.py writes them."""
 PACKAGES = ("robustfpd", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
 DATA_LICENCES = {
     "mnist": "MNIST, Yann LeCun and Corinna Cortes, CC BY-SA 3.0",
@@ -29,32 +27,6 @@ DATA_LICENCES = {
     "fashion_mnist": "Fashion-MNIST, Zalando SE, MIT",
 }
 """Data sets with their authors and licences."""
-
-
-class TrainingStage(Config):
-    """Cost of one stage of training."""
-
-    stage: str
-    epochs: int
-    seconds: float
-    """Of the epochs, without validation."""
-    environment: dict[str, Any]
-    """Python version, device, threads, package versions and git revision."""
-
-
-class TrainingCost(Config):
-    """All stages of a training, in order."""
-
-    stages: tuple[TrainingStage, ...]
-
-    def save(self, folder: Path) -> None:
-        """Write `training.json` into a model's folder."""
-        write_json(folder / TRAINING, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: Path) -> TrainingCost:
-        """Read `training.json` from a model's folder."""
-        return parse(cls, json.loads((folder / TRAINING).read_text(encoding="utf-8")), str(folder / TRAINING))
 
 
 def model_card(folder: Path, name: str, description: str, results: Sequence[str]) -> ModelCard:
@@ -74,14 +46,15 @@ def model_card(folder: Path, name: str, description: str, results: Sequence[str]
     if dataset not in DATA_LICENCES:
         raise unknown_name("data set with a known licence", dataset, DATA_LICENCES)
     records = {stem: EvaluationRecord.load(folder / "results" / f"{stem}.json") for stem in results}
-    stages = TrainingCost.load(folder).stages
+    measured = list(records.values())
+    stages = json.loads((folder / TRAINING).read_text(encoding="utf-8"))["stages"]
     run = f"runs/{name.replace('/', '-')}"
     trained = f"{run}/adversarial" if config.stage == "adversarial" else run
-    environments = {stage.stage: stage.environment for stage in stages}
+    environments = {stage["stage"]: stage["environment"] for stage in stages}
     environments |= {f"evaluation {stem}": record.environment for stem, record in records.items()}
     height, width = model.task.image_size
     card: ModelCard = ModelCard.from_template(
-        _card_data(name, dataset, records.values()),
+        _card_data(name, dataset, measured),
         template_path=str(TEMPLATE),
         name=name,
         description=description,
@@ -95,13 +68,13 @@ def model_card(folder: Path, name: str, description: str, results: Sequence[str]
         records=records,
         ledgers=[stem for stem, record in records.items() if record.ledger],
         norms=NORM_NAMES,
-        result_table=_result_table,
-        training_commands=[training_command(config, run), *_evaluations(records, config, trained)],
-        evaluation_commands=_evaluations(records, config, name),
+        training_commands=[training_command(config, run), *(evaluation_command(r, config, trained) for r in measured)],
+        evaluation_commands=[evaluation_command(r, config, name) for r in measured],
         stages=stages,
-        attacks=list(dict.fromkeys(attack.attack for r in records.values() for attack in r.attacks)),
-        norm_names=list(dict.fromkeys(NORM_NAMES[r.norm] for r in records.values())),
-        version_table=_version_table(environments),
+        attacks=list(dict.fromkeys(attack.attack for r in measured for attack in r.attacks)),
+        norm_names=list(dict.fromkeys(NORM_NAMES[r.norm] for r in measured)),
+        environments=environments,
+        packages=PACKAGES,
         data_licence=DATA_LICENCES[dataset],
     )
     return card
@@ -115,7 +88,7 @@ def training_description(config: RunConfig) -> str:
     return f"{'two-phase, ' if config.model.defence == 'fpd' else ''}noise {config.training.noise:g}"
 
 
-def _card_data(name: str, dataset: str, records: Iterable[EvaluationRecord]) -> ModelCardData:
+def _card_data(name: str, dataset: str, records: Sequence[EvaluationRecord]) -> ModelCardData:
     """Return the card's YAML header, with clean and robust accuracies as evaluation results."""
     results = []
     for record in records:
@@ -144,31 +117,3 @@ def _network(model: FPD | Baseline) -> str:
         f"Feature Pyramid Decoder around `{config.backbone}`: pyramid of {width}, {config.denoise} denoising, "
         f"{config.head} head"
     )
-
-
-def _result_table(record: EvaluationRecord) -> str:
-    """Return accuracies by radius, and images misclassified / attacked by attack."""
-    attacks = list(dict.fromkeys(attack.attack for attack in record.attacks))
-    rows = [["eps", "accuracy", *attacks], ["0 (clean)", str(record.clean), *[""] * len(attacks)]]
-    for worst in record.worst_case:
-        counts = {a.attack: f"{a.misclassified} / {a.attacked}" for a in record.attacks if a.eps == worst.eps}
-        rows.append([f"{worst.eps:.4g}", str(worst.robust), *(counts.get(attack, "") for attack in attacks)])
-    return _markdown_table(rows)
-
-
-def _evaluations(records: Mapping[str, EvaluationRecord], config: RunConfig, model: str) -> list[str]:
-    return [evaluation_command(record, config, model) for record in records.values()]
-
-
-def _version_table(environments: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return Python, package versions and git revision of each stage and evaluation."""
-    rows = [["", "python", *PACKAGES, "git revision"]]
-    for name, env in environments.items():
-        versions = [env.get("packages", {}).get(package) for package in PACKAGES]
-        rows.append([name, *(str(value or "") for value in (env.get("python"), *versions, env.get("git_revision")))])
-    return _markdown_table(rows)
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

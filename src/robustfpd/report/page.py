@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.report.commands import evaluation_command, flatten, training_command
 from robustfpd.report.metrics import NORM_NAMES, class_name, format_eps, worst_case_confusion
-from robustfpd.report.sources import Source, StoredEvaluation
+from robustfpd.report.sources import Source, StoredEvaluation, evaluation_command, flatten, training_command
 
 STATUS_SENTENCES = {
     "trusted": "No check found a reason to doubt this number.",
@@ -171,26 +169,21 @@ def frequent_confusions(record: EvaluationRecord) -> list[tuple[str, str, int]]:
     return [(class_name(record, i), class_name(record, j), n) for n, i, j in ranked]
 
 
-def repeat_commands(source: Source, evaluation: StoredEvaluation | None) -> list[str]:
+def repeat_commands(column: Column) -> list[str]:
     """Return the commands that repeat a run: as typed where recorded, else derived from its settings and record."""
-    commands, config = [], source.config
+    source, record, commands = column.source, column.record, []
     if source.environment.get("command"):
         commands.append(str(source.environment["command"]))
-    elif config is not None and source.history:
-        commands.append(_command_or_reason(training_command, config, source.name))
-    if evaluation is not None and evaluation.record.environment.get("command"):
-        commands.append(str(evaluation.record.environment["command"]))
-    elif evaluation is not None and config is not None:
-        commands.append(_command_or_reason(evaluation_command, evaluation.record, config, source.name))
+    elif source.config is not None and source.history:
+        try:
+            commands.append(training_command(source.config, source.name))
+        except InputError as error:
+            commands.append(f"# {error}")
+    if record.environment.get("command"):
+        commands.append(str(record.environment["command"]))
+    elif source.config is not None:
+        commands.append(evaluation_command(record, source.config, source.name))
     return list(dict.fromkeys(commands))
-
-
-def _command_or_reason(command: Callable[..., str], *arguments: Any) -> str:
-    """Return a command, or as a comment why there is none."""
-    try:
-        return command(*arguments)
-    except InputError as error:
-        return f"# {error}"
 
 
 def differing_settings(sources: Sequence[Source]) -> list[tuple[str, list[str]]]:

@@ -1,15 +1,21 @@
-"""The files of a run as a report reads them: missing or damaged files are listed as problems, the rest is read."""
+"""The files of a run as a report reads them, and the commands that repeat it.
+
+Missing or damaged files are listed as problems; the rest is read.
+"""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robustfpd.config import RunConfig, load_run, parse
+import yaml
+
+from robustfpd.config import RunConfig, load_run, parse, recipe, recipe_names
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation import EvaluationRecord, is_unfinished
 from robustfpd.evaluation.gallery import GalleryIndex, gallery_folder, read_gallery
@@ -17,10 +23,17 @@ from robustfpd.evaluation.ledger import CLEAN, read_rows
 from robustfpd.evaluation.record import FORMAT, LEDGER
 from robustfpd.evaluation.suites import STRENGTH
 from robustfpd.models import zoo
+from robustfpd.models.import_model import needs_trust
 from robustfpd.report.paths import resolve
-from robustfpd.training import EpochMetrics, RunFolder
+from robustfpd.training import EpochMetrics
 
 UNFINISHED = ".unfinished.json"
+NOT_SETTINGS = ("data.root", "data.download", "data.cache", "evaluation", "stage", "seed", "recipe", "protocol")
+"""Fields that are flags, or that do not change the training."""
+MULTIPLIED = ("epochs", "early_stop_patience", "schedule.patience")
+"""Fields that `RunConfig.baseline` multiplies."""
+BUNDLED = ("digits",)
+"""Data sets that need no folder."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +76,34 @@ def read(given: str | Path) -> Source:
         InputError: there is nothing of that name.
     """
     target = resolve(given)
-    name, path, records = target.name, target.path, _records(target.results)
-    if target.kind == "record":
-        return _read(name, target.results, None, [path])
+    records = _records(target.results)
+    home, paths = {
+        "record": (target.results, [target.path]),
+        "run": (target.path, records),
+        "zoo": (target.results, [*records, *_records(target.path / "results")]),
+        "factory": (target.results, records),
+    }.get(target.kind, (target.path, _records(target.path) or records))
+    evaluations, problems = [], []
+    for path in paths:
+        try:
+            evaluations.append(_evaluation(path))
+        except InputError as error:
+            problems.append(str(error))
+    if not paths:
+        problems.append(f"{target.name} was not evaluated: run `robustfpd evaluate {target.name}`")
+    evaluations.sort(key=lambda e: e.strength)
+    settings, config = target.path / zoo.SETTINGS, None
+    try:
+        config = load_run(settings) if settings.is_file() else None
+    except InputError as error:
+        problems.append(f"settings: {error}")
+    history: tuple[EpochMetrics, ...] = ()
+    environment: dict[str, Any] = {}
     if target.kind == "run":
-        return _read(name, path, RunFolder(path), records)
-    if target.kind == "zoo":
-        source = _read(name, target.results, None, [*records, *_records(path / "results")])
-        settings = path / zoo.SETTINGS
-        return dataclasses.replace(source, config=load_run(settings) if settings.is_file() else None)
-    if target.kind == "factory":
-        return _read(name, target.results, None, records)
-    return _read(name, path, None, _records(path) or records)
+        history, damaged = _history(target.path / "metrics.csv")
+        problems += damaged
+        environment = _json(target.path / "environment.json")
+    return Source(target.name, home, tuple(evaluations), config, history, environment, tuple(problems))
 
 
 def _records(folder: Path) -> list[Path]:
@@ -85,32 +114,6 @@ def _records(folder: Path) -> list[Path]:
     names |= {p.name.removesuffix(LEDGER) for p in folder.glob(f"*{LEDGER}")}
     paths = [folder / f"{name}.json" for name in sorted(names)]
     return [p for p in paths if is_unfinished(p) or p.with_suffix(LEDGER).is_file() or "worst_case" in _json(p)]
-
-
-def _read(name: str, home: Path, run: RunFolder | None, paths: list[Path]) -> Source:
-    """Read a source from a run's folder, if there is one, and its records."""
-    evaluations, problems = [], []
-    for path in paths:
-        try:
-            evaluations.append(_evaluation(path))
-        except InputError as error:
-            problems.append(str(error))
-    if not paths:
-        problems.append(f"{name} was not evaluated: run `robustfpd evaluate {name}`")
-    evaluations.sort(key=lambda e: e.strength)
-    source = Source(name, home, tuple(evaluations), problems=tuple(problems))
-    if run is None:
-        return source
-    config: RunConfig | None = None
-    try:
-        config = run.config()
-    except InputError as error:
-        problems.append(f"settings: {error}")
-    history, damaged = _history(run.metrics_file)
-    environment = _json(run.path / "environment.json")
-    return dataclasses.replace(
-        source, config=config, history=history, environment=environment, problems=(*problems, *damaged)
-    )
 
 
 def _evaluation(path: Path) -> StoredEvaluation:
@@ -168,21 +171,18 @@ def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
     if not path.is_file():
         return (), [f"{path} is missing: no training curves"]
     history: list[EpochMetrics] = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for line in csv.DictReader(file.read().replace("\0", "").splitlines()):
-            try:
-                values: dict[str, Any] = {f.name: _number(line[f.name]) for f in dataclasses.fields(EpochMetrics)}
-                complete = None not in (values["gate_open"], values["validation_accuracy"])
-            except (KeyError, ValueError, TypeError):
-                complete = False
-            if not complete:
-                return tuple(history), [f"{path} is damaged after {len(history)} epochs"]
-            history.append(EpochMetrics(**{**values, "epoch": len(history)}))
+    names = [f.name for f in dataclasses.fields(EpochMetrics)]
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    for line in csv.DictReader(text.splitlines()):
+        try:
+            values: dict[str, Any] = {name: float(line[name]) if line[name] else None for name in names}
+            complete = None not in (values["gate_open"], values["validation_accuracy"])
+        except (KeyError, ValueError, TypeError):
+            complete = False
+        if not complete:
+            return tuple(history), [f"{path} is damaged after {len(history)} epochs"]
+        history.append(EpochMetrics(**{**values, "epoch": len(history)}))
     return tuple(history), []
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -192,3 +192,80 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def training_command(config: RunConfig, out: str) -> str:
+    """Return the `robustfpd train` that repeats a run and the stages before it, in the folder `out`.
+
+    Raises:
+        InputError: the recipe is not a packaged one, or no overrides of it give these settings.
+    """
+    if config.recipe not in recipe_names():
+        raise InputError(f"recipe {config.recipe!r} is not a packaged one, so no command repeats this run")
+    base = recipe(config.recipe, protocol=config.protocol)
+    baseline = config.model.defence == "none" and base.model.defence != "none"
+    arguments = ["robustfpd", "train", config.recipe, *_overrides(config, base, baseline)]
+    if config.stage == "adversarial":
+        arguments += ["--stages", "two-phase,adversarial" if config.adversarial.start == "best" else "adversarial"]
+    arguments += ["--protocol", config.protocol] if config.protocol != "corrected" else []
+    arguments += ["--baseline"] if baseline else []
+    arguments += ["--seed", str(config.seed)] if config.seed != base.seed else []
+    arguments += ["--data-root", "data", "--download"] if config.data.dataset not in BUNDLED else []
+    return shlex.join([*arguments, "--out", out])
+
+
+def evaluation_command(record: EvaluationRecord, config: RunConfig, model: str) -> str:
+    """Return the `robustfpd evaluate` that repeats the evaluation of `record` on `model`, a run or a zoo name."""
+    arguments = ["robustfpd", "evaluate", model, "--suite", record.suite, "--norm", record.norm, "--eps"]
+    arguments += [*(_eps(worst.eps) for worst in record.worst_case), "--num-images", str(record.num_images)]
+    arguments += ["--every-attack"] if record.every_attack else []
+    arguments += ["--trust-code"] if needs_trust(config.model.backbone) else []
+    arguments += ["--seed", str(record.seed)] if record.seed != config.seed else []
+    arguments += ["--data-root", "data"] if config.data.dataset not in BUNDLED else []
+    return shlex.join(arguments)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _overrides(config: RunConfig, base: RunConfig, baseline: bool) -> list[str]:
+    """Return the `field=value` overrides that lead from the recipe to these settings."""
+    wanted, given = _training_settings(config), _training_settings(base)
+    if baseline:
+        given |= {f"model.{k}": v for k, v in flatten(base.model.baseline().model_dump(mode="json")).items()}
+        factor = config.training.steps_per_batch
+        for stage, times in (("training", factor), ("adversarial", factor if config.adversarial.second_pass else 1)):
+            for name in (f"{stage}.{field}" for field in MULTIPLIED):
+                wanted[name] = wanted[name] and round(wanted[name] / times)
+    changed = {name: value for name, value in wanted.items() if value != given[name]}
+    overrides = [f"{name}={_yaml_value(value)}" for name, value in changed.items()]
+    made = recipe(config.recipe, overrides, protocol=config.protocol)
+    made_settings = _training_settings(made.baseline() if baseline else made)
+    for name, value in _training_settings(config).items():
+        if made_settings[name] != value:
+            raise InputError(
+                f"no overrides of recipe {config.recipe} give this run: {name} is {value!r}, "
+                f"{shlex.join(overrides)!r} gives {made_settings[name]!r}"
+            )
+    return overrides
+
+
+def _training_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings by dotted name, without those that do not change the training."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {name: v for name, v in flat.items() if name not in NOT_SETTINGS and name.split(".")[0] not in NOT_SETTINGS}
+
+
+def _yaml_value(value: Any) -> str:
+    """Return a value as YAML reads it back."""
+    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)
+
+
+def _eps(eps: float) -> str:
+    levels = round(eps * 255)
+    return f"{levels}/255" if levels / 255 == eps and len(repr(eps)) > 6 else repr(eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,26 +45,17 @@ class Thumbnail:
     pixelated: bool
 
 
-@dataclass(frozen=True)
-class ThumbnailGallery:
-    """Misclassified and robust images."""
-
-    misclassified: tuple[Thumbnail, ...]
-    robust: tuple[Thumbnail, ...]
-
-
-def thumbnails(
-    folder: Path, gallery: GalleryIndex, record: EvaluationRecord, max_bytes: int = MAX_BYTES
-) -> ThumbnailGallery:
-    """Embed all pictures of a gallery, as large as `max_bytes` allows; unreadable ones are left blank."""
+def thumbnails(folder: Path, gallery: GalleryIndex, record: EvaluationRecord) -> dict[str, list[Thumbnail]]:
+    """Return the `misclassified` and the `robust` images, as large as `MAX_BYTES` allows; unreadable ones are blank."""
     images = (*gallery.misclassified, *gallery.robust)
     files = {(image.image, picture): folder / image.file(picture) for image in images for picture in image.pictures}
     pictures = {key: picture for key, path in files.items() if (picture := _open(path)) is not None}
-    uris = _embed(pictures, max_bytes)
+    uris = _embed(pictures)
     pixelated = {key[0] for key, picture in pictures.items() if max(picture.size) <= LOSSLESS_SIZE}
-    made = tuple(_thumbnail(image, record, uris, image.image in pixelated) for image in images)
-    count = len(gallery.misclassified)
-    return ThumbnailGallery(made[:count], made[count:])
+    return {
+        group: [_thumbnail(image, record, uris, image.image in pixelated) for image in members]
+        for group, members in (("misclassified", gallery.misclassified), ("robust", gallery.robust))
+    }
 
 
 def _thumbnail(image: GalleryImage, record: EvaluationRecord, uris: dict[Key, str], pixelated: bool) -> Thumbnail:
@@ -95,20 +87,15 @@ def _open(path: Path) -> Image.Image | None:
         return None
 
 
-def _embed(pictures: dict[Key, Image.Image], max_bytes: int) -> dict[Key, str]:
+def _embed(pictures: dict[Key, Image.Image]) -> dict[Key, str]:
     """Return data: addresses at the largest size at which all fit; at the smallest, as many as fit."""
     uris: dict[Key, str] = {}
     for size in SIZES:
         uris = {key: _data_uri(picture, size) for key, picture in pictures.items()}
-        if sum(map(len, uris.values())) <= max_bytes:
+        if sum(map(len, uris.values())) <= MAX_BYTES:
             return uris
-    total, fitting = 0, {}
-    for key, uri in uris.items():
-        total += len(uri)
-        if total > max_bytes:
-            break
-        fitting[key] = uri
-    return fitting
+    totals = itertools.accumulate(map(len, uris.values()))
+    return {key: uri for (key, uri), total in zip(uris.items(), totals, strict=True) if total <= MAX_BYTES}
 
 
 def _data_uri(picture: Image.Image, size: int) -> str:
