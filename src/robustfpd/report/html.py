@@ -17,60 +17,38 @@ from robustfpd.evaluation.gallery import gallery_folder
 from robustfpd.evaluation.ledger import writing
 from robustfpd.evaluation.record import Check
 from robustfpd.io import write_text
-from robustfpd.report import figures, metrics
-from robustfpd.report.page import (
-    STATUS_SENTENCES,
-    Column,
-    Report,
-    comparison_sentence,
-    differing_settings,
-    frequent_confusions,
-    repeat_commands,
-    verdict_sentence,
-)
+from robustfpd.report import figures, metrics, page
 from robustfpd.report.thumbnails import thumbnails
 
 HERE = Path(__file__).parent
 CHECKS = (HERE / "checks.md", HERE.parents[2] / "docs" / "checks.md")
 """The checks' documentation: in an installed package, and in a checkout."""
-VIEWS = {
-    "pre-squash": "the logits before the head's tanh, which has no gradients where it saturates",
-    "bpda-restoration": "BPDA: the decoder is replaced by the identity in the backward pass",
-    "bpda-denoising": "BPDA: the denoising layers are replaced by the identity in the backward pass",
-    "front-pass": "gradients through the restored image only",
-    "back-pass": "gradients through the input image of the middle denoising only",
-    "joint": "a loss that also degrades the restored image",
-    "joint-hidden": "a loss that also preserves the restored image",
-    "straight-through": "parts of the network without gradients are replaced by the identity in the backward pass",
-}
-"""Where an attack takes its gradients from, by the name behind the attack's."""
 SEVERITY = {"failed": 0, "suspicious": 1, "passed": 2, "skipped": 3}
 
 
-def write_report(page: Path, report: Report) -> list[Path]:
-    """Write `page`, and the CSV beside it; each file is replaced as a whole.
+def write_report(path: Path, report: page.Report) -> list[Path]:
+    """Write the page to `path`, and the CSV beside it; each file is replaced as a whole.
 
     Returns:
         The paths of the page and of the CSV.
 
     Raises:
-        InputError: `page` is not called .html, cannot be written, or the CSV would replace a file that is no report's.
+        InputError: `path` is not called .html, cannot be written, or the CSV would replace a file that is no report's.
     """
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"a report's page must be an .html file, found {page}; the .csv is written beside it")
-    table = page.with_suffix(".csv")
-    if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(
-        ",".join(metrics.COLUMNS)
-    ):
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"a report's page must be an .html file, found {path}; the .csv is written beside it")
+    table = path.with_suffix(".csv")
+    head = ",".join(metrics.COLUMNS)
+    if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(head):
         raise InputError(f"{table} exists and is no report's; choose another name for the page with --out")
-    texts = {page: render(report), table: metrics.csv_text(c.record for c in report.columns)}
-    for path, text in texts.items():
-        with writing(path):
-            write_text(path, text)
+    texts = {path: render(report), table: metrics.csv_text(c.record for c in report.columns)}
+    for file, text in texts.items():
+        with writing(file):
+            write_text(file, text)
     return list(texts)
 
 
-def render(report: Report) -> str:
+def render(report: page.Report) -> str:
     """Return the page: figures, pictures, styles and script are inside, nothing is loaded."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -78,7 +56,6 @@ def render(report: Report) -> str:
     )  # fmt: skip
     environment.filters["quoted"] = _quoted
     records = [c.record for c in report.columns]
-    labels = {attack.attack for record in records for attack in record.attacks}
     config = report.sources[0].config
     return environment.get_template("report.html").render(
         report=report,
@@ -88,21 +65,21 @@ def render(report: Report) -> str:
         percent=lambda value: f"{100 * value:.1f} %",
         number=lambda value: "" if value is None else f"{value:.4g}",
         attack_metrics=metrics.attack_metrics,
-        commands=repeat_commands,
-        status_sentences=STATUS_SENTENCES,
+        commands=page.repeat_commands,
+        status_sentences=page.STATUS_SENTENCES,
         style=(HERE / "report.css").read_text(encoding="utf-8"),
         script=(HERE / "report.js").read_text(encoding="utf-8"),
-        sentence=verdict_sentence(records[0]) if records else None,
-        comparison=comparison_sentence(records) if records else None,
+        sentence=page.verdict_sentence(records[0]) if records else None,
+        comparison=page.comparison_sentence(records) if records else None,
         checks=_checks(report.columns),
         meanings=check_meanings(),
         radii=sorted({w.eps for r in records for w in r.worst_case}),
         robust=[{w.eps: w.robust for w in r.worst_case} for r in records],
         others=[e for s in report.sources for e in s.evaluations if all(e is not c.evaluation for c in report.columns)],
-        differing=differing_settings(report.sources),
+        differing=page.differing_settings(report.sources),
         environments=_environments(report.columns),
         config=None if config is None else yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
-        views={name: text for name, text in VIEWS.items() if any(label.endswith(f", {name}") for label in labels)},
+        used_views=[attack.attack.rpartition(", ")[2] for record in records for attack in record.attacks],
         **_figures(report),
     )
 
@@ -120,7 +97,7 @@ def check_meanings() -> dict[str, str]:
     return {name: markdown.render(text) for name, text in zip(parts[1::2], texts, strict=True)}
 
 
-def _figures(report: Report) -> dict[str, Any]:
+def _figures(report: page.Report) -> dict[str, Any]:
     """Return the figures as SVG and the gallery; None where there is nothing to draw."""
     names = {id(c.source): c.name for c in report.columns}
     trained = {names.get(id(s), s.name): s for s in report.sources if s.history}
@@ -137,7 +114,7 @@ def _figures(report: Report) -> dict[str, Any]:
     if record.ledger:
         counts = metrics.worst_case_confusion(record)
         drawn["confusion"] = figures.confusion(counts, [metrics.class_name(record, i) for i in range(len(counts))])
-        drawn["confusions"] = frequent_confusions(record)
+        drawn["confusions"] = page.frequent_confusions(record)
     if gallery is not None:
         drawn["gallery"] = thumbnails(gallery_folder(report.first.evaluation.path), gallery, record)
         drawn["landscape"] = gallery.landscape and figures.loss_landscape(gallery.landscape)
@@ -150,7 +127,7 @@ def _quoted(text: str) -> Markup:
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
-def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Check | None]]]:
+def _checks(columns: tuple[page.Column, ...]) -> list[tuple[str, list[Check | None]]]:
     """Return each check's results by column, the most severe first; None where it was not run."""
     by_column = [{check.name: check for check in c.record.verdict.checks} for c in columns]
     names = dict.fromkeys(name for checks in by_column for name in checks)
@@ -158,7 +135,7 @@ def _checks(columns: tuple[Column, ...]) -> list[tuple[str, list[Check | None]]]
     return sorted(rows, key=lambda row: min(SEVERITY[c.outcome] for c in row[1] if c is not None))
 
 
-def _environments(columns: tuple[Column, ...]) -> list[tuple[str, list[str]]]:
+def _environments(columns: tuple[page.Column, ...]) -> list[tuple[str, list[str]]]:
     """Return versions and machine as text, with the names of the columns that were measured there."""
     environments: dict[str, list[str]] = {}
     for column in columns:

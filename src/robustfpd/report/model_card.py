@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from robustfpd.config import RunConfig, load_run
 from robustfpd.errors import unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.models import FPD, Baseline, load, zoo
+from robustfpd.models import load, zoo
 from robustfpd.models.checkpoint import WEIGHTS
 from robustfpd.report.metrics import NORM_NAMES, format_eps
 from robustfpd.report.sources import evaluation_command, training_command
@@ -59,7 +59,6 @@ def model_card(folder: Path, name: str, description: str, results: Sequence[str]
         name=name,
         description=description,
         config=config,
-        network=_network(model),
         shapes=f"{model.task.in_channels}×{height}×{width} pixels in [0, 1] → {model.task.num_classes} logits",
         training=training_description(config),
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
@@ -106,14 +105,3 @@ def _card_data(name: str, dataset: str, records: Sequence[EvaluationRecord]) -> 
         license="mit", library_name="robustfpd", pipeline_tag="image-classification", datasets=[dataset],
         tags=["adversarial-robustness"], metrics=["accuracy"], model_name=name, eval_results=results,
     )  # fmt: skip
-
-
-def _network(model: FPD | Baseline) -> str:
-    config = model.config
-    if config.defence == "none":
-        return f"`{config.backbone}` without a defence (the undefended baseline)"
-    width = f"{config.pyramid_channels} channels" if config.pyramid_channels else "default width"
-    return (
-        f"Feature Pyramid Decoder around `{config.backbone}`: pyramid of {width}, {config.denoise} denoising, "
-        f"{config.head} head"
-    )

@@ -1,7 +1,4 @@
-"""The files of a run as a report reads them, and the commands that repeat it.
-
-Missing or damaged files are listed as problems; the rest is read.
-"""
+"""The files of a run as a report reads them, with missing and damaged ones as problems; commands that repeat it."""
 
 from __future__ import annotations
 
