@@ -38,7 +38,7 @@ def sections(cls: type[Config]) -> list[type[Config]]:
     return [cls, *(found for kind in inner for found in sections(kind))]
 
 
-def test_there_are_recipes() -> None:
+def test_recipe_names_are_sorted() -> None:
     assert "digits/mini" in recipe_names()
     assert recipe_names() == sorted(recipe_names())
 
@@ -162,7 +162,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         recipe("nosuch.yaml")
 
 
-def test_a_recipe_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_recipe_may_be_a_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("training: {epochs: 2}\n")
     run = recipe(str(path), ["seed=5"])
@@ -221,7 +221,7 @@ def test_an_int_is_a_square() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -3, (0, 5), (5,), (5, 5, 5), "28", 2.5])
-def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
+def test_invalid_image_sizes_are_refused(size: Any) -> None:
     with pytest.raises(InputError, match="image_size"):
         parse(TaskConfig, {"num_classes": 2, "image_size": size})
 
@@ -280,7 +280,7 @@ def test_the_baseline_model_differs_in_the_defence_only() -> None:
         ({"training": {"optimizer": {"lr": float("nan")}}}, "training.optimizer.lr: .* finite"),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_numbers_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(RunConfig, values)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import robustfpd as rf
@@ -51,13 +53,13 @@ def test_other_types_are_read_too(dtype: torch.dtype) -> None:
     assert weights_sha256(module) != first
 
 
-def test_what_is_not_plain_bytes_has_no_hash() -> None:
+def test_sparse_tensors_have_no_hash() -> None:
     module = nn.Module()
     module.register_buffer("sparse", torch.eye(3).to_sparse())
     assert weights_sha256(module) is None
 
 
-def test_an_evaluation_names_the_weights_it_was_about() -> None:
+def test_an_evaluation_records_the_hash_of_the_weights() -> None:
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
     model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=4).eval()
     record = rf.evaluate(model, (images, labels), suite="first-look", eps=0.01)
@@ -66,3 +68,8 @@ def test_an_evaluation_names_the_weights_it_was_about() -> None:
         next(model.parameters()).view(-1)[0] += 1
     again = rf.evaluate(model, (images, labels), suite="first-look", eps=0.01)
     assert again.weights_sha256 != record.weights_sha256
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text())
+    assert citation["version"] == rf.__version__

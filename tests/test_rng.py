@@ -30,7 +30,7 @@ def test_seeds_of_different_purposes_differ(
     assert (derive(seed, *purpose) == derive(other, *other_purpose)) == same
 
 
-def test_words_are_not_concatenated() -> None:
+def test_purposes_are_not_concatenated() -> None:
     assert derive(0, "ab", "c") != derive(0, "a", "bc")
     assert derive(0, "1") != derive(0, 1)
     assert derive(1, 2) != derive(12)

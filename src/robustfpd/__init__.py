@@ -24,42 +24,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_MODULES = {
     "FPD": "models", "FPDOutput": "models", "Baseline": "models", "build": "models", "enhance": "models",
     "load": "models", "load_published": "models",
     "EvaluationRecord": "evaluation", "evaluate": "evaluation", "train": "training", "InputError": "errors",
     "ModelConfig": "config", "RunConfig": "config", "TaskConfig": "config", "recipe": "config",
 }  # fmt: skip
-_PACKAGES = ("attacks", "data")
+"""Module of each public name."""
 
 __all__ = [
-    "FPD",
-    "Baseline",
-    "EvaluationRecord",
-    "FPDOutput",
-    "InputError",
-    "ModelConfig",
-    "RunConfig",
-    "TaskConfig",
-    "attacks",
-    "build",
-    "data",
-    "enhance",
-    "evaluate",
-    "load",
-    "load_published",
-    "recipe",
-    "train",
+    "FPD", "Baseline", "EvaluationRecord", "FPDOutput", "InputError", "ModelConfig", "RunConfig", "TaskConfig",
+    "attacks", "build", "data", "enhance", "evaluate", "load", "load_published", "recipe", "train",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        value = getattr(import_module(f"robustfpd.{_WHERE[name]}"), name)
-    elif name in _PACKAGES:
-        value = import_module(f"robustfpd.{name}")
-    else:
+    if name not in __all__:
         raise AttributeError(f"module 'robustfpd' has no attribute {name!r}")
+    value = import_module(f"robustfpd.{_MODULES.get(name, name)}")
+    if name in _MODULES:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 

@@ -1,6 +1,6 @@
-"""Several processes (ranks) at one job: launch environment, collectives, shared errors.
+"""Distributed training and evaluation: launch environment, collectives, shared errors.
 
-The module imports torch only where it is used, so that the command line starts without it.
+torch is imported only where it is used, so that the command line starts without it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,31 +21,20 @@ from robustfpd.errors import InputError, ReportedByOtherRank, first_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Launcher = Literal["none", "torchrun", "srun"]
 T = TypeVar("T")
-
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others in one collective."""
 
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """The ranks that torchrun or srun started, as the environment variables of this process state them."""
+    """Rank and world size of this process, from the environment variables of torchrun or srun."""
 
-    launcher: Launcher = "none"
+    launcher: Literal["none", "torchrun", "srun"] = "none"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     """Rank on this node; the index of its GPU."""
     local_world_size: int = 1
-    """Ranks on each node."""
-
-    def __post_init__(self) -> None:
-        if self.local_world_size < 1 or self.world_size % self.local_world_size:
-            raise InputError(
-                f"{self.launcher} started {self.world_size} processes, not as many on each node; give each node the "
-                "same number (torchrun --nproc-per-node, srun --ntasks-per-node)"
-            )
+    """Number of ranks on each node."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> LaunchEnvironment:
@@ -57,15 +45,21 @@ class LaunchEnvironment:
         """
         if "TORCHELASTIC_RUN_ID" in variables:  # torchrun inside srun counts as torchrun
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-            return cls("torchrun", *(int(variables[name]) for name in names))
-        # A batch script itself has SLURM_NTASKS; only processes that srun started have a step.
-        world_size = int(variables.get("SLURM_STEP_NUM_TASKS", "1"))
-        if world_size == 1:
-            return cls()
-        nodes = int(variables.get("SLURM_STEP_NUM_NODES", "1"))
-        local_world_size = 0 if world_size % nodes else world_size // nodes
-        rank, local_rank = int(variables["SLURM_PROCID"]), int(variables["SLURM_LOCALID"])
-        return cls("srun", rank, world_size, local_rank, local_world_size)
+            environment = cls("torchrun", *(int(variables[name]) for name in names))
+        else:  # a batch script itself has SLURM_NTASKS; only processes that srun started have a step
+            world_size = int(variables.get("SLURM_STEP_NUM_TASKS", "1"))
+            if world_size == 1:
+                return cls()
+            nodes = int(variables.get("SLURM_STEP_NUM_NODES", "1"))
+            local_world_size = 0 if world_size % nodes else world_size // nodes
+            rank, local_rank = int(variables["SLURM_PROCID"]), int(variables["SLURM_LOCALID"])
+            environment = cls("srun", rank, world_size, local_rank, local_world_size)
+        if environment.local_world_size < 1 or environment.world_size % environment.local_world_size:
+            raise InputError(
+                f"{environment.launcher} started {environment.world_size} processes, not as many on each node; give "
+                "each node the same number (torchrun --nproc-per-node, srun --ntasks-per-node)"
+            )
+        return environment
 
     @property
     def num_nodes(self) -> int:
@@ -75,9 +69,9 @@ class LaunchEnvironment:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The ranks that share a job, and their collectives, which every rank must call in the same order.
+    """Rank and world size in torch's process group, and collectives, which every rank must call in the same order.
 
-    Without an initialised process group there is one rank, and collectives return their argument.
+    With one rank, collectives return their argument.
     """
 
     rank: int = 0
@@ -97,23 +91,23 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard(self, count: int) -> slice:
-        """Return this rank's contiguous part of `count` items; the parts differ in size by at most one."""
+        """Return the slice of `count` items for this rank; the slices differ in size by at most one."""
         size, remainder = divmod(count, self.world_size)
         start = self.rank * size + min(self.rank, remainder)
         return slice(start, start + size + (self.rank < remainder))
 
     @property
     def batch_shard(self) -> slice:
-        """Slice of a batch for one rank: every `world_size`-th, so that each half of a batch is shared as well."""
+        """Slice of a batch for this rank: every `world_size`-th image, so that each half is sharded as well."""
         return slice(self.rank, None, self.world_size)
 
     @property
     def seed_purpose(self) -> tuple[str | int, ...]:
-        """Words for `rng.derive` that give each rank its own draws; rank 0 draws as a single process does."""
+        """Purpose for `rng.derive` that gives each rank its own random numbers; empty on rank 0."""
         return ("process", self.rank) if self.rank else ()
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, by rank, on every rank. Values are pickled."""
+        """Return the values of all ranks, ordered by rank, on every rank. Values are pickled."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -133,48 +127,35 @@ class ProcessGroup:
         return values[0]
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        """Call `function` on rank 0 alone and return its value on every rank; its error is shared."""
+        """Call `function` on rank 0 and return its value, or raise its error, on every rank."""
         with shared_errors():
             value = function() if self.is_main else None
         return self.broadcast(value)  # type: ignore[return-value]
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of `tensor` over all ranks, detached, with equal bits on every rank."""
-        if self.world_size == 1:
-            return tensor.detach()
-        import torch.distributed as dist
-
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total / self.world_size
+        mean = tensor.detach().clone()
+        self.all_reduce_mean_([mean])
+        return mean
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over all ranks, in one message."""
+        """Replace each tensor by its mean over all ranks, with a single all-reduce."""
         if self.world_size == 1 or not tensors:
             return
         import torch
 
         with torch.no_grad():
-            mean = self.all_reduce_mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-            for tensor, part in zip(tensors, torch.split(mean, [tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
-    def barrier(self) -> None:
-        """Wait until every rank has called this."""
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+            total = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            torch.distributed.all_reduce(total)
+            means = torch.split(total / self.world_size, [tensor.numel() for tensor in tensors])
+            for tensor, mean in zip(tensors, means, strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def check_equal(self, values: Mapping[str, Any]) -> None:
-        """Compare values across ranks.
-
-        Raises:
-            InputError: a rank has another value than rank 0; the message lists the names.
-        """
+        """Raise an InputError that lists the names whose values differ between ranks."""
         with shared_errors():
-            ranks = self.gather(dict(values))
-            different = [name for name in values if any(other[name] != ranks[0][name] for other in ranks)]
+            gathered = self.gather(dict(values))
+            different = [name for name in values if any(other[name] != gathered[0][name] for other in gathered)]
             if different:
                 raise InputError(
                     f"the ranks were given different {', '.join(different)}; start all of them with the same arguments "
@@ -183,83 +164,78 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""One rank, which shares nothing."""
+"""The group of a single rank."""
 
 
-def init_process_group(device: str = "auto", timeout: timedelta = TIMEOUT) -> ProcessGroup:
-    """Initialise torch's process group once, if torchrun or srun started several processes.
+def init_process_group(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> ProcessGroup:
+    """Initialise torch's process group if torchrun or srun started several processes, and return it.
 
     Args:
         device: `auto`, `cpu` or `cuda`; with `cuda` each rank takes the GPU of its local rank.
-        timeout: how long a rank waits for the others, here and in later collectives.
+        timeout: timeout of the connection and of later collectives.
 
     Raises:
-        InputError: fewer GPUs than ranks on this node, a device that several ranks cannot use, or ranks that do not
-            answer; on ranks with a local rank above 0 as `ReportedByOtherRank`.
+        InputError: fewer GPUs than ranks on this node, a device that several ranks cannot use, or a timeout;
+            `ReportedByOtherRank` unless the local rank is 0.
     """
     environment = LaunchEnvironment.read()
     if environment.world_size == 1:
         return ProcessGroup.current()
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         return ProcessGroup.current()
+    error_type = ReportedByOtherRank if environment.local_rank else InputError  # one message for each node
     try:
-        backend = _backend(environment, device)
+        backend = "gloo"
+        if device_name(device, environment.world_size) != "cpu":
+            gpus = torch.cuda.device_count()
+            if gpus < environment.local_world_size:
+                raise InputError(
+                    f"{environment.local_world_size} processes on this node see {gpus} GPUs, and need one each; start "
+                    f"fewer with {'--nproc' if environment.launcher == 'torchrun' else '--ntasks'}-per-node, let each "
+                    "see all (SLURM: --gpus-per-node, not --gpus-per-task), or use --device cpu"
+                )
+            torch.cuda.set_device(environment.local_rank)
+            backend = "cpu:gloo,cuda:nccl"
         _export_variables(environment)
         dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
+    except InputError as error:
+        raise error_type(str(error)) from None
     except (RuntimeError, ValueError) as error:
-        message = str(error)
-        if not isinstance(error, InputError):
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            ranks = f"rank {environment.rank} of {environment.world_size}"
-            message = f"{ranks} could not connect to the others at {address}: {first_line(error)}"
-        raise (ReportedByOtherRank if environment.local_rank else InputError)(message) from None
+        raise error_type(
+            f"rank {environment.rank} of {environment.world_size} could not connect to the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {first_line(error)}"
+        ) from None
     return ProcessGroup.current()
 
 
-def _backend(environment: LaunchEnvironment, device: str) -> str:
-    """Return the backend for a device, and take this rank's GPU."""
-    import torch
-
-    kind = device_name(device, environment.world_size)
-    if kind == "cpu":
-        return "gloo"
-    if torch.cuda.device_count() < environment.local_world_size:
-        raise InputError(
-            f"{environment.local_world_size} processes on this node see {torch.cuda.device_count()} GPUs, and need one "
-            f"each; start fewer with {'--nproc' if environment.launcher == 'torchrun' else '--ntasks'}-per-node, let "
-            "each see all (SLURM: --gpus-per-node, not --gpus-per-task), or use --device cpu"
-        )
-    torch.cuda.set_device(environment.local_rank)
-    return "cpu:gloo,cuda:nccl"
-
-
 def _export_variables(environment: LaunchEnvironment) -> None:
-    """Set the variables that torchrun sets, which torch and Fabric read, under srun as well."""
+    """Under srun, set the variables of torchrun, which torch and Fabric read."""
     if environment.launcher == "torchrun":
         return
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
     os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    # Jobs that share a node, and steps of one job, need ports of their own.
+    # Jobs that share a node, and steps of one job, need different ports.
     number = 7 * int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
     os.environ.setdefault("MASTER_PORT", str(15000 + number % 10000))
-    for name, value in (
-        ("RANK", environment.rank), ("WORLD_SIZE", environment.world_size), ("LOCAL_RANK", environment.local_rank),
-        ("LOCAL_WORLD_SIZE", environment.local_world_size),
-        ("GROUP_RANK", environment.rank // environment.local_world_size),
-    ):  # fmt: skip
-        os.environ[name] = str(value)
+    variables = {
+        "RANK": environment.rank, "WORLD_SIZE": environment.world_size, "LOCAL_RANK": environment.local_rank,
+        "LOCAL_WORLD_SIZE": environment.local_world_size,
+        "GROUP_RANK": environment.rank // environment.local_world_size,
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
     """Raise an error of any rank on all ranks at the end of the block, which every rank must enter.
 
-    The lowest rank that failed raises its own error, the others raise `ReportedByOtherRank`. The block must not hold a
-    collective that only some ranks reach: a rank that failed does not answer. Blocks may be nested.
+    The lowest rank that failed raises its own error, the others raise `ReportedByOtherRank`. The block must not
+    contain a collective that only some ranks reach: a failed rank skips it. Blocks may be nested.
     """
     group = ProcessGroup.current()
     if group.world_size == 1:
@@ -270,31 +246,28 @@ def shared_errors() -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    origin = error is not None and not isinstance(error, ReportedByOtherRank)
-    messages = group.gather(f"{type(error).__name__}: {first_line(error)}" if error is not None and origin else None)
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if error is not None and (not failed or failed[0] == group.rank):
+    own = error is not None and not isinstance(error, ReportedByOtherRank)
+    messages = group.gather(f"{type(error).__name__}: {first_line(error)}" if error is not None and own else None)
+    failed = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if error is not None and failed in (None, group.rank):
         raise error
-    if failed:
-        raise ReportedByOtherRank(f"rank {failed[0]} failed: {messages[failed[0]]}") from None
+    if failed is not None:
+        raise ReportedByOtherRank(f"rank {failed} failed: {messages[failed]}") from None
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, by which torchrun and SLURM end processes, as Ctrl-C does."""
+    """Raise KeyboardInterrupt on SIGTERM, the signal of torchrun and SLURM to end a process."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except RuntimeError:
         if LaunchEnvironment.read().world_size > 1:
-            time.sleep(1)  # a collective fails when other ranks end by a signal; this rank's own may be on its way
+            time.sleep(1)  # a collective fails when a signal ends other ranks; this rank's signal may follow
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -1,20 +1,17 @@
-"""Errors that a user can act on: what was wrong, what was found, what to do."""
+"""Errors that a user can fix; the message names what was wrong, what was found and what to do."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-CLEARLY = 0.15
-"""Likeness by which the nearest name must be ahead for the others not to be offered."""
-
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line and needs no traceback."""
+    """An invalid input. The message is one line and needs no traceback."""
 
 
 class MissingDataError(InputError):
-    """Files that should be there are not. The message says where was looked and how to fetch them."""
+    """Missing files. The message names the path and how to download them."""
 
 
 class ReportedByOtherRank(InputError):
@@ -22,26 +19,26 @@ class ReportedByOtherRank(InputError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what `error` says, or its kind when it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def unknown_name(kind: str, found: object, choices: Iterable[str], *, listed: int = 12) -> InputError:
-    """Return the error for a name that is not among `choices`, nearest choices first.
+def unknown_name(kind: str, name: object, choices: Iterable[str], *, listed: int = 12) -> InputError:
+    """Return the error for a name that is not among `choices`; it suggests the nearest ones.
 
     Args:
-        kind: what was looked up, in the user's words ("recipe", "attack").
-        found: what the user gave.
+        kind: what the name stands for ("recipe", "attack").
+        name: the unknown name.
         choices: all valid names.
-        listed: how many choices to list when nothing is near.
+        listed: number of choices to list if none is near.
     """
     names = sorted(set(choices))
-    near = difflib.get_close_matches(str(found), names, n=4, cutoff=0.5)
-    alike = [difflib.SequenceMatcher(None, str(found), name).ratio() for name in near]
-    near = [name for name, ratio in zip(near, alike, strict=True) if ratio > alike[0] - CLEARLY]
+    near = difflib.get_close_matches(str(name), names, n=4, cutoff=0.5)
+    similarity = [difflib.SequenceMatcher(None, str(name), choice).ratio() for choice in near]
+    near = [n for n, ratio in zip(near, similarity, strict=True) if ratio > similarity[0] - 0.15]
     if near:
-        return InputError(f"unknown {kind} {found!r}; did you mean {' or '.join(map(repr, near))}?")
+        return InputError(f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?")
     if not names:
-        return InputError(f"unknown {kind} {found!r}; there are none to choose from")
+        return InputError(f"unknown {kind} {name!r}; there are none to choose from")
     rest = f" and {len(names) - listed} more" if len(names) > listed else ""
-    return InputError(f"unknown {kind} {found!r}; choose from {', '.join(names[:listed])}{rest}")
+    return InputError(f"unknown {kind} {name!r}; choose from {', '.join(names[:listed])}{rest}")

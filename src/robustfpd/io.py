@@ -1,6 +1,6 @@
-"""Files: atomic writes, the cache folder, and downloads with a hash check.
+"""Atomic writes, the cache folder, and downloads with a hash check.
 
-A reader sees the old file or folder, or the new one; never a part of it.
+After an atomic write that is interrupted, the old file or folder is unchanged.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from urllib.request import urlopen
 from robustfpd.errors import InputError, MissingDataError, first_line
 
 CACHE_VARIABLE = "ROBUSTFPD_CACHE"
-URL_SCHEMES = ("http", "https", "file")
-TIMEOUT_SECONDS = 30
-"""How long a server may send nothing."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of decoded images and downloaded models; it may not exist yet.
+    """Return the folder of decoded images and downloaded models, which may not exist yet.
 
-    The folder that ROBUSTFPD_CACHE names, else `robustfpd` in the user's cache folder.
+    It is the folder in ROBUSTFPD_CACHE, else `robustfpd` in the user's cache folder.
     """
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "robustfpd"
 
@@ -44,8 +41,8 @@ def atomic_path(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces `path` when the block ends without an error.
 
     Args:
-        path: the file to write; its folder is made.
-        concurrent: several processes may write this file at once, so each gets a temporary path of its own.
+        path: the file to write; its folder is created.
+        concurrent: give each process a different temporary path, so that several may write this file at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if concurrent else f".{path.name}.partial")
@@ -63,7 +60,7 @@ def write_bytes(path: Path, content: bytes, *, concurrent: bool = False) -> None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 atomically; line ends stay as they are."""
+    """Write a UTF-8 file atomically, without translation of line ends."""
     write_bytes(path, text.encode())
 
 
@@ -73,7 +70,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a header from the first row's keys, and the rows, atomically."""
+    """Write rows atomically; the first row's keys are the header."""
     with atomic_path(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -86,7 +83,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     current = readable_folder(folder)
     if current != folder:
         current.rename(folder.resolve())
-    folder = folder.resolve()  # a link stays; the folder it points to is replaced
+    folder = folder.resolve()  # keep a symbolic link and replace its target
     new, old = folder.with_name(f".{folder.name}.new"), _old_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -99,9 +96,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def readable_folder(folder: Path) -> Path:
-    """Return where to read `folder`: its old version if `replace_folder` was interrupted between its two renames.
+    """Return `folder`, or its old version if `replace_folder` was interrupted between its two renames.
 
-    Nothing is moved: the writer may still be running.
+    The old version is not renamed back, because the writer may still be running.
     """
     old = _old_folder(folder)
     return old if old.is_dir() and not folder.exists() else folder
@@ -113,31 +110,31 @@ def _old_folder(folder: Path) -> Path:
 
 
 def check_url(url: str, source: str) -> None:
-    """Raise an InputError unless `url` is an http, https or file address; `source` names where it came from."""
-    if urlsplit(url).scheme not in URL_SCHEMES:
+    """Raise an InputError unless `url` is an http, https or file address; `source` names the setting."""
+    if urlsplit(url).scheme not in ("http", "https", "file"):
         raise InputError(
             f"{source} must be an http, https or file address, found {url!r}; a folder is file:///path/to/it"
         )
 
 
 def download(url: str, path: Path, sha256: str, size: int) -> None:
-    """Download a file and check its content before it is written to `path`.
+    """Download a file into memory, check its content, and write it to `path`.
 
     Args:
-        url: http, https or file.
-        path: where the file goes; its folder is made.
+        url: an http, https or file address.
+        path: path of the file; its folder is created.
         sha256: expected hash of the content.
-        size: expected length in bytes; no more is read, and the content is held in memory.
+        size: expected size in bytes.
 
     Raises:
-        MissingDataError: the file is not there, or ends early.
+        MissingDataError: the file does not exist, cannot be downloaded, or is truncated.
         InputError: the content differs, or `path` cannot be written.
     """
     try:
-        with urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # torch.hub's download reads without a limit
+        with urlopen(url, timeout=30) as response:  # torch.hub's download reads without a limit
             content = response.read(size + 1)
     except HTTPError as error:
-        raise MissingDataError(f"{url} is not there: the server says {error.code} {error.reason}") from None
+        raise MissingDataError(f"{url} is not there: the server answered {error.code} {error.reason}") from None
     except (OSError, HTTPException, ValueError) as error:
         raise MissingDataError(f"{url} cannot be fetched: {first_line(error)}") from None
     if len(content) < size:

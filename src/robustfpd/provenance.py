@@ -1,4 +1,4 @@
-"""What a result depends on: weights, package versions, machine, revision, command."""
+"""Provenance of a result: weights, package versions, machine, revision, command."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PACKAGES = (
 
 
 def weights_sha256(module: nn.Module) -> str | None:
-    """SHA-256 of a module's parameters and buffers: names, types, shapes, values; None where they are not plain bytes.
+    """Return the SHA-256 of a module's parameters and buffers; None for sparse or quantised tensors.
 
-    Names count: compare what two classifiers give, not a model with the classifier around it.
+    The hash includes names, types, shapes and values, so a model and its `classifier()` have different hashes.
     """
     digest = hashlib.sha256()
     state = module.state_dict()
@@ -33,13 +33,13 @@ def weights_sha256(module: nn.Module) -> str | None:
                 values = state[name].detach().cpu().contiguous()
                 digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
                 digest.update(values.reshape(-1).view(torch.uint8).numpy())  # bfloat16 has no numpy type of its own
-    except (RuntimeError, TypeError):  # sparse and quantised tensors
+    except (RuntimeError, TypeError):  # no view as bytes
         return None
     return digest.hexdigest()
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, machine, device, git revision, and the command that was typed."""
+    """Return versions, machine, device, git revision and command line."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -52,10 +52,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """What was typed, where this process is our command line."""
-    called = Path(sys.argv[0]) if sys.argv else Path()
-    ours = called.stem == "robustfpd" or called.parts[-2:] == ("robustfpd", "__main__.py")
-    return shlex.join(["robustfpd", *sys.argv[1:]]) if ours else None
+    """Return the command line; None if this process is another program."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    is_robustfpd = program.stem == "robustfpd" or program.parts[-2:] == ("robustfpd", "__main__.py")
+    return shlex.join(["robustfpd", *sys.argv[1:]]) if is_robustfpd else None
 
 
 def _version(package: str) -> str | None:
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout that tracks this file, marked when it has changes; None when installed elsewhere."""
+    """Return the revision of the git checkout that tracks this file, marked if it has changes; else None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

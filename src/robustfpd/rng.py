@@ -1,4 +1,4 @@
-"""Random generators derived from one seed and the purpose they serve."""
+"""Random generators, seeded from a seed and a purpose."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """Return a 63-bit seed that depends on `seed` and on every word of `purpose`.
+    """Return a 63-bit seed that depends on `seed` and on every element of `purpose`.
 
-    Derived seeds need no state in a checkpoint: epoch 7's noise is the same whether or not
-    epochs 0 to 6 ran in this process.
+    Checkpoints need no generator state: the noise of epoch 7 does not depend on epochs 0 to 6.
     """
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

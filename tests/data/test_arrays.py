@@ -65,7 +65,7 @@ def stored(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return request.param, request.getfixturevalue(request.param)
 
 
-def test_colour_pictures_are_read_as_they_are(stored: tuple[str, Path]) -> None:
+def test_rgb_images_are_read_unchanged(stored: tuple[str, Path]) -> None:
     dataset, root = stored
     splits = load(config(root, dataset))
     assert splits.info.task == TaskConfig(num_classes=10, in_channels=3, image_size=(32, 32))
@@ -85,7 +85,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["half", "gone"])
-def test_damaged_files_are_noticed(stored: tuple[str, Path], damage: str) -> None:
+def test_damaged_files_are_detected(stored: tuple[str, Path], damage: str) -> None:
     dataset, root = stored
     path = root / ("test_32x32.mat" if dataset == "svhn" else "cifar-10-batches-py/data_batch_3")
     content = path.read_bytes()
@@ -97,20 +97,20 @@ def test_damaged_files_are_noticed(stored: tuple[str, Path], damage: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_of_another_size_are_resized_once(svhn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_another_size_are_resized_once(svhn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     larger = config(svhn, "svhn", image_size=40, stored_size=48)
     splits = load(larger)
     assert (splits.test.size, splits.test.stored_size) == ((40, 40), (48, 48))
     wanted = functional.resize(torch.from_numpy(TEST), [48, 48], antialias=True)
     assert (splits.test.images.int() - wanted.int()).abs().max() <= 1
     assert splits.test.labels.tolist() == LABELS[:20].tolist()
-    monkeypatch.setattr(arrays, "_pictures", None)
+    monkeypatch.setattr(arrays, "_resize", None)
     again = load(larger)
     for part in ("train", "validation", "test"):
         assert getattr(again, part).digest() == getattr(splits, part).digest()
 
 
-def test_other_pictures_are_not_taken_from_the_cache(svhn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_images_are_not_read_from_the_cache(svhn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smaller = config(svhn, "svhn", image_size=8)
     before = load(smaller).test.digest()
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
@@ -118,7 +118,7 @@ def test_other_pictures_are_not_taken_from_the_cache(svhn: Path, monkeypatch: py
     assert load(smaller).test.digest() != before
 
 
-def test_a_size_that_is_no_square_keeps_the_proportions(svhn: Path) -> None:
+def test_a_rectangular_size_keeps_the_aspect_ratio(svhn: Path) -> None:
     splits = load(config(svhn, "svhn", image_size=(16, 32)))
     assert np.array_equal(splits.test.images.numpy(), TEST[:, :, 8:24])
 
@@ -128,9 +128,9 @@ def test_a_native_size_is_not_cached(svhn: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_colour_is_not_shown_in_grey(stored: tuple[str, Path]) -> None:
+def test_rgb_images_cannot_be_converted_to_grey(stored: tuple[str, Path]) -> None:
     dataset, root = stored
-    with pytest.raises(InputError, match=f"{dataset} has RGB images, which are not shown as grey"):
+    with pytest.raises(InputError, match=f"{dataset} has RGB images, which cannot be converted to grey"):
         load(config(root, dataset, channels=1))
 
 

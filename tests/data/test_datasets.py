@@ -9,6 +9,7 @@ import torch
 
 from robustfpd.config import DataConfig, TaskConfig
 from robustfpd.data import ImageSet, info, load, names
+from robustfpd.data.datasets import class_names
 from robustfpd.errors import InputError, MissingDataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -111,7 +112,7 @@ def test_the_test_images_do_not_depend_on_the_validation_share() -> None:
     assert load(DataConfig()).test.digest() == load(DataConfig(validation_fraction=0.5)).test.digest()
 
 
-def test_train_limit_takes_some_of_the_training_images_and_leaves_the_rest() -> None:
+def test_train_limit_takes_a_subset_of_the_training_images() -> None:
     whole, limited = load(DataConfig()), load(DataConfig(train_limit=100))
     assert len(limited.train) == 100
     assert set(rows(limited.train)) <= set(rows(whole.train))
@@ -122,7 +123,7 @@ def test_train_limit_takes_some_of_the_training_images_and_leaves_the_rest() -> 
     assert set(rows(load(DataConfig(train_limit=50)).train)) <= set(rows(limited.train))
 
 
-def test_published_selection_looks_at_the_test_images_and_holds_nothing_out() -> None:
+def test_published_selection_validates_on_the_test_images() -> None:
     held_out, published = load(DataConfig()), load(DataConfig(selection="test"))
     assert published.validation.digest() == published.test.digest() == held_out.test.digest()
     assert rows(published.train) == sorted(rows(held_out.train) + rows(held_out.validation))
@@ -223,3 +224,34 @@ def test_the_real_mnist() -> None:
         torch.cat([splits.train.labels, splits.validation.labels])
     )
     assert torch.allclose(held_out, torch.full((10,), 0.1), atol=1e-4)
+
+
+def folders(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+
+
+def test_described_data_sets_have_names() -> None:
+    assert class_names(DataConfig(), 10) == tuple("0123456789")
+    with_background = class_names(DataConfig(dataset="caltech101", background=True), 102)
+    assert with_background[:2] == ("BACKGROUND_Google", "Faces")
+    assert class_names(DataConfig(dataset="caltech101"), 101)[0] == "Faces"
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_class_names_are_folder_names(tmp_path: Path, below: str) -> None:
+    folders(tmp_path / below, "cat", "dog", ".cache")
+    config = DataConfig(dataset="folder", root=str(tmp_path))
+    assert class_names(config, 2) == ("cat", "dog")
+    assert class_names(config, 3) == ()  # another folder by now
+
+
+def test_missing_folders_have_no_class_names(tmp_path: Path) -> None:
+    assert class_names(DataConfig(dataset="folder", root=str(tmp_path / "gone")), 2) == ()
+
+
+def test_caltech256_class_names_have_no_numbers(tmp_path: Path) -> None:
+    folders(tmp_path / "caltech256" / "256_ObjectCategories", *(f"{i:03}.thing{i}" for i in range(1, 258)))
+    config = DataConfig(dataset="caltech256", root=str(tmp_path))
+    assert class_names(config, 256)[-1] == "thing256"
+    assert class_names(config, 257)[-1] == "thing257"

@@ -48,13 +48,13 @@ def check(found: CachedImages, bad: tuple[int, ...] = ()) -> None:
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (3, 9), tuple(range(10))])
-def test_images_are_made_once_and_mapped_afterwards(tmp_path: Path, bad: tuple[int, ...]) -> None:
+def test_images_are_decoded_once_and_mapped_afterwards(tmp_path: Path, bad: tuple[int, ...]) -> None:
     check(make(tmp_path, bad=bad), bad)
     check(make(tmp_path, made=never), bad)
     assert [path.suffix for path in sorted(tmp_path.iterdir()) if path.suffix != ".lock"] == [".images"]
 
 
-def test_another_source_makes_another_file(tmp_path: Path) -> None:
+def test_another_source_has_another_file(tmp_path: Path) -> None:
     make(tmp_path, "x")
     check(make(tmp_path, "y", (2,)), (2,))
     check(make(tmp_path, "x", made=never))
@@ -69,7 +69,7 @@ def test_progress_is_called_after_each_decoded_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1, 30, 600, -1, -20])
-def test_a_truncated_file_is_made_anew(tmp_path: Path, kept_bytes: int) -> None:
+def test_a_truncated_file_is_written_again(tmp_path: Path, kept_bytes: int) -> None:
     make(tmp_path)
     (path,) = tmp_path.glob("*.images")
     whole = path.read_bytes()
@@ -79,7 +79,7 @@ def test_a_truncated_file_is_made_anew(tmp_path: Path, kept_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("where", [0, 300, -10, -20, -40])
-def test_a_file_with_bytes_lost_inside_or_garbled_facts_is_made_anew(tmp_path: Path, where: int) -> None:
+def test_a_damaged_file_is_written_again(tmp_path: Path, where: int) -> None:
     make(tmp_path)
     (path,) = tmp_path.glob("*.images")
     whole = path.read_bytes()
@@ -91,7 +91,7 @@ def test_a_file_with_bytes_lost_inside_or_garbled_facts_is_made_anew(tmp_path: P
     assert path.read_bytes() == whole
 
 
-def test_writing_into_the_images_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_writes_to_the_images_do_not_reach_the_file(tmp_path: Path) -> None:
     images = make(tmp_path).images
     images.fill_(77)
     again = make(tmp_path, made=never)
@@ -105,7 +105,7 @@ def test_a_mapped_file_gives_no_warning(tmp_path: Path, recwarn: pytest.Warnings
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, InputError])
-def test_an_interrupt_leaves_nothing_and_the_next_goes_through(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_interrupted_write_leaves_no_file(tmp_path: Path, error: type[BaseException]) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 5:
             raise error
@@ -137,7 +137,7 @@ fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @fork
-def test_a_killed_process_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_no_cache_file(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_dies_half_way, args=(tmp_path,))
     process.start()
     process.join(30)
@@ -149,7 +149,7 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_whole(tmp_path: Path)
 
 
 @fork
-def test_two_processes_at_once_make_the_images_once(tmp_path: Path) -> None:
+def test_two_concurrent_processes_decode_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, made = context.Barrier(2), context.Value("i", 0)
     processes = [context.Process(target=_makes_slowly, args=(tmp_path, barrier, made)) for _ in range(2)]
@@ -162,13 +162,13 @@ def test_two_processes_at_once_make_the_images_once(tmp_path: Path) -> None:
     check(make(tmp_path, made=never))
 
 
-def test_a_folder_that_cannot_be_written_says_how_to_give_another(tmp_path: Path) -> None:
+def test_an_error_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"small \(0 MB\) cannot be kept in .*data.cache=FOLDER or ROBUSTFPD_CACHE"):
         make(tmp_path / "file" / "images")
 
 
-def test_a_full_disk_says_how_to_give_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -179,7 +179,7 @@ def test_a_full_disk_says_how_to_give_another_folder(tmp_path: Path, monkeypatch
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_cache_that_is_only_readable_is_read(tmp_path: Path) -> None:
+def test_a_read_only_cache_is_used(tmp_path: Path) -> None:
     make(tmp_path)
     for path in tmp_path.iterdir():
         path.chmod(0o444)
@@ -192,13 +192,13 @@ def test_a_cache_that_is_only_readable_is_read(tmp_path: Path) -> None:
         tmp_path.chmod(0o755)
 
 
-def test_the_folder_is_the_chosen_one_or_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_is_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUSTFPD_CACHE", str(tmp_path / "c"))
     assert images_folder(None) == tmp_path / "c" / "images"
     assert images_folder(str(tmp_path / "d")) == tmp_path / "d" / "images"
 
 
-def test_pixels_are_the_ones_made(tmp_path: Path) -> None:
+def test_cached_pixels_equal_the_decoded_ones(tmp_path: Path) -> None:
     draws = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
     found = make(tmp_path, made=lambda: iter(draws))
     assert torch.equal(found.images, torch.from_numpy(draws))

@@ -4,13 +4,120 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+from torchvision.transforms import functional
 
 from robustfpd.data import image_files
-from robustfpd.data.image_files import ORIENTATION, Picture, decode, decode_pictures, find_images, picture
+from robustfpd.data.image_files import AHEAD, Picture, covering, decode_pictures, decode_pixels, find_images, picture
+from robustfpd.errors import InputError
+
+
+def pixels(path: Path, size: tuple[int, int] = (24, 24)) -> np.ndarray:
+    found = picture(path, size)
+    assert isinstance(found, Picture), found
+    assert found.pixels.dtype == np.uint8
+    assert found.pixels.shape == (3, *size)
+    return found.pixels
+
+
+def expected(picture: Image.Image, side: int) -> np.ndarray:
+    """What torchvision makes of the picture."""
+    rgb: Any = picture.convert("RGB")  # torchvision annotates tensors only
+    whole = functional.center_crop(functional.resize(rgb, [side]), [side, side])
+    return np.asarray(whole).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("side", [16, 24, 45, 60, 100])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_picture_is_resized_and_cropped_as_torchvision_does(
+    tmp_path: Path, photograph: Image.Image, side: int, turned: bool
+) -> None:
+    image = photograph.transpose(Image.Transpose.ROTATE_90) if turned else photograph
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png", (side, side)), expected(image, side))
+
+
+@pytest.mark.parametrize("side", [8, 15, 30, 60])
+def test_a_jpeg_decoded_at_a_smaller_scale_looks_the_same(tmp_path: Path, photograph: Image.Image, side: int) -> None:
+    photograph.save(tmp_path / "a.jpg", quality=95)
+    difference = pixels(tmp_path / "a.jpg", (side, side)).astype(int) - expected(Image.open(tmp_path / "a.jpg"), side)
+    assert np.abs(difference).mean() < 4
+
+
+def test_a_size_that_is_no_square_is_covered(tmp_path: Path, photograph: Image.Image) -> None:
+    photograph.save(tmp_path / "a.png")  # 90×60
+    assert np.array_equal(pixels(tmp_path / "a.png", (60, 30)), np.asarray(photograph).transpose(2, 0, 1)[:, :, 30:60])
+    assert np.array_equal(pixels(tmp_path / "a.png", (20, 90)), np.asarray(photograph).transpose(2, 0, 1)[:, 20:40])
+
+
+@settings(deadline=None, derandomize=True)
+@given(*[st.integers(1, 400)] * 4)
+def test_the_covering_size_covers_and_keeps_one_side(height: int, width: int, h: int, w: int) -> None:
+    high, wide = covering(height, width, (h, w))
+    assert high >= h
+    assert wide >= w
+    assert high == h or wide == w
+    assert abs(high * width - wide * height) <= max(height, width)  # within a pixel of the proportions
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "palette with transparency"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 24, axis=0).repeat(12, axis=1))
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    if mode == "palette with transparency":
+        grey.convert("P").save(path, transparency=bytes([0] * 200 + [255] * 56))
+    else:
+        grey.convert(mode).save(path)
+    found = pixels(path)
+    assert found[:, :, :8].max() < 16
+    assert found[:, :, 16:].min() > 239
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
+    values = np.linspace(0, 65535, 24).astype(np.uint16)
+    Image.fromarray(np.repeat(values[None], 24, axis=0)).save(tmp_path / name)
+    found = pixels(tmp_path / name)
+    assert np.array_equal(found[0, 0], np.round(values / 257).astype(np.uint8))
+    assert np.array_equal(found[0], found[2])
+
+
+def test_bad_files_give_an_error(tmp_path: Path, photograph: Image.Image) -> None:
+    photograph.save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    for name, bad in (
+        ("half", content[: len(content) // 2]),
+        ("empty", b""),
+        ("text", b"no picture\n"),
+        ("head", content[:20]),
+    ):
+        (tmp_path / f"{name}.jpg").write_bytes(bad)
+        assert isinstance(picture(tmp_path / f"{name}.jpg", (8, 8)), str), name
+    assert picture(tmp_path / "text.jpg", (8, 8)) == "not an image"
+    assert "truncated" in str(picture(tmp_path / "half.jpg", (8, 8)))
+    Image.fromarray(np.zeros((9, 9), dtype=np.float32)).save(tmp_path / "floats.tif")
+    assert "floats" in str(picture(tmp_path / "floats.tif", (8, 8)))
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone.jpg cannot be read: No such file"):
+        picture(tmp_path / "gone.jpg", (8, 8))
+
+
+def test_many_files_come_in_order(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (1, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4), (2, 0, 0)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").touch()
+    choice = torch.randint(0, 3, (AHEAD + 40,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = list(decode_pixels([tmp_path / f"{'abc'[i]}.png" for i in choice], (4, 4)))
+    assert [2 if isinstance(f, str) else int(f[0, 0, 0]) - 1 for f in found] == choice
 
 
 def one(path: Path, size: tuple[int, int] = (8, 8), channels: int = 3) -> Picture | str:
@@ -47,7 +154,7 @@ def test_paths_folders_and_patterns_name_files(folder: Path) -> None:
     assert names(folder, folder / "notes.txt") == ["notes.txt"]
 
 
-def test_what_names_nothing_says_so(folder: Path) -> None:
+def test_arguments_without_files_are_returned_with_their_problem(folder: Path) -> None:
     (folder / "empty").mkdir()
     found = names(folder, folder / "gone.png", f"{folder}/*.gif", folder / "empty")
     assert found[:2] == ["gone.png: no such file or folder", "*.gif: no file matches this pattern"]
@@ -56,22 +163,20 @@ def test_what_names_nothing_says_so(folder: Path) -> None:
     assert long.problem == "cannot be read: File name too long"
 
 
-def test_a_name_may_hold_what_patterns_are_made_of(folder: Path) -> None:
+def test_file_names_may_contain_pattern_characters(folder: Path) -> None:
     Image.new("RGB", (9, 9)).save(folder / "[a]*.png")
     assert names(folder, folder / "[a]*.png") == ["[a]*.png"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_a_camera_s_picture_is_turned_upright(
-    tmp_path: Path, photograph: Image.Image, orientation: int, suffix: str
-) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, photograph: Image.Image, orientation: int, suffix: str) -> None:
     turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
              8: Image.Transpose.ROTATE_270}  # fmt: skip
     as_held = photograph.transpose(turns[orientation]) if orientation in turns else photograph
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     options = {"quality": 95} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
     as_held.save(tmp_path / f"a.{suffix}", exif=exif, **options)
     photograph.save(tmp_path / f"upright.{suffix}", **options)
@@ -83,7 +188,7 @@ def test_a_camera_s_picture_is_turned_upright(
     assert found.notes == (("turned upright",) if orientation > 1 and suffix != "tif" else ())
 
 
-def test_changes_to_a_picture_are_noted(tmp_path: Path) -> None:
+def test_changes_to_an_image_are_noted(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 81).astype(np.uint16).reshape(9, 9)
     Image.fromarray(grey).save(tmp_path / "sixteen.png")
     Image.new("RGBA", (9, 9), (200, 10, 10, 0)).save(tmp_path / "clear.png")
@@ -104,7 +209,7 @@ def test_changes_to_a_picture_are_noted(tmp_path: Path) -> None:
     assert clear.pixels[0].min() == 200  # as the data sets show it, not white
 
 
-def test_grey_networks_see_the_luminance(tmp_path: Path, photograph: Image.Image) -> None:
+def test_grey_networks_get_the_luminance(tmp_path: Path, photograph: Image.Image) -> None:
     photograph.crop((0, 0, 60, 60)).save(tmp_path / "a.png")
     found = one(tmp_path / "a.png", (60, 60), channels=1)
     assert isinstance(found, Picture)
@@ -152,7 +257,7 @@ def some(folder: Path, size: int) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def test_as_many_threads_as_cores_that_the_process_may_use(
+def test_threads_are_limited_to_the_available_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: list[int]
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -162,7 +267,7 @@ def test_as_many_threads_as_cores_that_the_process_may_use(
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(100, 2), (200, 1)])
-def test_large_pictures_wait_for_each_other(
+def test_decoding_in_parallel_is_limited_by_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: list[int], size: int, at_once: int
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -188,12 +293,12 @@ def bomb(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def test_a_picture_of_30000_by_30000_pixels_is_refused_without_decoding(tmp_path: Path) -> None:
+def test_an_image_of_30000_by_30000_pixels_is_not_decoded(tmp_path: Path) -> None:
     found = one(bomb(tmp_path / "a.png", 30000, 30000))
     assert found == "too large to decode: more than 179 million pixels"
 
 
-def test_a_line_is_not_blown_up(tmp_path: Path) -> None:
+def test_very_narrow_images_are_not_upscaled(tmp_path: Path) -> None:
     Image.new("L", (60000, 1)).save(tmp_path / "a.png")
     assert one(tmp_path / "a.png", (224, 224)) == "60000×1 pixels are too long and narrow to cover 224×224"
 
@@ -212,6 +317,6 @@ def test_files_and_memory_have_limits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_camera_data_do_not_matter(tmp_path: Path, photograph: Image.Image) -> None:
+def test_damaged_exif_data_are_ignored(tmp_path: Path, photograph: Image.Image) -> None:
     photograph.save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", quality=95)
-    assert isinstance(decode(tmp_path / "a.jpg", (8, 8)), np.ndarray)
+    assert isinstance(picture(tmp_path / "a.jpg", (8, 8)), Picture)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from robustfpd.config import AugmentConfig
-from robustfpd.data.transforms import ASPECTS, _affine, _crops, augment, centre_crop
+from robustfpd.data.transforms import ASPECTS, _affine, _crops, add_uniform_noise, augment, centre_crop, uniform_like
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -146,7 +146,7 @@ def test_another_seed_changes_other_images() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_an_image_on_its_own_is_treated_differently_from_its_neighbour() -> None:
+def test_equal_images_of_a_batch_are_transformed_differently() -> None:
     images = torch.rand(1, 1, 8, 8).expand(2, 1, 8, 8)
     out = augment(images, AugmentConfig(rotation=20), seeded())
     assert not torch.allclose(out[0], out[1])
@@ -178,7 +178,7 @@ def before(images: Tensor, config: AugmentConfig, generator: torch.Generator) ->
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("brightness", [0, 0.3])
 @pytest.mark.parametrize("size", [(28, 28), (7, 12)])
-def test_without_the_newer_changes_every_bit_is_as_before(
+def test_earlier_transforms_keep_their_exact_values(
     rotation: float, translation: float, flip: bool, brightness: float, size: tuple[int, int]
 ) -> None:
     config = AugmentConfig(rotation=rotation, translation=translation, flip=flip, brightness=brightness)
@@ -244,7 +244,7 @@ def test_expansion_is_torchvisions(degrees: float, shape: tuple[int, int]) -> No
     assert (found - functional.resize(other, list(shape), antialias=False)).abs().mean() > 0.05
 
 
-def test_an_expanded_picture_is_whole() -> None:
+def test_expansion_keeps_the_complete_image() -> None:
     images = torch.ones(200, 1, 40, 40)
     out = augment(images, AugmentConfig(rotation=45, expand=True), seeded())
     assert torch.allclose(out.sum(dim=(1, 2, 3)), _shrunk_area(images, 45), rtol=0.02)
@@ -341,3 +341,56 @@ def test_all_changes_keep_range_size_and_seed(
     assert out.shape == (3, channels, *size)
     assert 0 <= float(out.min()) <= float(out.max()) <= 1
     assert torch.equal(out, augment(images, config, seeded(), size=size))
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(eps=st.floats(1e-3, 1), seed=st.integers(0, 2**31))
+def test_noise_stays_within_its_half_width(eps: float, seed: int) -> None:
+    images = torch.rand(4, 3, 5, 7, generator=seeded(seed + 1), dtype=torch.float64)
+    noise = add_uniform_noise(images, eps, seeded(seed)) - images
+    assert noise.abs().max() <= eps + 1e-12
+    assert noise.abs().max() > 0.8 * eps
+
+
+def test_noise_is_uniform_about_zero() -> None:
+    draws = uniform_like(torch.zeros(200_000), seeded())
+    error = 4 / 200_000**0.5  # four standard errors of a variable with |x| ≤ 1
+    assert draws.mean().abs() < error
+    assert (draws.square().mean() - 1 / 3).abs() < error
+    quarters = torch.histc(draws, bins=4, min=-1, max=1) / 200_000
+    assert (quarters - 0.25).abs().max() < error
+
+
+def test_noise_is_not_clipped() -> None:
+    white = add_uniform_noise(torch.ones(1000), 0.1, seeded())
+    black = add_uniform_noise(torch.zeros(1000), 0.1, seeded())
+    assert (white > 1).float().mean() == pytest.approx(0.5, abs=0.08)
+    assert (black < 0).float().mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_generator_determines_the_noise() -> None:
+    images = torch.rand(2, 1, 4, 4)
+    state = torch.random.get_rng_state()
+    first = add_uniform_noise(images, 0.3, seeded())
+    assert torch.equal(first, add_uniform_noise(images, 0.3, seeded()))
+    assert not torch.equal(first, add_uniform_noise(images, 0.3, seeded(1)))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_no_noise_returns_the_images_themselves() -> None:
+    images = torch.rand(2, 1, 4, 4)
+    assert add_uniform_noise(images, 0, seeded()) is images
+
+
+def test_noise_does_not_change_its_input() -> None:
+    images = torch.rand(2, 1, 4, 4)
+    before = images.clone()
+    add_uniform_noise(images, 0.5, seeded())
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_keeps_type_and_shape(dtype: torch.dtype) -> None:
+    noisy = add_uniform_noise(torch.zeros(2, 3, 4, 5, dtype=dtype), 0.1, seeded())
+    assert noisy.dtype == dtype
+    assert noisy.shape == (2, 3, 4, 5)

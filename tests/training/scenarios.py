@@ -98,12 +98,12 @@ def resumed(folder: Path) -> dict[str, Any]:
             observer = Observer(on_batch=Losses(stop_in_epoch=1))
             train(config(), folder / name, net=Net(batch_norm), device="cpu", precision="fp32", observer=observer)
         except KeyboardInterrupt:
-            group.barrier()
+            group.gather(None)
             continue
         raise AssertionError("not interrupted")
     if group.is_main:
         shutil.copytree(folder / "interrupted", folder / "copy")
-    group.barrier()
+    group.gather(None)
     return {
         "whole, group norm": trained(config(), folder / "interrupted", resume=True),
         "whole": trained(config(), folder / "whole", batch_norm=True),
@@ -165,5 +165,5 @@ def run_all(folder: Path) -> str:
     rank = ProcessGroup.current().rank
     for scenario in (curves, resumed, attacked, failing, command):
         torch.save(scenario(folder), folder / f"{scenario.__name__}-{rank}.pt")
-        ProcessGroup.current().barrier()
+        ProcessGroup.current().gather(None)
     return ""

@@ -1,4 +1,4 @@
-"""Settings from YAML and from `field=value` words, and errors that name the field."""
+"""Settings from YAML files and `field=value` overrides; errors name the field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ C = TypeVar("C", bound=Config)
 
 
 def parse(cls: type[C], values: Mapping[str, Any], source: str = "") -> C:
-    """Build `cls` from plain values; a ValueError names the field, what was found and what fits."""
+    """Build `cls` from plain values; an InputError names the field, the value and the allowed values."""
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
@@ -32,7 +32,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes, `<dataset>/<name>`."""
+    """Return the names of the packaged recipes, `<dataset>/<name>`."""
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
 
@@ -42,7 +42,10 @@ def recipe(name: str, overrides: Iterable[str] = (), *, protocol: str = "correct
     Args:
         name: a name from `recipe_names()` or a path that ends in .yaml.
         overrides: dotted fields and YAML values, as in `training.epochs=3`.
-        protocol: `corrected`, or `published`, which first applies the recipe's own section of that name.
+        protocol: `corrected`, or `published`, which applies the recipe's section `published` before the overrides.
+
+    Raises:
+        InputError: an unknown recipe, protocol or field, or an invalid value.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -86,7 +89,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _set(values: dict[str, Any], field: str, value: Any, source: str) -> None:
-    """Put `value` at a dotted field."""
+    """Set a dotted field to `value`."""
     *parents, leaf = field.split(".")
     node = values
     for parent in parents:
@@ -98,21 +101,21 @@ def _set(values: dict[str, Any], field: str, value: Any, source: str) -> None:
 
 
 def _explain(cls: type[Config], error: ValidationError, source: str) -> InputError:
+    """Return the first error with the dotted field and the value."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     where = f" in {source}" if source else ""
     if first["type"] == "extra_forbidden":
         owner = _config_at(cls, location[:-1])
         fields = [".".join([*location[:-1], name]) for name in owner.model_fields]
-        problem = unknown_name("field", ".".join(location), fields, listed=40)
-        return InputError(f"{problem}{where}")
+        return InputError(f"{unknown_name('field', '.'.join(location), fields, listed=40)}{where}")
     found = f", found {first['input']!r}" if first["type"] != "missing" else ""
     message = first["msg"].removeprefix("Value error, ")
     return InputError(f"{'.'.join(location) or cls.__name__}: {message}{found}{where}")
 
 
 def _config_at(cls: type[Config], location: list[str]) -> type[Config]:
-    """Follow a location through nested settings; a number is a place in a tuple of them."""
+    """Return the settings class at a location; numbers are indices of tuples."""
     for name in location:
         if not name.isdigit():
             annotation = cls.model_fields[name].annotation

@@ -24,7 +24,7 @@ from robustfpd.data.transforms import centre_crop
 from robustfpd.errors import InputError, MissingDataError, first_line
 
 UNREADABLE = (RuntimeError, OSError, ValueError, EOFError, TypeError, LookupError, AssertionError)
-"""What torchvision raises on files that are not whole, or cannot be fetched."""
+"""Errors of torchvision on incomplete files and failed downloads."""
 
 Pair = tuple[Tensor, Tensor]
 """Images N×C×H×W uint8 and labels N."""
@@ -32,102 +32,88 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Arrays:
-    """How to read a data set of torchvision's: its class, the choice of its parts, and their tensors."""
+    """Reader of a torchvision data set: its class, the arguments for each part, and the function to tensors."""
 
     class_name: str
-    choices: tuple[dict[str, Any], dict[str, Any]]
+    parts: tuple[dict[str, Any], dict[str, Any]]
     tensors: Callable[[Any], Pair]
 
-    def __call__(self, described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
-        """Read the training and the test part."""
-        train, test = self._read(described, config)
-        return sized(train, test, described, config, on_progress)
-
-    def _read(self, described: DatasetInfo, config: DataConfig) -> tuple[Pair, Pair]:
-        import torchvision.datasets
-
-        kind = getattr(torchvision.datasets, self.class_name)
+    def __call__(self, dataset: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
+        """Read the training and the test images."""
         root = Path(config.root).expanduser()
-        place = root / described.files[0]
-        if not config.download and not place.exists():
+        path = root / dataset.files[0]
+        if not config.download and not path.exists():
             raise MissingDataError(
-                f"{described.name} is not there: looked in {place.absolute()}; add --download to fetch it, "
-                f"or give the folder that holds {Path(described.files[0]).parts[0]} as --data-root"
+                f"{dataset.name} is not there: looked in {path.absolute()}; add --download to fetch it, "
+                f"or give the folder that holds {Path(dataset.files[0]).parts[0]} as --data-root"
             )
         try:
             with exclusive_lock(root / f".{self.class_name}.lock") if config.download else nullcontext():
-                train, test = self._fetched(kind, root, place, config.download)
+                train, test = self._read(root, path, config.download)
         except UNREADABLE as error:
-            what = "could not be fetched into" if config.download else "is incomplete or damaged in"
-            remedy = "delete that folder and add" if place.is_dir() else "add"
+            problem = "could not be fetched into" if config.download else "is incomplete or damaged in"
+            folder, fix = (path, "delete that folder and add") if path.is_dir() else (root, "add")
             raise MissingDataError(
-                f"{described.name} {what} {(place if place.is_dir() else root).absolute()} ({first_line(error)}); "
-                f"{remedy} --download to fetch it anew"
+                f"{dataset.name} {problem} {folder.absolute()} ({first_line(error)}); {fix} --download to fetch it anew"
             ) from None
         for images, labels in (train, test):
-            _check(images, labels, described, place)
-        return train, test
+            _check(images, labels, dataset, path)
+        return resized(train, test, dataset, config, on_progress)
 
-    def _fetched(self, kind: Any, root: Path, place: Path, download: bool) -> list[Pair]:
-        """Both parts; torchvision knows no checksum of unpacked files, so a folder it cannot read is fetched anew."""
+    def _read(self, root: Path, path: Path, download: bool) -> list[Pair]:
+        """Read both parts; torchvision has no checksum of unpacked files, so download an unreadable folder again."""
+        import torchvision.datasets
 
         def read() -> list[Pair]:
-            return [self.tensors(kind(root, **choice, download=download)) for choice in self.choices]
+            dataset = getattr(torchvision.datasets, self.class_name)
+            return [self.tensors(dataset(root, **part, download=download)) for part in self.parts]
 
         try:
             return read()
         except UNREADABLE:
-            if not download or not place.is_dir():
+            if not download or not path.is_dir():
                 raise
-        aside = move_aside(place)
+        aside = move_aside(path)
         try:
             return read()
         except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            aside.rename(place)
+            shutil.rmtree(path, ignore_errors=True)
+            aside.rename(path)
             raise
 
 
-def read_digits(described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
-    """Read scikit-learn's digits; a fifth of them tests."""
+def read_digits(dataset: DatasetInfo, config: DataConfig, on_progress: OnProgress | None) -> Parts:
+    """Read scikit-learn's digits and split off a fifth as the test set."""
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
     images = torch.from_numpy(bundle.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)  # N 1 8 8
     labels = torch.from_numpy(bundle.target).long()
     train, test = stratified(labels, 0.2, 0, "test")  # no setting moves test images into training
-    return sized(
-        (images[train], labels[train]), (images[test], labels[test]), described, config, on_progress
-    )  # fmt: skip
+    return resized((images[train], labels[train]), (images[test], labels[test]), dataset, config, on_progress)
 
 
-def sized(
-    train: Pair, test: Pair, described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None
+def resized(
+    train: Pair, test: Pair, dataset: DatasetInfo, config: DataConfig, on_progress: OnProgress | None
 ) -> Parts:  # fmt: skip
-    """Resize both parts once where another size is to be stored, and keep them in the cache."""
-    seen, size = described.seen(config), described.stored_size(config)
+    """Return both parts at the stored size; images of another size are resized once and cached."""
+    seen, size = dataset.seen(config), dataset.stored_size(config)
 
-    def stored(images: Tensor, labels: Tensor) -> ImageSet:
+    def resize(images: Tensor, labels: Tensor) -> ImageSet:
         if images.shape[2:] != size:
-            images = _resized(images, size, described, config, on_progress)
+            source = {"sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "torch": torch.__version__}
+            shape = (len(images), images.shape[1], *size)
+            with decoding_progress(dataset.name, on_progress) as show:
+                images = cached_images(
+                    images_folder(config.cache), dataset.name, source, shape, lambda: _resize(images, size), show
+                ).images
         return ImageSet(images, labels, seen.in_channels, seen.image_size)
 
-    return Parts(seen, stored(*train), stored(*test))
+    return Parts(seen, resize(*train), resize(*test))
 
 
-def _resized(
-    images: Tensor, size: tuple[int, int], described: DatasetInfo, config: DataConfig, on_progress: OnProgress | None
-) -> Tensor:  # fmt: skip
-    source = {"sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "torch": torch.__version__}
-    with decoding_progress(described.name, on_progress) as show:
-        return cached_images(
-            images_folder(config.cache), described.name, source, (len(images), images.shape[1], *size),
-            lambda: _pictures(images, size), show,
-        ).images  # fmt: skip
-
-
-def _pictures(images: Tensor, size: tuple[int, int]) -> Iterator[Pixels]:
-    """Resize until `size` is just covered (bilinear, antialiased) and crop the centre, as files are."""
+def _resize(images: Tensor, size: tuple[int, int]) -> Iterator[Pixels]:
+    """Resize until `size` is just covered (bilinear, antialiased) and crop the centre, as for image files."""
     from torchvision.transforms.v2.functional import resize  # type: ignore[attr-defined]
 
     covered = list(covering(images.shape[2], images.shape[3], size))
@@ -135,13 +121,13 @@ def _pictures(images: Tensor, size: tuple[int, int]) -> Iterator[Pixels]:
         yield from centre_crop(resize(chunk, covered, antialias=True), size).contiguous().numpy()
 
 
-def _check(images: Tensor, labels: Tensor, described: DatasetInfo, place: Path) -> None:
-    if images.shape[1:] != (described.in_channels, *described.image_size) or len(images) != len(labels):
-        raise InputError(f"{described.name} in {place.absolute()} has shape {tuple(images.shape)}")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < described.num_classes:
+def _check(images: Tensor, labels: Tensor, dataset: DatasetInfo, path: Path) -> None:
+    if images.shape[1:] != (dataset.in_channels, *dataset.image_size) or len(images) != len(labels):
+        raise InputError(f"{dataset.name} in {path.absolute()} has shape {tuple(images.shape)}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
         raise InputError(
-            f"{described.name} in {place.absolute()} has labels {int(labels.min())} to {int(labels.max())}, "
-            f"not 0 to {described.num_classes - 1}"
+            f"{dataset.name} in {path.absolute()} has labels {int(labels.min())} to {int(labels.max())}, "
+            f"not 0 to {dataset.num_classes - 1}"
         )
 
 
@@ -157,8 +143,11 @@ def _cifar(part: Any) -> Pair:  # N H W C
     return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
 
 
-_FLAGS = ({"train": True}, {"train": False})
-MNIST = Arrays("MNIST", _FLAGS, _grey)
-FASHION_MNIST = Arrays("FashionMNIST", _FLAGS, _grey)
-SVHN = Arrays("SVHN", ({"split": "train"}, {"split": "test"}), _svhn)
-CIFAR10 = Arrays("CIFAR10", _FLAGS, _cifar)
+_TRAIN_TEST = ({"train": True}, {"train": False})
+READERS: dict[str, Callable[[DatasetInfo, DataConfig, OnProgress | None], Parts]] = {
+    "digits": read_digits,
+    "mnist": Arrays("MNIST", _TRAIN_TEST, _grey),
+    "fashion_mnist": Arrays("FashionMNIST", _TRAIN_TEST, _grey),
+    "svhn": Arrays("SVHN", ({"split": "train"}, {"split": "test"}), _svhn),
+    "cifar10": Arrays("CIFAR10", _TRAIN_TEST, _cifar),
+}

@@ -19,17 +19,17 @@ from robustfpd.errors import InputError
 class ImageSet:
     """Images as uint8 and their labels, on the CPU, with the channels and the size that the network sees.
 
-    What `take` returns shares the stored images, so that a split of a memory-mapped file costs no memory.
+    `take` shares the stored images, so that a split of a memory-mapped file costs no memory.
 
     Args:
         images: N×C0×H0×W0 uint8, as stored; may be memory-mapped.
         labels: N int64.
-        channels: what the network sees; 3 repeats grey images, None takes the stored ones.
-        size: height and width of the centre crop that the network sees; None takes the stored ones.
-        rows: which of the stored images these are, one for each label; None takes all.
+        channels: channels that the network sees; 3 repeats grey images, None takes the stored ones.
+        size: height and width of the centre crop that the network sees; None takes the stored size.
+        rows: indices into `images`, one for each label; None takes all.
 
     Raises:
-        InputError: channels or a size that cannot be made of the stored ones.
+        InputError: channels or a size that the stored images do not have.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ImageSet:
 
     @property
     def images(self) -> Tensor:
-        """Images N×C0×H0×W0 uint8 as stored; of a part that `take` made, a copy."""
+        """Images N×C0×H0×W0 uint8 as stored; a copy in a subset that `take` returned."""
         if self._rows is None:
             return self._stored
         copy = self._stored[self._rows]
@@ -69,17 +69,17 @@ class ImageSet:
         return self._stored.shape[2], self._stored.shape[3]
 
     def take(self, indices: Tensor) -> ImageSet:
-        """The images at `indices`."""
+        """Return the images at `indices`."""
         rows = indices if self._rows is None else self._rows[indices]
         return ImageSet(self._stored, self.labels[indices], self.channels, self.size, rows=rows)
 
     def floats(self, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images as the network sees them, N×C×H×W float32 in [0, 1], and labels; of all, or those at `indices`."""
+        """Return images N×C×H×W float32 in [0, 1] as the network sees them, and labels; all, or those at `indices`."""
         part = self if indices is None else self.take(indices)
         return as_seen(part.images, self.channels, self.size), part.labels
 
     def digest(self) -> str:
-        """SHA-256 of the images as the network sees them, in 8 bits, and of the labels."""
+        """Return the SHA-256 of the uint8 images as the network sees them, and of the labels."""
         digest = hashlib.sha256()
         for rows in torch.split(torch.arange(len(self)), 1024):  # a memory-mapped set may be larger than memory
             seen = centre_crop(self.take(rows).images, self.size)
@@ -101,12 +101,12 @@ def batches(
     """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
 
     Args:
-        data: the images, uint8 on the CPU; they travel as uint8 and become floats on the device.
-        batch_size: images a batch.
-        device: where the batches are wanted.
-        generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all.
-        cropped: whether images come at the network's size, or at the stored one, for `augment` to crop them. None:
-            at the network's size unless they are shuffled.
+        data: the images, uint8 on the CPU; they are copied as uint8 and converted to floats on the device.
+        batch_size: number of images in a batch.
+        device: device of the batches.
+        generator: shuffles, and drops the incomplete last batch (training); None keeps the order and all images.
+        cropped: whether images have the network's size, or the stored one, for `augment` to crop them. None: the
+            network's size unless they are shuffled.
         group: the ranks that share each batch; only this rank's images are read.
     """
     count = len(data)
@@ -126,7 +126,7 @@ def batches_per_epoch(count: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a data set holds."""
+    """Description of a data set."""
 
     name: str
     num_classes: int
@@ -137,7 +137,7 @@ class DatasetInfo:
     """Empty if they depend on the files."""
     description: str
     files: tuple[str, ...] = ()
-    """Its paths below the data root."""
+    """Its files and folders, relative to the data root."""
     download: str = ""
     """Size of the download."""
 
@@ -147,16 +147,16 @@ class DatasetInfo:
         return TaskConfig(num_classes=self.num_classes, in_channels=self.in_channels, image_size=self.image_size)
 
     def seen(self, config: DataConfig) -> DatasetInfo:
-        """The same data set as a network sees it under `config`; channels that cannot be had are an InputError."""
+        """Return the data set with the channels and the size of `config`; fewer channels are an InputError."""
         channels = config.channels or self.in_channels
         if channels < self.in_channels:
             raise InputError(
-                f"data.channels: {self.name} has RGB images, which are not shown as grey ones; leave it out, or give 3"
+                f"data.channels: {self.name} has RGB images, which cannot be converted to grey; leave it out, or give 3"
             )
         return replace(self, in_channels=channels, image_size=config.image_size or self.image_size)
 
     def stored_size(self, config: DataConfig) -> tuple[int, int]:
-        """Height and width of the images in memory; an InputError where the network's do not fit in."""
+        """Return height and width of the stored images; smaller ones than the network's are an InputError."""
         seen = config.image_size or self.image_size
         stored = config.stored_size or seen
         if stored[0] < seen[0] or stored[1] < seen[1]:
@@ -169,10 +169,10 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Parts:
-    """A data set as read: all images to train with, and the test images."""
+    """Training images, before validation images are held out, and test images."""
 
     info: DatasetInfo
     train: ImageSet
     test: ImageSet
     skipped: tuple[str, ...] = ()
-    """Files that cannot be decoded and were left out, below the data set's folder."""
+    """Files that cannot be decoded, relative to the data set's folder."""

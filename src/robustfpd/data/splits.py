@@ -1,4 +1,4 @@
-"""Which images train, validate and test."""
+"""Splits of the labelled images into training, validation and test sets."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def in_file_order(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     first, second = [], []
     for label in sorted(set(labels.tolist())):
         members = torch.nonzero(labels == label).flatten()
-        trained = _whole(len(members) * (1 - fraction))
-        first.append(members[:trained])
-        second.append(members[trained : trained + _whole(len(members) * fraction)])
+        count = _floor(len(members) * (1 - fraction))
+        first.append(members[:count])
+        second.append(members[count : count + _floor(len(members) * fraction)])
     return torch.cat(first).sort().values, torch.cat(second).sort().values
 
 
@@ -58,14 +58,14 @@ def train_and_test(labels: Tensor, class_names: Sequence[str], config: DataConfi
     for name, part in (("training", train), ("test", test)):
         counts = torch.bincount(labels[part], minlength=len(class_names))
         if not int(counts.min()):
-            short = int(counts.argmin())
+            label = int(counts.argmin())
             raise InputError(
-                f"class {class_names[short]!r} has {int((labels == short).sum())} images, too few for a {name} image "
+                f"class {class_names[label]!r} has {int((labels == label).sum())} images, too few for a {name} image "
                 f"with data.test_fraction={config.test_fraction:g}; add images, or change data.test_fraction"
             )
     return train, test
 
 
-def _whole(count: float) -> int:
-    """Rounded down, but not for an error of floats: 10 * (1 - 0.9) is one image."""
+def _floor(count: float) -> int:
+    """Round down, after removing rounding errors: 10 * (1 - 0.9) is one image."""
     return int(round(count, 6))

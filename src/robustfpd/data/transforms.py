@@ -18,37 +18,35 @@ from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 ASPECTS = (3 / 4, 4 / 3)
 """Aspect ratios (width / height) of random crops."""
 ATTEMPTS = 10
-"""Crops drawn for an image until one fits into it."""
+"""Random crops drawn for each image; the first that fits is used."""
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in the grey picture, as torchvision has them."""
+"""Weights of red, green and blue in the grey image, as in torchvision."""
 
 
 def augment(
     images: Tensor, config: AugmentConfig, generator: torch.Generator, *, size: tuple[int, int] | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:  # fmt: skip
-    """Crop, rotate, shift, mirror, brighten images and change their contrast at random.
+    """Randomly crop, rotate, shift and flip images, and change their brightness and contrast.
 
-    The geometry is one interpolation from the images to the result. Its steps, in torchvision's terms:
-    RandomResizedCrop to the images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip,
-    CenterCrop to `size`.
+    The geometric transform is a single interpolation. Its steps, in torchvision's terms: RandomResizedCrop to the
+    images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip, CenterCrop to `size`.
 
     Args:
         images: N×C×H0×W0 in [0, 1].
-        config: how much of each.
-        generator: source of the draws.
+        config: range of each transform.
+        generator: source of the random numbers.
         size: height and width of the result; None keeps the images' own.
-        group: the ranks that share the batch; numbers are drawn for all of it and kept for this rank's `images`.
+        group: the ranks that share the batch; numbers are drawn for the batch of all ranks.
 
     Returns:
-        N×C×H×W in [0, 1]; where a picture moves in from outside, black. Without geometry, the centre crop itself.
+        N×C×H×W in [0, 1]; pixels from outside the image are black. Without a geometric transform, the centre crop.
     """
     n = len(images)
     size = size or (images.shape[-2], images.shape[-1])
 
     def draw() -> Tensor:  # N numbers in [-1, 1)
-        drawn = torch.rand(group.world_size * n, generator=generator, device=generator.device)
-        return drawn[group.batch_shard].to(images.device).mul(2).sub(1)
+        return uniform_like(images[:, 0, 0, 0], generator, group)
 
     if config.rotation or config.translation or config.flip or config.crop < 1:
         angle = draw() * math.radians(config.rotation)
@@ -66,10 +64,10 @@ def augment(
 
 
 def _crops(draw: Callable[[], Tensor], smallest: float, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Draw a crop per image: its extent and its middle, N×2 (x, y) in grid units.
+    """Draw a crop for each image; return extents and centres, N×2 (x, y) in grid units.
 
-    As in torchvision, area and logarithm of the aspect ratio are uniform among the crops that fit; an image for which
-    none of `ATTEMPTS` did is cropped to the nearest aspect ratio only.
+    As in torchvision, area and logarithm of the aspect ratio are uniform among the crops that fit; if none of
+    `ATTEMPTS` fits, an image is cropped to the nearest aspect ratio.
     """
     low, high = math.log(ASPECTS[0]), math.log(ASPECTS[1])
     area = torch.stack([draw() for _ in range(ATTEMPTS)]).add(1).mul((1 - smallest) / 2).add(smallest)
@@ -90,36 +88,30 @@ def _affine(
 ) -> Tensor:  # fmt: skip
     """Rotate by `angle` in radians, mirror where `mirror` is -1, shift by grid units (N×2).
 
-    The rotated picture is the crop `box` (extent and middle), shrunk with `expand` until all of it is in view; the
-    result is the centre crop to `size`.
+    The transform applies to the crop `box` (extents and centres); with `expand` the rotated image is shrunk until it
+    fits. The result is the centre crop to `size`.
     """
     height, width = images.shape[-2:]
     size = size or (height, width)
     aspect = height / width  # the grid is square; rotate in pixels
     cos, sin = angle.cos(), angle.sin()
-    zoom_x = cos.abs() + aspect * sin.abs() if expand else 1.0  # sides of the turned picture's frame, in the picture's
+    zoom_x = cos.abs() + aspect * sin.abs() if expand else 1.0  # frame of the rotated image in units of the image
     zoom_y = cos.abs() + sin.abs() / aspect if expand else 1.0
     seen_x, seen_y = zoom_x * (size[1] / width), zoom_y * (size[0] / height)
-    # Where an odd margin is cropped, the middle of what is left lies half a pixel beside the picture's.
-    aside_x = zoom_x * ((2 * margin(width, size[1]) + size[1] - width) / width)
-    aside_y = zoom_y * ((2 * margin(height, size[0]) + size[0] - height) / height)
-    rows = [
-        [mirror * cos, -sin * aspect, shift[:, 0]],
-        [mirror * sin / aspect, cos, shift[:, 1]],
-    ]
-    rows = [[x * seen_x, y * seen_y, by + x * aside_x + y * aside_y] for x, y, by in rows]
+    # After an odd margin, the centre of the crop lies half a pixel beside the image's.
+    offset_x = zoom_x * ((2 * margin(width, size[1]) + size[1] - width) / width)
+    offset_y = zoom_y * ((2 * margin(height, size[0]) + size[0] - height) / height)
+    rows = [[mirror * cos, -sin * aspect, shift[:, 0]], [mirror * sin / aspect, cos, shift[:, 1]]]
+    rows = [[x * seen_x, y * seen_y, by + x * offset_x + y * offset_y] for x, y, by in rows]
     if box is not None:
-        (extent, middle) = box
-        rows = [
-            [v * extent[:, i] for v in row[:2]] + [row[2] * extent[:, i] + middle[:, i]] for i, row in enumerate(rows)
-        ]
+        rows = [[x * e, y * e, by * e + c] for (x, y, by), e, c in zip(rows, box[0].T, box[1].T, strict=True)]
     theta = torch.stack([v for row in rows for v in row], dim=1).reshape(-1, 2, 3)
     grid = F.affine_grid(theta, [*images.shape[:2], *size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply each picture's differences to the mean of its grey picture by its factor."""
+    """Scale each image's differences from the mean of its grey image by its factor."""
     grey = images
     if images.shape[1] == len(LUMA):
         grey = (images * images.new_tensor(LUMA).reshape(1, -1, 1, 1)).sum(dim=1, keepdim=True)
@@ -130,7 +122,7 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
 def uniform_like(images: Tensor, generator: torch.Generator, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Draw uniform numbers in [-1, 1), shaped like `images`, from a generator on any device.
 
-    Each of several ranks draws for the whole batch, so that an image gets the same numbers as in one process.
+    Every rank draws for the batch of all ranks, so that an image gets the same numbers as in a single process.
     """
     shape = (group.world_size * len(images), *images.shape[1:])
     draws = torch.rand(shape, generator=generator, device=generator.device, dtype=images.dtype)
@@ -151,13 +143,13 @@ def add_uniform_noise(
         group: the ranks that share the batch, of which `images` are this rank's part.
 
     Returns:
-        Noisy images, not clipped: clipping would make noise at black and white pixels one-sided.
+        Noisy images, not clipped: clipping would make the noise at black and white pixels one-sided.
     """
     return images + eps * unit * uniform_like(images, generator, group) if eps > 0 else images
 
 
 def as_seen(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Turn stored images N×C0×H0×W0 uint8 into the network's N×C×H×W float32 in [0, 1]: cropped, grey repeated."""
+    """Convert stored images N×C0×H0×W0 uint8 to the network's N×C×H×W float32 in [0, 1]; repeat grey channels."""
     seen = centre_crop(images, size).float().div_(255)
     return seen if seen.shape[1] == channels else seen.repeat(1, channels, 1, 1)
 
@@ -169,6 +161,6 @@ def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def margin(whole: int, part: int) -> int:
-    """Pixels before the middle `part` of a side; an odd number is halved as torchvision does, to the even side."""
-    return round((whole - part) / 2)
+def margin(side: int, crop: int) -> int:
+    """Return the pixels before a centre crop of a side, rounded as in torchvision."""
+    return round((side - crop) / 2)
