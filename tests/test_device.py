@@ -43,7 +43,7 @@ def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("cdua", "unknown device 'cdua'; did you mean 'cuda'"), ("cuda:x", "one of several as cuda:1; found 'cuda:x'"),
+    ("cdua", "unknown device 'cdua'; did you mean 'cuda'"), ("cuda:x", "an index as in cuda:1; found 'cuda:x'"),
 ])  # fmt: skip
 def test_other_names_are_refused(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -18,20 +18,20 @@ BF16_CAPABILITY = (8, 0)
 
 
 def check_device_name(name: str) -> None:
-    """Raise an InputError unless `name` is auto, cpu, cuda, mps, or one of several such as cuda:1; needs no torch."""
+    """Raise an InputError unless `name` is auto, cpu, cuda, mps, or one with an index as in cuda:1."""
     kind, separator, index = name.partition(":")
     if kind not in DEVICES:
         raise unknown_name("device", kind, DEVICES)
     if separator and not index.isdecimal():
-        raise InputError(f"device takes {', '.join(DEVICES)}, or one of several as cuda:1; found {name!r}")
+        raise InputError(f"device takes {', '.join(DEVICES)}, or an index as in cuda:1; found {name!r}")
 
 
 def device_name(name: str = "auto", world_size: int = 1) -> str:
     """Return `name`, or for `auto` the best device type here: cuda, then mps, then cpu.
 
     Args:
-        name: `auto`, `cpu`, `cuda`, `mps`, or one of several (`cuda:1`).
-        world_size: number of ranks; more than one run on cuda or cpu, each on the GPU of its local rank.
+        name: `auto`, `cpu`, `cuda`, `mps`, or one with an index (`cuda:1`).
+        world_size: number of ranks; several ranks run on cpu, or on cuda, each on the GPU of its local rank.
 
     Raises:
         InputError: an unknown device, or one that several ranks cannot use.
@@ -55,15 +55,14 @@ def resolve_device(name: str = "auto", world_size: int = 1) -> torch.device:
     """Return the device that `device_name` gives, after a test allocation on it.
 
     Raises:
-        InputError: as `device_name`, or the device does not work here.
+        InputError: as for `device_name`, or the allocation fails.
     """
     import torch
 
+    chosen = device_name(name, world_size)
     try:
-        device = torch.device(device_name(name, world_size))
+        device = torch.device(chosen)
         torch.zeros(1, device=device).item()
-    except InputError:
-        raise
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {name!r} cannot be used here ({first_line(error)}); use --device cpu, or leave it out"
@@ -85,7 +84,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16: AMX or AVX512-BF16 on CPUs, tensor cores on GPUs."""
+    """Return whether a device multiplies bfloat16 in hardware: AMX, AVX512-BF16 or tensor cores."""
     import torch
 
     if device.type == "cpu":

@@ -48,13 +48,9 @@ def images_folder(chosen: str | Path | None) -> Path:
 
 
 def cached_images(
-    folder: Path,
-    dataset: str,
-    source: Mapping[str, Any],
-    shape: tuple[int, int, int, int],
-    pictures: Callable[[], Iterator[Pixels | str]],
-    on_progress: OnProgress,
-) -> CachedImages:
+    folder: Path, dataset: str, source: Mapping[str, Any], shape: tuple[int, int, int, int],
+    pictures: Callable[[], Iterator[Pixels | str]], on_progress: OnProgress,
+) -> CachedImages:  # fmt: skip
     """Return the images that `source` identifies; decode and cache them first if necessary.
 
     Args:
@@ -154,8 +150,6 @@ def release_pages(data: Tensor) -> None:
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of decoded images and the total."""
-PROGRESS_DELAY = 2.0
-"""Seconds before the progress bar appears; most data sets take less."""
 
 
 @contextmanager
@@ -173,7 +167,7 @@ def decoding_progress(title: str, on_progress: OnProgress | None) -> Iterator[On
     begin = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        if time.monotonic() - begin > PROGRESS_DELAY:
+        if time.monotonic() - begin > 2:  # seconds; most data sets take less
             bar.start()  # no effect after the first call
         bar.update(task, completed=done, total=total)
 

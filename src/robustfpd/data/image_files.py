@@ -126,7 +126,7 @@ def _rotation(file: Image.Image) -> Image.Transpose | None:
     """Return the transposition to the upright image; None for damaged EXIF data. Pillow itself rotates TIFFs."""
     if file.format != "TIFF":
         with suppress(Exception):
-            return _ROTATIONS.get(file.getexif().get(ExifTags.Base.Orientation))
+            return _ROTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
 

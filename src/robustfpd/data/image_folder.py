@@ -18,8 +18,6 @@ from robustfpd.data.image_set import DatasetInfo, ImageSet, Parts
 from robustfpd.data.splits import train_and_test
 from robustfpd.errors import InputError, MissingDataError, first_line
 
-TEST_FOLDERS = ("test", "val", "validation")
-"""Names of the test set's folder beside `train`; the first that exists is used."""
 NAMED = 3
 """Number of bad files that a warning names."""
 
@@ -48,7 +46,7 @@ def folder_listing(dataset: DatasetInfo, config: DataConfig) -> Listing:
     if not train.is_dir() or not class_folders(train):
         return list_images(root, class_folders(root))
     listing = list_images(root, class_folders(train), "train/")
-    test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    test = next((name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if test is None:
         return listing
     unknown = sorted(set(class_folders(root / test)) - set(listing.class_names))

@@ -90,14 +90,9 @@ class ImageSet:
 
 
 def batches(
-    data: ImageSet,
-    batch_size: int,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-    *,
-    cropped: bool | None = None,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    data: ImageSet, batch_size: int, device: torch.device, generator: torch.Generator | None = None, *,
+    cropped: bool | None = None, group: ProcessGroup = SINGLE_PROCESS,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images N×C×H×W float32 in [0, 1], labels N) on `device`, with the channels that the network sees.
 
     Args:
