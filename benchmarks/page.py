@@ -11,41 +11,42 @@ HEAD = """\
 # Benchmarks
 
 Cost of the FPD relative to its undefended baseline, and of our attacks relative to other libraries'. `make bench`
-measures it and makes this page; `python -m benchmarks --only attacks` measures a part.
+runs the benchmarks and writes this page; `python -m benchmarks --only attacks` runs a part of them.
 
-Implementations of a workload run in one process and take turns, round by round, in an order that rotates, after a
-warm-up. A ratio is taken within each round; tables show its median and quartiles over the rounds, and a bar applies to
-the median. Absolute times depend on the machine and are stored in the JSON only (`results/benchmark`).
+After a warm-up, the implementations of a workload run alternately in one process, in rotating order. Ratios are computed
+within each round; tables show their median and quartiles over the rounds, and a bar applies to the median. Absolute
+times depend on the machine and are stored in the JSON only (`results/benchmark`).
 """
 
 SECTIONS = {
     "model": (
         "FPD relative to its undefended baseline",
         "The baseline is the same backbone without the defence, on the same random batch. Inference is "
-        "`model.classifier()` in inference mode. A training step is that of real training: forward, backward, gradient "
-        "clipping, Adam; the gate is open, so that both phases run. fp32 is compared with the same step under bfloat16 "
-        "autocast. The fraction of the matmul peak is the step's operations per second over those of one large matrix "
-        "product, which runs in turns with it. Peak memory is of three steps in a process of its own, above a process "
-        "without the network: weights, gradients, optimizer state, activations.",
+        "`model.classifier()` in inference mode. A training step consists of forward, backward, gradient clipping "
+        "and Adam; the gate is open, so that both phases run. fp32 is compared with the same step under bfloat16 "
+        "autocast. The fraction of the matmul peak is the step's operations per second divided by those of one "
+        "large matrix product, measured in alternation with it. Peak memory is measured over three steps in a "
+        "separate process, relative to a process without the network: weights, gradients, optimizer state, "
+        "activations.",
     ),
     "attacks": (
         "Gradient attacks",
-        "All attack the same images of the same frozen network from one random start, with the same steps, radius and "
-        "loss; no PGD stops early. Times are relative to `bare passes`: as many forward and backward passes to the "
-        "input as our PGD makes, and nothing else (for APGD, a pass of every image at its start and at every step). "
-        "Each cell also has the remaining accuracy, which shows whether a faster attack is a weaker one, and the "
-        "forward and backward passes per image.",
+        "All implementations attack the same images and the same frozen network from one random start, with the "
+        "same steps, radius and loss; no PGD stops early. Times are relative to `bare passes`: the forward and "
+        "backward passes of our PGD alone (for APGD, a pass of every image at its start and at every step). Each "
+        "cell also shows the robust accuracy, because a faster attack may be weaker, and the forward and backward "
+        "passes per image.",
     ),
     "suite": (
         "A whole suite",
-        "`rf.evaluate(suite=…)`, checks included, against FGSM and PGD-20 of foolbox and the members of AutoAttack "
-        "(pyautoattack), each on every image. Ours attacks an image until it is misclassified, and skips images that "
-        "are far from it.",
+        "`rf.evaluate(suite=…)`, checks included, compared with FGSM and PGD-20 of foolbox and the members of "
+        "AutoAttack (pyautoattack), each on every image. robustfpd attacks an image until it is misclassified, and "
+        "skips images that are far from the decision boundary.",
     ),
     "scaling": (
         "Scaling",
-        "An evaluation of N images, and of the same images repeated four times. The import is that of `robustfpd` "
-        "alone in a new interpreter.",
+        "An evaluation of N images, and of the same images repeated four times. The import time is that of "
+        "`robustfpd` alone in a new interpreter.",
     ),
 }
 """Parts of the benchmark in the order in which they run: title and description."""
@@ -157,7 +158,7 @@ def _implementation_table(workloads: Sequence[Workload]) -> str:
         lines.append(f"| {' | '.join([name, *cells])} |")
     first = workloads[0]
     relative = f"time relative to {first.reference}; " if first.reference else ""
-    return f"\n**{first.group}** ({relative}remaining accuracy; passes)\n\n" + "\n".join(lines) + "\n"
+    return f"\n**{first.group}** ({relative}robust accuracy; passes)\n\n" + "\n".join(lines) + "\n"
 
 
 def _cell(entry: ImplementationResult | None) -> str:

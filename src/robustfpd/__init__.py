@@ -1,4 +1,4 @@
-"""robustfpd: a Feature Pyramid Decoder around any block-based CNN, trained, attacked and measured.
+"""robustfpd: evaluate the robustness of image classifiers, and defend them with a Feature Pyramid Decoder.
 
     import robustfpd as rf
 

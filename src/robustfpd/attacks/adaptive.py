@@ -1,4 +1,4 @@
-"""Adaptive attacks: views of a classifier that an attacker who knows the defence differentiates instead of it.
+"""Adaptive attacks: views of a classifier, which attacks that account for the defence differentiate instead of it.
 
 Athalye et al., "Obfuscated Gradients", ICML 2018; Carlini et al., "On Evaluating Adversarial Robustness", 2019;
 Tramèr et al., "On Adaptive Attacks", NeurIPS 2020. An adversarial example found on a view counts only if the

@@ -79,7 +79,7 @@ class Output:
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Which images; by default those of the run."""
+    """Which images to use; default those of the run."""
 
     dataset: Annotated[str | None, NO_DEFAULT] = None
     """Images of this data set instead of the run's (see `robustfpd datasets`)."""

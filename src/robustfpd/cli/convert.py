@@ -20,7 +20,7 @@ def convert(
     std: tuple[float, ...] = (),
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Convert a checkpoint of the authors to a saved model, without running code that the file may hold.
+    """Convert one of the authors' checkpoints to a saved model, without executing code from the file.
 
     For example `robustfpd convert bestmodel_params.pkl svhn-published`, or
     `robustfpd convert caltech.pkl out --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225`.
@@ -28,9 +28,9 @@ def convert(
     Args:
         published: bestmodel_params.pkl or one of its siblings, ResNet or ResNeXt of any depth.
         folder: a new or empty folder for the model.
-        image_size: height and width in pixels that the model states; default 64 for 10 classes, else 224, as published.
-        mean: per-channel mean that the authors subtracted before the network; the model then does it itself. The
-            second example has CALTECH's.
+        image_size: height and width of the images in pixels; default 64 for 10 classes, else 224, as published.
+        mean: per-channel mean that the authors subtracted in the data loader; the model then subtracts it. The second
+            example has the values of CALTECH.
         std: per-channel standard deviation that they divided by.
         output: text and tables, one JSON object, or nothing.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def datasets(
     data_root: Path = Path("data"), cache: Path | None = None, output: Output = Output()  # noqa: B008
 ) -> None:  # fmt: skip
-    """List the data sets: which are here, their images and classes, and how to download the others.
+    """List the data sets, their images and classes, and how to download the missing ones.
 
     For example `robustfpd datasets`, or `robustfpd datasets --data-root /data`.
 

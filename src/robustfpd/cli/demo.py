@@ -42,11 +42,11 @@ TRAINING_PART = 0.7
 def demo(
     out: Path = Path("runs/demo"), seed: int = 0, epochs: int | None = None, output: Output = Output()  # noqa: B008
 ) -> None:  # fmt: skip
-    """Train an FPD and its undefended baselines on 1,797 real digits, attack them all, write a report.
+    """Train an FPD and two undefended baselines on 1,797 handwritten digits, attack them, and write a report.
 
-    The baselines are the same backbone without the defence, trained for the same number of optimiser steps:
-    one with the same noise, one without. White-box FGSM and PGD-40, on the FPD's pre-tanh logits as well.
-    The networks are trained and attacked in processes of their own, as many at once as there are cores.
+    The baselines are the same backbone without the defence, trained for the same number of optimizer steps:
+    one with the same noise, one without. The attacks are FGSM and PGD-40, on the FPD's pre-tanh logits as well.
+    The networks are trained and attacked in parallel processes, at most one per core.
 
     For example `robustfpd demo`, or `robustfpd demo --seed 1 --out runs/demo-1`.
 

@@ -68,7 +68,7 @@ def training_display(console: Console, title: str, heading: str | None = None) -
 
 @contextmanager
 def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObserver]:
-    """Show an evaluation: which attack runs at which radius, and how many images still stand."""
+    """Show an evaluation: which attack runs at which radius, and the number of survivors."""
     from robustfpd.evaluation import EvaluationObserver, EvaluationProgress
 
     with console.status(f"{title}: clean accuracy") as status:

@@ -33,16 +33,16 @@ def doctor(
     device: str = "auto",
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Check in seconds a model and its data for what would mislead an evaluation, and print how to fix it.
+    """Check a model and its data for problems that would invalidate an evaluation, and print a fix for each.
 
     For example `robustfpd doctor digits/mini-fpd`,
     or `robustfpd doctor --model mypackage.nets:make --dataset cifar10 --data-root data`.
 
     Images: range, normalisation, order of channels. Labels: range and order. Model: modes, logits or probabilities,
-    number of classes, randomness, dependence on the batch, gradients, speed. No attack is run. A check that another
-    fault would disturb is skipped until that is fixed.
+    number of classes, randomness, dependence on the batch, gradients, speed. No attack is run. A check is skipped
+    if it depends on another check that failed.
 
-    Exit code 3 if a check failed, 0 if checks are suspicious at most.
+    Exits with code 3 if a check failed, else with 0, also if checks are suspicious.
 
     Args:
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save

@@ -56,10 +56,10 @@ def evaluate(
     dry_run: bool = False,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Attack a classifier: clean and worst-case accuracy over eps with 95 % intervals, and whether to trust them.
+    """Attack a classifier; print clean and worst-case accuracy over eps with 95 % intervals, and a verdict.
 
-    Results are written as they come: repeat the command to resume an evaluation that was interrupted. Started by
-    torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, processes share the images.
+    Results are written during the evaluation: repeat the command to resume an interrupted evaluation. With
+    torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, the images are sharded.
 
     For example `robustfpd evaluate runs/digits-mini`, or `robustfpd evaluate runs/folder-mini --suite standard
     --dry-run`, or `robustfpd evaluate mnist/mini-fpd --eps 0.1 --data-root data`, or
@@ -74,23 +74,23 @@ def evaluate(
         suite: the attacks: quick, standard (AutoAttack and adaptive attacks), full, published, ...; default the
             recipe's.
         num_images: number of images; default the recipe's.
-        surrogate: networks that attacks are transferred from, named like run or model; the baseline of a network
-            that comes with robustfpd is one by default.
+        surrogate: networks from which attacks are transferred, given as for run or model; for a network that comes
+            with robustfpd, default its baseline.
         trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
             only for runs of your own.
         strict: exit with code 3 unless the verdict is `trusted`.
-        split: which images: validation are those held out of training, to choose settings by.
+        split: which images; choose settings on validation, the images held out of training.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
         images: which images, by default the run's.
         seed: seed of the choice of images and of the attacks; default the run's.
         every_attack: run every attack on every image, for an accuracy per attack; more expensive.
-        batch_size: images per forward pass; default a good one on a CPU, and on a GPU a block (at most 256). It is
+        batch_size: images per forward pass; default at most 64 on a CPU, a block (at most 256) on a GPU. It is
             halved when memory runs out.
-        search_precision: precision of the attacks' gradients; with bf16 successes are confirmed in fp32, but the number
-            to report is fp32's.
-        device: auto, cpu, cuda or mps; with several processes each uses a GPU of its own.
-        dry_run: print the attacks and the most time they take, from one timed batch; attack and write nothing.
+        search_precision: precision of the attacks' gradients; with bf16, adversarial examples are confirmed in fp32.
+            Report results of fp32.
+        device: auto, cpu, cuda or mps; with several processes each uses the GPU of its local rank.
+        dry_run: print the attacks and an upper bound of their time, from one timed batch; attack and write nothing.
         output: text and tables, one JSON object, or nothing.
     """
     from robustfpd.cli.common import check_settings, named_network, program

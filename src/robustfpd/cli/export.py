@@ -25,7 +25,7 @@ def export(
     trust_code: bool = False,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Write a network to one file that runs without robustfpd, and verify its outputs.
+    """Export a network to a single file that runs without robustfpd, and verify its outputs.
 
     For example `robustfpd export digits/mini-fpd --restored`,
     or `robustfpd export runs/folder-mini --format torch --out service/classifier.pt2`.
@@ -34,8 +34,8 @@ def export(
     network, to 1e-4, before it is written, and its metadata holds the classes, the version of robustfpd and the SHA-256
     of the weights.
 
-    ONNX needs `pip install 'robustfpd[export]'`. Load a torch program by torch.export.load(FILE).module(), which runs
-    code that a file of other origin may hold: load only files that you trust.
+    ONNX needs `pip install 'robustfpd[export]'`. Load a torch program with torch.export.load(FILE).module(). This can
+    execute code from the file: load only files that you trust.
 
     Args:
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save

@@ -16,7 +16,7 @@ DEFENCES = {"fpd": "FPD", "none": "no defence"}
 
 
 def models(output: Output = Output()) -> None:  # noqa: B008
-    """List the trained networks that come with robustfpd: the names that `robustfpd evaluate` and `rf.load` take.
+    """List the trained networks that come with robustfpd, whose names `robustfpd evaluate` and `rf.load` take.
 
     Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius.
 

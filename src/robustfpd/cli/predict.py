@@ -39,19 +39,19 @@ def predict(
     output: Output = Output(),  # noqa: B008
     device: str = "auto",
 ) -> None:
-    """Classify images: class, confidence, and how much restoration changed each.
+    """Classify images; print the class, the confidence, and how much restoration changed each image.
 
     For example `robustfpd predict digits/mini-fpd photo.png scans/`,
     or `robustfpd predict runs/folder-mini 'shots/**/*.jpg' --top 3 --restored cleaned --csv > predictions.csv`.
 
-    Images are prepared as in the run's data set: rotated as their EXIF data say, resized until they cover the network's
-    size, centre-cropped, without transparency. A network for grey images gets the luminance; one that learned white
-    digits on black needs such images. Of an animation the first frame is used.
+    Images are preprocessed as in training: rotated according to their EXIF data, resized until they cover the network's
+    size, centre-cropped, without transparency. A network for grey images gets the luminance; one trained on white
+    digits on black needs such images. Of an animation, the first frame is used.
 
-    Confidence is the softmax of the logits; of those before the tanh where the head has one, because after it ten
-    classes never exceed 45 %. It holds for clean images, and is no measure of robustness.
+    The confidence is the softmax of the logits, with a tanh head of the pre-tanh logits, because after tanh the softmax
+    of ten classes never exceeds 45 %. It applies to clean images and does not measure robustness.
 
-    Exits with 1 when some images could not be read (their rows say why), with 2 when no prediction was possible.
+    Exits with 1 if some images could not be read (their rows state why), with 2 if no prediction was possible.
 
     Args:
         run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save

@@ -24,12 +24,12 @@ def report(
     title: str | None = None,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Write evaluations as one page to read and send: report.html, with report.csv beside it.
+    """Write a self-contained HTML report of evaluations, report.html, and a CSV file, report.csv.
 
     For example `robustfpd report runs/digits-mini`,
     or `robustfpd report runs/mnist-mini runs/mnist-mini-baseline --suite standard`.
 
-    Several runs are compared side by side. The baseline is added where it was trained and evaluated too.
+    Several runs are compared side by side. A run's baseline is added if it was trained and evaluated.
 
     Args:
         runs: run folders, networks by name (see `robustfpd models`), folders of evaluations, or single records.

@@ -41,7 +41,7 @@ def train(
     dry_run: bool = False,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Train a recipe's network in two phases, then adversarially if asked, and keep each stage's checkpoints.
+    """Train a recipe's network in two phases, optionally adversarially, and save each stage's checkpoints.
 
     Several processes, started by torchrun or srun with `-m robustfpd train`, share each batch.
 
@@ -55,16 +55,16 @@ def train(
             model.backbone=package.module:factory.
         stages: two-phase, adversarial, or both with a comma; adversarial alone starts from the two-phase run in the
             same folder.
-        protocol: what the paper means, or published: what the authors' code does, see docs/protocols.md.
+        protocol: corrected follows the paper, published the authors' code; see docs/protocols.md.
         data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
         download: download the data set into --data-root if it is not there.
-        out: the run's folder; default runs/RECIPE. The adversarial stage goes into its folder adversarial.
+        out: the run's folder; default runs/RECIPE. The adversarial stage is written to its subfolder adversarial.
         seed: seed of every random draw; default the recipe's.
-        baseline: train the baseline instead: no defence, same data, noise and number of optimiser steps.
+        baseline: train the undefended baseline instead, with the same data, noise and number of optimizer steps.
         resume: continue after the last complete epoch of an interrupted run.
         device: auto, cpu, cuda or mps.
-        precision: bf16 multiplies in bfloat16, weights and losses stay float32; auto does so where the device supports
-            it in hardware, else fp32.
+        precision: bf16 uses bfloat16 autocast, with weights and losses in float32; auto is bf16 where the device
+            supports it in hardware, else fp32.
         dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
         output: text and tables, one JSON object, or nothing.
     """

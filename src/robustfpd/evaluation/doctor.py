@@ -1,7 +1,7 @@
 """The doctor: checks before an evaluation that need no attack, on classifiers and data of any kind.
 
-It repairs its copy of the inputs as it goes (scales images, takes the logits out of a tuple), so that one fault does
-not hide the next.
+It corrects its copy of the inputs after each failed check (scales images, takes the logits out of a tuple), so that one
+problem does not hide the next.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Repaired(nn.Module):
 def diagnose(
     classifier: nn.Module, data: Any, *, num_images: int = 64, num_classes: int | None = None, seed: int = 0
 ) -> list[Check]:
-    """Check a classifier and its data for what would mislead an evaluation, without running an attack.
+    """Check a classifier and its data for problems that would invalidate an evaluation, without running an attack.
 
     Args:
         classifier: any module, images N×C×H×W → logits N×K, or one of our models. Its modes are restored.
@@ -83,7 +83,7 @@ def diagnose(
         seed: seed of the choice of images and of the checks.
 
     Returns:
-        All checks. `failed`: an evaluation would mislead, apply the fix first; `suspicious`: it may mislead;
+        All checks. `failed`: an evaluation would be misleading, apply the fix first; `suspicious`: it may be;
         `skipped`: another check must pass first.
 
     Raises:

@@ -61,13 +61,13 @@ def evaluate(
     gallery: int = 30,
     observer: EvaluationObserver | None = None,
 ) -> EvaluationRecord:
-    """Attack a classifier, count the images that stay correctly classified, and judge whether to trust the count.
+    """Attack a classifier; return clean and robust accuracy, and a verdict on whether they can be trusted.
 
-    An image that one attack misclassified, or that was misclassified at a smaller radius, is not attacked again: the
-    smaller perturbation lies in the larger ball. Adaptive attacks are added if the classifier is an FPD.
+    An image that was misclassified under one attack or at a smaller radius is not attacked again: the smaller
+    perturbation lies in the larger ball. Adaptive attacks are added if the classifier is an FPD.
 
-    Inside a process group (torchrun, SLURM) the ranks share the images. All return the record that a single process
-    would have made, up to its times; rank 0 alone writes files.
+    Inside a process group (torchrun, SLURM) the images are sharded over the ranks. All ranks return the record of a
+    single process, except for the times; rank 0 alone writes files.
 
     Args:
         classifier: images N×C×H×W in [0, 1] → logits N×K, or one of our models. It is attacked in evaluation mode;
@@ -84,17 +84,17 @@ def evaluate(
         batch_size: images per forward pass; `auto` chooses by device and image size, at most 256. It is halved when
             memory runs out.
         search_precision: precision in which attacks differentiate the classifier: `fp32`, or `bf16` (autocast),
-            faster on some hardware. Adversarial images are judged in float32, and images that only bfloat16
-            misclassifies are attacked again in float32.
+            faster on some hardware. Adversarial images are classified in float32, and images that are
+            misclassified in bfloat16 only are attacked again in float32.
         every_attack: run every attack on every correctly classified image, for a curve per attack; takes longer.
         model_name: the classifier's name in the record.
         record_name: file name of the record in `out_dir`, without `.json`.
         class_names: names of the K classes for reports; empty for numbers.
-        gallery: number of misclassified images, and of robust ones, to keep as pictures in `out_dir` for a report.
+        gallery: number of misclassified and of robust images to save as pictures in `out_dir` for a report.
         observer: callbacks for a live display.
 
     Raises:
-        InputError: unusable images, labels, radii, suite or classifier, or a folder that holds another evaluation.
+        InputError: invalid images, labels, radii, suite or classifier, or a folder that holds another evaluation.
     """
     group = ProcessGroup.current()
     with shared_errors():

@@ -24,8 +24,8 @@ class Check(Config):
 
     name: str
     outcome: CheckOutcome
-    """`suspicious`: a stronger attack would probably find more, or the number may mislead; `failed`: the number means
-    nothing; `skipped`: there is nothing to measure, or another check must pass first."""
+    """`suspicious`: a stronger attack would probably find more, or the result may mislead; `failed`: the result is
+    meaningless; `skipped`: there is nothing to measure, or another check must pass first."""
     evidence: str
     """What was measured, in words and numbers."""
     fix: str = ""

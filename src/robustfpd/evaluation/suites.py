@@ -100,7 +100,7 @@ def _pgd(context: SuiteContext, restarts: int, steps: int = 40, **options: Any) 
 
 
 def _adaptive(context: SuiteContext, steps: int = 40) -> list[AttackSpec]:
-    """Return the attacks of an attacker who knows the defence: PGD on adaptive views, and transferred attacks."""
+    """Return the adaptive attacks: PGD on adaptive views, and transferred attacks."""
     transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name) for name in context.surrogates]
     adaptive = _on_views(
         f"PGD-{steps} margin", "pgd", context.adaptive_views, steps=steps, loss="margin", early_stop=True

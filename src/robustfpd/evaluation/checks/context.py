@@ -1,4 +1,4 @@
-"""What every check gets (CheckContext, AttackFindings), and how a check is made from what it measured."""
+"""Arguments of the checks (CheckContext, AttackFindings), and functions that build their results."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from robustfpd.rng import generator
 NUM_IMAGES = 32  # images for the checks that run no attack
 FIXES = {
     "training-mode": "call model.eval() before the evaluation; dropout that is the defence belongs in forward",
-    "images-in-range": "divide by 255 once; torchvision's ToTensor has done it already",
-    "stays-in-evaluation-mode": "let train(mode) pass its mode on to all children, and self.training follow it",
+    "images-in-range": "divide by 255 once; torchvision's ToTensor already does",
+    "stays-in-evaluation-mode": "let train(mode) set self.training and the mode of all children",
     "clean-accuracy": "check that the model is trained for these classes and its weights are loaded (missing keys)",
     "eps-units": "give eps in pixels of [0, 1]: eight grey levels are eps=8/255",
-    "randomised-outputs": "turn off what draws, as in F.dropout(x, p, training=self.training); if it is the "
+    "randomised-outputs": "disable the randomness, as in F.dropout(x, p, training=self.training); if it is the "
     "defence, report the average over draws",
     "finite-outputs": "find the layer (torch.autograd.set_detect_anomaly(True)): often a division by zero or log of 0",
     "squashed-outputs": "return the logits, without the last softmax, sigmoid or tanh",
@@ -33,17 +33,17 @@ FIXES = {
     "vanishing-gradients": "remove no_grad, detach, numpy, argmax and round between images and logits; if one is the "
     "defence, put it in a submodule that keeps the shape, so that BPDA attacks it",
     "gradient-agreement": "look for a custom backward or a steep layer; also run attacks without gradients (square)",
-    "gradient-stability": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
-    "single-step": "find what misleads gradients, or attack a surrogate with useful gradients",
-    "random-noise": "find what misleads gradients, or attack a surrogate with useful gradients",
-    "monotone-in-eps": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
-    "large-eps": "find why attacks fail where every image is in reach, before any robust accuracy is reported",
+    "gradient-stability": "attack a smoothed loss: remove what makes it rugged, or average gradients over noise",
+    "single-step": "find the cause of the misleading gradients, or attack a surrogate with useful gradients",
+    "random-noise": "find the cause of the misleading gradients, or attack a surrogate with useful gradients",
+    "monotone-in-eps": "attack a smoothed loss: remove what makes it rugged, or average gradients over noise",
+    "large-eps": "find why attacks fail although the ball contains every image, before you report a robust accuracy",
     "earlier-iterate": "keep the best iterate of an attack, not the last, and take smaller steps",
     "more-steps": "run the suite full, or attacks with more steps",
-    "rugged-loss": "attack a smoothed loss: leave out what makes it rugged, or average gradients over noise",
+    "rugged-loss": "attack a smoothed loss: remove what makes it rugged, or average gradients over noise",
     "black-box": "find what masks the gradients; until then report the lower robust accuracy",
-    "failed-attacks": "correct the error in the ledger's column `note`, and evaluate again",
-    "unchanged-state": "find what writes to parameters or buffers in evaluation mode, mostly batch statistics",
+    "failed-attacks": "fix the error in the ledger's column `note`, and evaluate again",
+    "unchanged-state": "find the code that writes to parameters or buffers in evaluation mode, often batch statistics",
     "idle-attacks": "check the attack's settings, and that the classifier has gradients",
     "search-precision": "evaluate with search_precision=fp32",
 }
@@ -51,7 +51,7 @@ FIXES = {
 
 
 class CheckContext:
-    """A classifier under evaluation, with correctly classified images to examine it on.
+    """A classifier under evaluation, with correctly classified images for the checks.
 
     Args:
         runner: attack runner of the evaluation, with its views.
