@@ -11,7 +11,7 @@ from robustfpd.cli import main
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare-two-runs")
 fpd = rf.recipe("digits/mini", ["training.epochs=1"])
-runs = {out / "fpd": fpd, out / "baseline": fpd.baseline()}  # the baseline takes as many optimiser steps
+runs = {out / "fpd": fpd, out / "baseline": fpd.baseline()}  # the baseline takes as many optimizer steps
 for folder, config in runs.items():
     result = rf.train(config, folder, device="cpu", precision="fp32")
     images = rf.data.load(config.data).test.floats()

@@ -57,7 +57,7 @@ class Config(BaseModel):
 
 
 class OptimizerConfig(Config):
-    """The optimiser, under torch's names and defaults."""
+    """The optimizer, under torch's names and defaults."""
 
     name: Literal["adam", "adamax", "adamw", "sgd"] = "adam"
     """Update rule."""
@@ -93,7 +93,7 @@ class ProcedureConfig(Config):
     batch_size: int = Field(default=128, ge=2)
     """Images per step, over all ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimiser."""
+    """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
     clip_grad_norm: float | None = Field(default=10.0, gt=0)
@@ -142,7 +142,7 @@ class TrainingConfig(ProcedureConfig):
 
     @property
     def steps_per_batch(self) -> float:
-        """Mean number of optimiser steps per batch while the gate is open."""
+        """Mean number of optimizer steps per batch while the gate is open."""
         return 1.0 if self.second_pass == "joint" else 1 + 1 / self.second_pass_interval
 
 
@@ -217,7 +217,7 @@ class TaskConfig(Config):
 
 
 class ModelConfig(Config):
-    """A classifier: its backbone and the defence around it."""
+    """Settings of a classifier: its backbone and the defence around it."""
 
     backbone: str = "resnet_mini"
     """A timm model name; `resnet_mini`; `package.module:factory` for a function that returns your own network with its
@@ -362,13 +362,13 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     """Data set and splits."""
     model: ModelConfig = ModelConfig()
-    """Classifier."""
+    """Model settings."""
     training: TrainingConfig = TrainingConfig()
     """Two-phase training; its loss weights, gate and second pass apply to adversarial training as well."""
     adversarial: AdversarialConfig = AdversarialConfig()
     """Adversarial training."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Attacks."""
+    """Evaluation settings."""
 
     @property
     def procedure(self) -> ProcedureConfig:
@@ -376,7 +376,7 @@ class RunConfig(Config):
         return self.adversarial if self.stage == "adversarial" else self.training
 
     def baseline(self) -> RunConfig:
-        """Return the undefended baseline's run: same data, noise and number of optimiser steps, no defence.
+        """Return the undefended baseline's run: same data, noise and number of optimizer steps, no defence.
 
         If phase 2 is a separate step, the baseline trains for more epochs, twice as many if it follows every batch,
         with proportionally more patience. While the gate is shut, and in clean epochs before the first attack, the FPD
