@@ -163,7 +163,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 
 def test_a_recipe_may_be_a_yaml_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "recipe.yaml"
     path.write_text("training: {epochs: 2}\n")
     run = recipe(str(path), ["seed=5"])
     assert (run.training.epochs, run.seed, run.recipe) == (2, 5, str(path))

@@ -139,8 +139,8 @@ def test_the_results_have_the_settings_of_the_recipe() -> None:
     for variant in benchmark.VARIANTS:
         saved = json.loads((ROOT / "results" / "protocols" / f"{variant.stage}-{variant.name}.json").read_text())
         # Fields that came later have their defaults in what was measured before.
-        measured, asked = (parse(RunConfig, values) for values in (saved["config"], benchmark.settings(variant)))
-        assert measured == asked, variant.name
+        measured, current = (parse(RunConfig, values) for values in (saved["config"], benchmark.settings(variant)))
+        assert measured == current, variant.name
         assert saved["record"]["clean"]["total"] == benchmark.NUM_IMAGES
 
 

@@ -141,10 +141,10 @@ def download(url: str, path: Path, sha256: str, size: int) -> None:
         raise MissingDataError(f"{url} ended after {len(content):,} of {size:,} bytes; try again")
     digest = hashlib.sha256(content).hexdigest()
     if len(content) > size or digest != sha256:
-        found = f"more than {size:,} bytes" if len(content) > size else f"SHA-256 {digest}"
+        actual = f"more than {size:,} bytes" if len(content) > size else f"SHA-256 {digest}"
         raise InputError(
-            f"{url} is another file, so it was not kept: expected {size:,} bytes with SHA-256 {sha256}, "
-            f"found {found}; it may belong to another version of robustfpd"
+            f"{url} is another file, so it was not saved: expected {size:,} bytes with SHA-256 {sha256}, "
+            f"found {actual}; it may belong to another version of robustfpd"
         )
     try:
         write_bytes(path, content, concurrent=True)

@@ -72,9 +72,9 @@ def test_rgb_images_are_read_unchanged(stored: tuple[str, Path]) -> None:
     assert np.array_equal(splits.test.images.numpy(), TEST)
     assert splits.test.labels.tolist() == LABELS[:20].tolist()
     assert splits.test.labels.dtype == torch.int64
-    whole = sorted(image.tobytes() for image in TRAIN)
+    expected = sorted(image.tobytes() for image in TRAIN)
     images = torch.cat([splits.train.images, splits.validation.images])
-    assert sorted(image.numpy().tobytes() for image in images) == whole
+    assert sorted(image.numpy().tobytes() for image in images) == expected
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_images_of_another_size_are_resized_once(svhn: Path, tmp_path: Path, mon
     larger = config(svhn, "svhn", image_size=40, stored_size=48)
     splits = load(larger)
     assert (splits.test.size, splits.test.stored_size) == ((40, 40), (48, 48))
-    wanted = functional.resize(torch.from_numpy(TEST), [48, 48], antialias=True)
-    assert (splits.test.images.int() - wanted.int()).abs().max() <= 1
+    expected = functional.resize(torch.from_numpy(TEST), [48, 48], antialias=True)
+    assert (splits.test.images.int() - expected.int()).abs().max() <= 1
     assert splits.test.labels.tolist() == LABELS[:20].tolist()
     monkeypatch.setattr(arrays, "_resize", None)
     again = load(larger)
@@ -161,15 +161,15 @@ def test_unpacked_files_that_are_cut_off_are_fetched_anew_and_nothing_is_lost(
     for part in ("train", "t10k"):
         _idx(raw / f"{part}-images-idx3-ubyte", np.full((20, 28, 28), 7))
         _idx(raw / f"{part}-labels-idx1-ubyte", np.arange(20) % 10)
-    whole = raw / "train-images-idx3-ubyte"
-    cut = whole.read_bytes()[:5000]
-    whole.write_bytes(cut)
+    path = raw / "train-images-idx3-ubyte"
+    cut = path.read_bytes()[:5000]
+    path.write_bytes(cut)
     with pytest.raises(MissingDataError, match="add --download to fetch it anew"):
         load(config(tmp_path, "mnist"))
     if reachable:
         assert len(load(config(tmp_path, "mnist", download=True)).test) == 20
-        assert (tmp_path / "MNIST" / "raw.incomplete" / whole.name).read_bytes() == cut
+        assert (tmp_path / "MNIST" / "raw.incomplete" / path.name).read_bytes() == cut
     else:
         with pytest.raises(MissingDataError, match="could not be fetched into"):
             load(config(tmp_path, "mnist", download=True))
-        assert whole.read_bytes() == cut
+        assert path.read_bytes() == cut

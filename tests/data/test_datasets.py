@@ -45,15 +45,15 @@ def rows(images: ImageSet) -> list[tuple[int, bytes]]:
 def test_every_data_set_is_described() -> None:
     assert names() == sorted(names())
     for name in names():
-        described = info(name)
-        assert described.name == name
-        assert described.description
+        dataset = info(name)
+        assert dataset.name == name
+        assert dataset.description
         if name not in ("caltech256", "folder"):  # its classes depend on the files
-            assert len(described.class_names) == described.num_classes
+            assert len(dataset.class_names) == dataset.num_classes
         if name != "folder":
-            assert described.task.num_classes == described.num_classes
-            assert described.task.image_size == described.image_size
-            assert described.task.in_channels == described.in_channels
+            assert dataset.task.num_classes == dataset.num_classes
+            assert dataset.task.image_size == dataset.image_size
+            assert dataset.task.in_channels == dataset.in_channels
 
 
 def test_an_unknown_data_set_names_the_nearest() -> None:
@@ -70,9 +70,9 @@ def test_the_digits_are_those_of_scikit_learn_split_in_three() -> None:
     parts = (splits.train, splits.validation, splits.test)
     bundle = load_digits()
     scaled = np.round(bundle.images * 255 / 16).astype(np.uint8)
-    whole = sorted((int(y), x.tobytes()) for x, y in zip(scaled, bundle.target, strict=True))
-    assert len(whole) == 1797
-    assert sorted(row for part in parts for row in rows(part)) == whole
+    expected = sorted((int(y), x.tobytes()) for x, y in zip(scaled, bundle.target, strict=True))
+    assert len(expected) == 1797
+    assert sorted(row for part in parts for row in rows(part)) == expected
     for part in parts:
         assert part.images.dtype == torch.uint8
         assert part.images.shape == (len(part), 1, 8, 8)
@@ -85,9 +85,9 @@ def test_the_digits_are_those_of_scikit_learn_split_in_three() -> None:
 def test_the_digits_are_split_class_by_class() -> None:
     splits = load(DataConfig(validation_fraction=0.25))
     counts = [torch.bincount(part.labels) for part in (splits.train, splits.validation, splits.test)]
-    whole = counts[0] + counts[1] + counts[2]
-    assert torch.equal(counts[2], torch.round(whole * 0.2).long())
-    assert torch.equal(counts[1], torch.round((whole - counts[2]) * 0.25).long())
+    full = counts[0] + counts[1] + counts[2]
+    assert torch.equal(counts[2], torch.round(full * 0.2).long())
+    assert torch.equal(counts[1], torch.round((full - counts[2]) * 0.25).long())
 
 
 def test_the_split_depends_on_its_own_seed_only() -> None:
@@ -113,13 +113,13 @@ def test_the_test_images_do_not_depend_on_the_validation_share() -> None:
 
 
 def test_train_limit_takes_a_subset_of_the_training_images() -> None:
-    whole, limited = load(DataConfig()), load(DataConfig(train_limit=100))
+    full, limited = load(DataConfig()), load(DataConfig(train_limit=100))
     assert len(limited.train) == 100
-    assert set(rows(limited.train)) <= set(rows(whole.train))
-    assert limited.validation.digest() == whole.validation.digest()
-    assert limited.test.digest() == whole.test.digest()
+    assert set(rows(limited.train)) <= set(rows(full.train))
+    assert limited.validation.digest() == full.validation.digest()
+    assert limited.test.digest() == full.test.digest()
     assert len(set(limited.train.labels.tolist())) == 10
-    assert rows(load(DataConfig(train_limit=10**6)).train) == rows(whole.train)
+    assert rows(load(DataConfig(train_limit=10**6)).train) == rows(full.train)
     assert set(rows(load(DataConfig(train_limit=50)).train)) <= set(rows(limited.train))
 
 

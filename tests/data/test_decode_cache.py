@@ -72,23 +72,23 @@ def test_progress_is_called_after_each_decoded_image(tmp_path: Path) -> None:
 def test_a_truncated_file_is_written_again(tmp_path: Path, kept_bytes: int) -> None:
     make(tmp_path)
     (path,) = tmp_path.glob("*.images")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:kept_bytes])
+    content = path.read_bytes()
+    path.write_bytes(content[:kept_bytes])
     check(make(tmp_path))
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("where", [0, 300, -10, -20, -40])
 def test_a_damaged_file_is_written_again(tmp_path: Path, where: int) -> None:
     make(tmp_path)
     (path,) = tmp_path.glob("*.images")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:where] + whole[where:][7:])
+    content = path.read_bytes()
+    path.write_bytes(content[:where] + content[where:][7:])
     check(make(tmp_path))
     if where < 0:
-        path.write_bytes(whole[:where] + b"\xff" * 7 + whole[where:][7:])
+        path.write_bytes(content[:where] + b"\xff" * 7 + content[where:][7:])
         check(make(tmp_path))
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 def test_writes_to_the_images_do_not_reach_the_file(tmp_path: Path) -> None:

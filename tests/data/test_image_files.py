@@ -30,8 +30,8 @@ def pixels(path: Path, size: tuple[int, int] = (24, 24)) -> np.ndarray:
 def expected(picture: Image.Image, side: int) -> np.ndarray:
     """What torchvision makes of the picture."""
     rgb: Any = picture.convert("RGB")  # torchvision annotates tensors only
-    whole = functional.center_crop(functional.resize(rgb, [side]), [side, side])
-    return np.asarray(whole).transpose(2, 0, 1)
+    cropped = functional.center_crop(functional.resize(rgb, [side]), [side, side])
+    return np.asarray(cropped).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("side", [16, 24, 45, 60, 100])

@@ -151,8 +151,8 @@ def test_hidden_folders_and_other_files_are_ignored(tmp_path: Path, paint: Paint
 
 
 def _break(root: Path) -> list[str]:
-    whole = (root / "bee" / "image_0002.jpg").read_bytes()
-    (root / "bee" / "image_0002.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (root / "bee" / "image_0002.jpg").read_bytes()
+    (root / "bee" / "image_0002.jpg").write_bytes(content[: len(content) // 2])
     (root / "cat" / "image_0001.jpg").write_bytes(b"")
     (root / "cat" / "image_0007.jpg").write_text("a text\n")
     return ["bee/image_0002.jpg", "cat/image_0001.jpg", "cat/image_0007.jpg"]
@@ -185,11 +185,11 @@ def test_bad_images_raise_an_error_or_are_skipped(tmp_path: Path, paint: Painter
 def test_a_fixed_image_is_used(tmp_path: Path, paint: Painter) -> None:
     root = paint(tmp_path, CLASSES)
     path = root / "ant" / "image_0003.jpg"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:50])
+    content = path.read_bytes()
+    path.write_bytes(content[:50])
     with pytest.raises(InputError, match=r"1 of 30 image files .* the first is ant/image_0003.jpg"):
         load(config(root))
-    path.write_bytes(whole)
+    path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(config(root, on_bad_image="skip")).skipped == ()
@@ -403,7 +403,7 @@ def test_an_interrupted_download_is_detected_and_repeated(
         load(caltech(root, dataset))
     splits = load(caltech(root, dataset, download=True))
     assert splits.info.num_classes == (101 if dataset == "caltech101" else 256)
-    assert server.count(ARCHIVES[dataset]) == 1  # an archive that was whole is not fetched again
+    assert server.count(ARCHIVES[dataset]) == 1  # a complete archive is not downloaded again
     load(caltech(root, dataset))
 
 

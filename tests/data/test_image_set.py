@@ -71,8 +71,8 @@ def test_a_subset_shares_the_stored_images() -> None:
 
 def test_the_digest_is_that_of_all_bytes_in_order() -> None:
     data = numbered(2500, 1, 2, 2)
-    whole = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
-    assert data.digest() == whole
+    expected = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
+    assert data.digest() == expected
     order = torch.randperm(2500, generator=torch.Generator().manual_seed(1))
     part = data.take(order)
     assert part.digest() == ImageSet(data.images[order], data.labels[order]).digest()
@@ -84,10 +84,10 @@ def test_an_empty_set_has_a_digest() -> None:
     assert len(empty.digest()) == 64
 
 
-@pytest.mark.parametrize(("stored", "asked"), [(3, 1), (3, 2), (1, 2), (2, 3)])
-def test_unsupported_channels_are_an_input_error(stored: int, asked: int) -> None:
-    with pytest.raises(InputError, match=f"of {stored} channels cannot be shown as {asked}"):
-        ImageSet(numbered(channels=stored).images, torch.arange(6), asked)
+@pytest.mark.parametrize(("stored", "channels"), [(3, 1), (3, 2), (1, 2), (2, 3)])
+def test_unsupported_channels_are_an_input_error(stored: int, channels: int) -> None:
+    with pytest.raises(InputError, match=f"of {stored} channels cannot be shown as {channels}"):
+        ImageSet(numbered(channels=stored).images, torch.arange(6), channels)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 9)])
@@ -173,6 +173,6 @@ def test_batches_come_at_the_stored_size_or_the_networks(shuffled: bool, cropped
     data = ImageSet(stored, torch.arange(6), 3, (3, 5))
     at_networks_size = cropped if cropped is not None else not shuffled
     for images, found in batches(data, 3, CPU, seeded(0) if shuffled else None, cropped=cropped):
-        wanted = stored[found].float() / 255
-        wanted = wanted[:, :, 1:4, 1:6] if at_networks_size else wanted
-        assert torch.equal(images, wanted.expand(-1, 3, -1, -1))
+        expected = stored[found].float() / 255
+        expected = expected[:, :, 1:4, 1:6] if at_networks_size else expected
+        assert torch.equal(images, expected.expand(-1, 3, -1, -1))

@@ -226,9 +226,9 @@ def test_a_crop_is_torchvisions(crop: tuple[int, int, int, int], shape: tuple[in
     images = waves(*shape)
     angle, shift, mirror = still(images)
     found = _affine(images, angle, shift, mirror, box=box(top, left, high, wide, *shape))
-    wanted = functional.resized_crop(images, top, left, high, wide, list(shape), antialias=False)
+    expected = functional.resized_crop(images, top, left, high, wide, list(shape), antialias=False)
     inside = (..., slice(2, -2), slice(2, -2))  # at its edges torchvision does not look beyond the crop
-    assert (found - wanted)[inside].abs().max() < 1e-4
+    assert (found - expected)[inside].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("degrees", [-90, -40, -15, 10, 45])
@@ -238,8 +238,8 @@ def test_expansion_is_torchvisions(degrees: float, shape: tuple[int, int]) -> No
     _, shift, mirror = still(images)
     found = _affine(images, torch.tensor([math.radians(degrees)]), shift, mirror, expand=True)
     turned = functional.rotate(images, degrees, functional.InterpolationMode.BILINEAR, expand=True)
-    wanted = functional.resize(turned, list(shape), antialias=False)
-    assert (found - wanted).abs().mean() < 0.01  # its frame is of whole pixels, and its edges are hard
+    expected = functional.resize(turned, list(shape), antialias=False)
+    assert (found - expected).abs().mean() < 0.01  # its frame is of whole pixels, and its edges are hard
     other = functional.rotate(images, -degrees, functional.InterpolationMode.BILINEAR, expand=True)
     assert (found - functional.resize(other, list(shape), antialias=False)).abs().mean() > 0.05
 
@@ -266,11 +266,11 @@ def test_the_published_caltech_pipeline() -> None:
         images, torch.tensor([math.radians(degrees)]), torch.zeros(1, 2), -torch.ones(1), size=(56, 56),
         box=box(*crop, 64, 64),
     )  # fmt: skip
-    wanted = functional.resized_crop(images, *crop, [64, 64], antialias=False)
-    wanted = functional.rotate(wanted, degrees, functional.InterpolationMode.BILINEAR)
-    wanted = functional.center_crop(functional.hflip(wanted), [56, 56])
+    expected = functional.resized_crop(images, *crop, [64, 64], antialias=False)
+    expected = functional.rotate(expected, degrees, functional.InterpolationMode.BILINEAR)
+    expected = functional.center_crop(functional.hflip(expected), [56, 56])
     inside = (..., slice(8, -8), slice(8, -8))  # beyond the crop torchvision sees black, we see the picture
-    assert (out - wanted)[inside].abs().max() < 0.01
+    assert (out - expected)[inside].abs().max() < 0.01
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 100), (100, 40), (30, 38)])
@@ -294,9 +294,9 @@ def test_crops_lie_inside_with_the_area_and_proportions_of_torchvision(
             [RandomResizedCrop.get_params(picture, [smallest, 1.0], list(ASPECTS)) for _ in range(n)]
         ).double()  # top left high wide
     their_area, their_aspect = theirs[:, 2] * theirs[:, 3] / (height * width), theirs[:, 3] / theirs[:, 2]
-    for ours, wanted in ((area, their_area), (aspect.log(), their_aspect.log())):
-        assert float(ours.mean()) == pytest.approx(float(wanted.mean()), abs=0.02)
-        assert float(ours.std()) == pytest.approx(float(wanted.std()), abs=0.02)
+    for ours, expected in ((area, their_area), (aspect.log(), their_aspect.log())):
+        assert float(ours.mean()) == pytest.approx(float(expected.mean()), abs=0.02)
+        assert float(ours.std()) == pytest.approx(float(expected.std()), abs=0.02)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -316,8 +316,8 @@ def test_brightness_is_cut_before_contrast_as_torchvision_does() -> None:
     bright, contrast = (1 + 0.8 * torch.rand(50, generator=draws).mul(2).sub(1) for _ in range(2))
     out = augment(images, AugmentConfig(brightness=0.8, contrast=0.8), seeded())
     for i, image in enumerate(images):
-        wanted = functional.adjust_contrast(functional.adjust_brightness(image, float(bright[i])), float(contrast[i]))
-        assert torch.allclose(out[i], wanted, atol=1e-5)
+        expected = functional.adjust_contrast(functional.adjust_brightness(image, float(bright[i])), float(contrast[i]))
+        assert torch.allclose(out[i], expected, atol=1e-5)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

@@ -1,4 +1,4 @@
-"""Data sets by name: loaded as uint8 images and split, counted, or listed as they lie on this machine."""
+"""Data sets by name: load and split, count, or list the files on this machine."""
 
 from __future__ import annotations
 

@@ -155,13 +155,13 @@ class ImageFile:
     problem: str = ""
 
 
-def find_images(given: Sequence[str | Path]) -> list[ImageFile]:
+def find_images(arguments: Sequence[str | Path]) -> list[ImageFile]:
     """Return the files that paths, folders (recursively) and patterns match, without duplicates, in order.
 
     An argument that matches no file is returned with its problem.
     """
     files: dict[str, ImageFile] = {}
-    for argument in given:
+    for argument in arguments:
         for file in _match(str(argument)):
             files.setdefault(str(file.path), file)
     return list(files.values())
