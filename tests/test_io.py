@@ -74,9 +74,9 @@ def test_only_expected_content_is_downloaded(tmp_path: Path) -> None:
     sha256 = hashlib.sha256(b"weights").hexdigest()
     with pytest.raises(MissingDataError, match="ended after 7 of 8 bytes"):
         download(source.as_uri(), path, sha256, 8)
-    with pytest.raises(InputError, match=r"is another file.*more than 6 bytes"):
+    with pytest.raises(InputError, match=r"has unexpected content.*more than 6 bytes"):
         download(source.as_uri(), path, sha256, 6)
-    with pytest.raises(InputError, match=rf"is another file.*found SHA-256 {sha256}"):
+    with pytest.raises(InputError, match=rf"has unexpected content.*found SHA-256 {sha256}"):
         download(source.as_uri(), path, "0" * 64, 7)
     with pytest.raises(MissingDataError, match="cannot be fetched"):
         download((tmp_path / "missing").as_uri(), path, sha256, 7)

@@ -143,12 +143,12 @@ def download(url: str, path: Path, sha256: str, size: int) -> None:
     if len(content) > size or digest != sha256:
         actual = f"more than {size:,} bytes" if len(content) > size else f"SHA-256 {digest}"
         raise InputError(
-            f"{url} is another file, so it was not saved: expected {size:,} bytes with SHA-256 {sha256}, "
+            f"{url} has unexpected content and was not saved: expected {size:,} bytes with SHA-256 {sha256}, "
             f"found {actual}; it may belong to another version of robustfpd"
         )
     try:
         write_bytes(path, content, concurrent=True)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({first_line(error)}); set {CACHE_VARIABLE} to a folder that can"
+            f"{path} cannot be written ({first_line(error)}); set {CACHE_VARIABLE} to a writable folder"
         ) from None

@@ -51,7 +51,7 @@ def test_words_for_people_and_another_size(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "restores nothing" in refusal(capsys, "mnist/mini-baseline", "--restored", "--out", tmp_path / "a.onnx")
+    assert "has no restoration" in refusal(capsys, "mnist/mini-baseline", "--restored", "--out", tmp_path / "a.onnx")
     assert "found 0" in refusal(capsys, "digits/mini-fpd", "--image-size", 0)
     assert "is a folder" in refusal(capsys, "digits/mini-fpd", "--out", tmp_path)
     assert "did you mean" in refusal(capsys, "digits/mini-fdp")

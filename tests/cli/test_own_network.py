@@ -108,7 +108,7 @@ def test_a_run_brings_no_code_unless_it_is_trusted(
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
-        assert "is made by smallnets:Small; loading it runs that code" in capsys.readouterr()[1]
+        assert "is made by smallnets:Small; loading executes that code" in capsys.readouterr()[1]
     assert not (tmp_path / "ran").exists()
     for words in commands[:3]:
         with contextlib.suppress(SystemExit):  # the doctor finds much in a network that was trained for an epoch

@@ -165,7 +165,7 @@ def test_nan_logits_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ((FPD, "a.png", "--csv", "--json"), "exclude each other"),
         ((FPD, "a.png", "--top", 0), "--top must be at least 1, found 0"),
         ((FPD, "a.png", "--restored", __file__), "is a file; give a folder"),
-        ((PLAIN, "a.png", "--restored", "r"), "restores nothing; leave out --restored"),
+        ((PLAIN, "a.png", "--restored", "r"), "without restoration; leave out --restored"),
         (("digits/mini-fdp", "a.png"), "did you mean 'digits/mini-fpd'"),
         ((FPD, "a.png", "--device", "tpu"), "tpu"),
     ],

@@ -69,7 +69,7 @@ def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["report"], "name what to report on|needs RUNS"),
+        (["report"], "name a run to report on|needs RUNS"),
         (["report", "runs/nope"], "no run, model or evaluation 'runs/nope'"),
         (["report", "digits/mini-fpd", "--out", "page.pdf"], r"must be an \.html file"),
         (["report", "digits/mini-fpd", "--suite", "quik"], "did you mean 'quick'"),

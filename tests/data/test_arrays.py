@@ -164,7 +164,7 @@ def test_unpacked_files_that_are_cut_off_are_fetched_anew_and_nothing_is_lost(
     path = raw / "train-images-idx3-ubyte"
     cut = path.read_bytes()[:5000]
     path.write_bytes(cut)
-    with pytest.raises(MissingDataError, match="add --download to fetch it anew"):
+    with pytest.raises(MissingDataError, match="add --download to retry"):
         load(config(tmp_path, "mnist"))
     if reachable:
         assert len(load(config(tmp_path, "mnist", download=True)).test) == 20

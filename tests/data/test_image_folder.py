@@ -139,7 +139,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, paint: Painter) -> None:
 def test_a_class_in_the_test_folder_alone_is_named(tmp_path: Path, paint: Painter) -> None:
     paint(tmp_path / "train", CLASSES)
     paint(tmp_path / "test", (*CLASSES, "dog"))
-    with pytest.raises(InputError, match=r"test has a class 'dog' that .*train has not"):
+    with pytest.raises(InputError, match=r"test has a class 'dog' that .*train lacks"):
         load(config(tmp_path))
 
 

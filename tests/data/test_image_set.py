@@ -86,7 +86,7 @@ def test_an_empty_set_has_a_digest() -> None:
 
 @pytest.mark.parametrize(("stored", "channels"), [(3, 1), (3, 2), (1, 2), (2, 3)])
 def test_unsupported_channels_are_an_input_error(stored: int, channels: int) -> None:
-    with pytest.raises(InputError, match=f"of {stored} channels cannot be shown as {channels}"):
+    with pytest.raises(InputError, match=f"of {stored} channels cannot be converted to {channels}"):
         ImageSet(numbered(channels=stored).images, torch.arange(6), channels)
 
 

@@ -380,7 +380,7 @@ def test_resnexts_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_basic_blocks_are_refused(tmp_path: Path) -> None:
     state = {key: t for key, t in spread().items() if ".0.group1.conv3" not in key}
-    with pytest.raises(InputError, match=r"has basic blocks \(layer1\.0\.group1\.conv3\.weight is not there\)"):
+    with pytest.raises(InputError, match=r"has basic blocks \(layer1\.0\.group1\.conv3\.weight is missing\)"):
         rf.load_published(checkpoint(tmp_path / "a.pkl", state))
 
 

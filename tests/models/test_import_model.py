@@ -90,7 +90,7 @@ def test_a_saved_model_runs_no_code_unless_it_is_trusted(tmp_path: Path, monkeyp
     net = sys.modules["tinynets"].one
     monkeypatch.delitem(sys.modules, "tinynets")
     (tmp_path / "tinynets.py").write_text("open('ran', 'w')\n" + MODULE)
-    said = r"the network in .*model is made by tinynets:make; loading it runs that code: if it is yours, repeat with "
+    said = r"the network in .*model is made by tinynets:make; loading executes that code: if you trust it, repeat with "
     with pytest.raises(InputError, match=said + r"--trust-code \(in Python trust_code=True\), or pass net="):
         models.load(tmp_path / "model")
     x = torch.rand(2, 3, 16, 16)
@@ -106,7 +106,7 @@ def test_nothing_of_the_standard_library_is_called_either(tmp_path: Path, named:
     models.build(TASK, _config("tinynets:make")).save(tmp_path / "model")
     settings = tmp_path / "model" / "config.json"
     settings.write_text(settings.read_text().replace("tinynets:make", named))
-    with pytest.raises(InputError, match=f"is made by {named}; loading it runs that code"):
+    with pytest.raises(InputError, match=f"is made by {named}; loading executes that code"):
         models.load(tmp_path / "model")
 
 

@@ -169,7 +169,7 @@ def test_a_server_without_the_file_and_one_that_is_not_there(
 ) -> None:
     (models / NAME / "config.yaml").unlink()
     error = message(kind=MissingDataError)
-    assert f"{server}/{NAME}/config.yaml is not there: the server says 404" in error
+    assert f"{server}/{NAME}/config.yaml is not there: the server answered 404" in error
     monkeypatch.setenv(zoo.VARIABLE, "http://127.0.0.1:1")
     assert "cannot be fetched" in message(kind=MissingDataError)
     monkeypatch.setenv(zoo.VARIABLE, (models / "nowhere").as_uri())
@@ -339,7 +339,7 @@ def test_a_manifest_that_lacks_a_file_is_refused(models: Path) -> None:
     values = json.loads(zoo.MANIFEST.read_text())
     del values["models"][NAME]["files"][0]
     zoo.MANIFEST.write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"config\.yaml is not listed; install robustfpd anew"):
+    with pytest.raises(InputError, match=r"config\.yaml is not listed; reinstall robustfpd"):
         zoo.names()
 
 

@@ -170,7 +170,7 @@ def test_a_report_is_a_page_and_a_csv_and_replaces_its_own_files(make_source: Ma
     write_report(page, report)
     assert page.read_text(encoding="utf-8") == first
     (tmp_path / "data.csv").write_text("mine")
-    with pytest.raises(InputError, match=r"data\.csv exists and is no report's"):
+    with pytest.raises(InputError, match=r"data\.csv exists and is not the CSV of a report"):
         write_report(tmp_path / "data.html", report)
     assert (tmp_path / "data.csv").read_text() == "mine"
     with pytest.raises(InputError, match=r"must be an \.html file"):

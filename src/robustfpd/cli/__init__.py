@@ -23,11 +23,11 @@ from robustfpd.errors import InputError, ReportedByOtherRank, unknown_name
 COMMANDS = {
     "demo": "train, attack and report on small digits, offline, in minutes",
     "train": "train a recipe's network, with the defence or without",
-    "evaluate": "attack it: robust accuracy, and whether to trust it",
-    "report": "write an HTML page; several runs side by side",
-    "doctor": "check in seconds for what would mislead an evaluation",
-    "predict": "classify images, and measure what restoration changed",
-    "export": "write a network as ONNX or a torch program, verified",
+    "evaluate": "attack a network: robust accuracy, and a verdict",
+    "report": "write an HTML report; compare several runs",
+    "doctor": "check a network and its data, without attacks",
+    "predict": "classify images, and measure the effect of restoration",
+    "export": "export a network as ONNX or a torch program",
     "recipes": "list the recipes",
     "datasets": "list the data sets, and how to get them",
     "models": "list the trained networks that come with robustfpd",
@@ -39,18 +39,18 @@ OVERVIEW = """\
 Harden an image classifier with a Feature Pyramid Decoder, and measure how
 robust it is.
 
-See it on small digits, offline:
+Try it on small digits, offline:
   robustfpd demo
 
-With photographs of your own, in a folder for each class:
+With your own images, in one folder per class:
   robustfpd train folder/mini --data-root PHOTOS   train, into runs/folder-mini
   robustfpd evaluate runs/folder-mini              attack it
   robustfpd report runs/folder-mini                write a report
 
-With a network of your own, made by the function `make` in mynets.py:
+With your own network, returned by the function `make` in mynets.py:
   robustfpd train folder/mini --data-root PHOTOS model.backbone=mynets:make
   robustfpd evaluate runs/folder-mini --trust-code
-To attack it as it is, without the defence:
+To attack that network without the defence:
   robustfpd evaluate --model mynets:make --dataset folder --data-root PHOTOS
 
 All commands:
@@ -58,7 +58,7 @@ All commands:
 OPTIONS = """
 `robustfpd COMMAND --help` lists a command's options and examples. All take
 --json and --quiet; `train` and `evaluate` estimate their time with --dry-run.
-To complete commands and options in bash (zsh and fish alike), add to ~/.bashrc:
+To enable completion in bash (also zsh and fish), add to ~/.bashrc:
   source <(robustfpd --tyro-print-completion bash)
 """
 WIDTH = 80

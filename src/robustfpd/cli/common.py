@@ -156,7 +156,7 @@ def load_images(
 
     if split == "validation" and config.selection == "test":
         raise InputError(
-            f"{target.name} held no images out of training (data.selection is test); evaluate the test images"
+            f"{target.name} has no validation images (data.selection is test); evaluate the test images"
         )
     splits = data.load(config)
     if target.task is not None and splits.info.task != target.task:

@@ -190,7 +190,7 @@ def _dry_run(
         "        it is misclassified, so most evaluations take far less",
         f"        timed now on {device}: {1000 * forward:.3g} ms an image, {1000 * gradient:.3g} ms with its gradient",
         f"record  {path}",
-        "        an evaluation that is there is resumed or read",
+        "        an existing evaluation is resumed or read",
         "dry run: nothing was attacked or written",
     )
     output.print_result({

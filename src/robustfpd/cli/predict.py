@@ -97,7 +97,7 @@ def _check(model: FPD | Baseline, name: str, restored: Path | None) -> None:
     from robustfpd.models import FPD
 
     if restored is not None and not isinstance(model, FPD):
-        raise InputError(f"{name} is a baseline and restores nothing; leave out --restored")
+        raise InputError(f"{name} is a baseline without restoration; leave out --restored")
     channels = model.task.in_channels
     if channels not in (1, 3):
         raise InputError(f"{name} takes images of {channels} channels; image files have 1 or 3")

@@ -40,7 +40,7 @@ def report(
         output: text and tables, one JSON object, or nothing.
     """
     if not runs:
-        raise InputError("name what to report on: robustfpd report RUN")
+        raise InputError("name a run to report on: robustfpd report RUN")
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be an .html file, found {out}; the .csv is written beside it")
     from robustfpd.config import SUITES

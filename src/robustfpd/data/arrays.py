@@ -54,7 +54,7 @@ class Arrays:
             problem = "could not be fetched into" if config.download else "is incomplete or damaged in"
             folder, fix = (path, "delete that folder and add") if path.is_dir() else (root, "add")
             raise MissingDataError(
-                f"{dataset.name} {problem} {folder.absolute()} ({first_line(error)}); {fix} --download to fetch it anew"
+                f"{dataset.name} {problem} {folder.absolute()} ({first_line(error)}); {fix} --download to retry"
             ) from None
         for images, labels in (train, test):
             _check(images, labels, dataset, path)

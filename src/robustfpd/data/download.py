@@ -57,7 +57,7 @@ def archive_folder(archive: Archive, dataset: DatasetInfo, config: DataConfig) -
         )
     raise MissingDataError(
         f"{dataset.name} in {folder.absolute()} is left from an interrupted download ({problem}); add --download to "
-        "fetch it anew, or delete what lies beside the folder to use these images"
+        "download it again, or delete the leftover files beside the folder to use these images"
     )
 
 

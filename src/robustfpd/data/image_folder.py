@@ -51,7 +51,7 @@ def folder_listing(dataset: DatasetInfo, config: DataConfig) -> Listing:
         return listing
     unknown = sorted(set(class_folders(root / test)) - set(listing.class_names))
     if unknown:
-        raise InputError(f"{root / test} has a class {unknown[0]!r} that {train} has not; both need the same classes")
+        raise InputError(f"{root / test} has a class {unknown[0]!r} that {train} lacks; both need the same classes")
     tests = list_images(root, listing.class_names, f"{test}/", allow_empty=True)
     if not tests.files:
         raise InputError(f"the test folder in {root.absolute()} has no image files; add some, or delete it")
@@ -202,7 +202,7 @@ def _check(dataset: DatasetInfo, folder: Path, missing: list[str], unknown: list
     if missing:
         raise InputError(
             f"{dataset.name} in {folder.absolute()} has {count - len(missing)} of {count} class folders, the first "
-            f"missing is {missing[0]}; delete {folder.name} and add --download to fetch it anew, or {other}"
+            f"missing is {missing[0]}; delete {folder.name} and add --download to download it again, or {other}"
         )
     if unknown:
         raise InputError(

@@ -42,7 +42,7 @@ class ImageSet:
         self.size: tuple[int, int] = (height, width) if size is None else size
         if self.channels != stored_channels and (stored_channels, self.channels) != (1, 3):
             raise InputError(
-                f"data.channels: images of {stored_channels} channels cannot be shown as {self.channels}; "
+                f"data.channels: images of {stored_channels} channels cannot be converted to {self.channels}; "
                 f"leave it out, or give {stored_channels}"
             )
         if self.size[0] > height or self.size[1] > width:

@@ -261,7 +261,7 @@ class AttackRunner:
     def _distances(self, adversarial: Tensor, images: Tensor, eps: float, *, minimal: bool) -> tuple[Tensor, list[str]]:
         """Return the norm of each perturbation, and what is wrong with each adversarial image, empty if nothing is."""
         if adversarial.shape != images.shape:
-            raise InputError(f"it returned no images but {tuple(adversarial.shape)}")
+            raise InputError(f"it returned a tensor of shape {tuple(adversarial.shape)}")
         adversarial, images = adversarial.cpu(), images.cpu()  # not all devices have float64
         delta = (adversarial.double() - images.double()).nan_to_num(torch.inf)
         distances = lp_ball(self.norm).norm(delta).float()

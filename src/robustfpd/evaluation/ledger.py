@@ -125,19 +125,19 @@ def _interrupted_rows(path: Path, settings: Mapping[str, Any]) -> list[LedgerRow
     try:
         found = json.loads(marker.read_text())
     except ValueError:
-        raise InputError(f"{marker} is damaged; delete it and {path} to start anew") from None
+        raise InputError(f"{marker} is damaged; delete it and {path} to start again") from None
     try:
         rows = read_rows(path, cut_off=True) if path.is_file() else []
     except UnicodeDecodeError:
-        raise InputError(f"{path} is damaged; delete it and {marker.name} to start anew") from None
+        raise InputError(f"{path} is damaged; delete it and {marker.name} to start again") from None
     if rows and not isinstance(found, dict):
-        raise InputError(f"{marker} is damaged; delete it and {path} to start anew")
+        raise InputError(f"{marker} is damaged; delete it and {path} to start again")
     differing = [k for k in {*settings, *found} if settings.get(k) != found.get(k)] if rows else []
     if differing:
         name = min(differing, key=lambda k: (k == "behaviour", k))  # a hash, so last
         raise OtherEvaluation(
             f"{path.parent} holds an unfinished evaluation with {name}={found.get(name)!r}, this one has "
-            f"{settings.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start anew"
+            f"{settings.get(name)!r}; give another folder, or delete {marker.name} and {path.name} to start again"
         )
     return rows
 

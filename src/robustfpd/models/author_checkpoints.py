@@ -192,7 +192,7 @@ def _family(weights: Mapping[str, Tensor], path: Path) -> _Family:
             continue
         if not any(key.endswith(f".{family.last}") for key in weights):
             raise InputError(
-                f"{path} has basic blocks ({family.stages[0]}.0.{family.last} is not there); "
+                f"{path} has basic blocks ({family.stages[0]}.0.{family.last} is missing); "
                 "only networks of bottleneck blocks were published, such as ResNet-50 and ResNet-101"
             )
         return family

@@ -91,7 +91,7 @@ def export(
         raise InputError(f"format must be onnx or torch, found {format!r}")
     check_packages(format)
     if restored and not isinstance(model, FPD):
-        raise InputError("a plain network restores nothing; export it without restored")
+        raise InputError("a baseline has no restoration; export it without restored")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file to export to")
     home = next(parent for parent in path.absolute().parents if parent.exists())

@@ -131,7 +131,7 @@ def _check_finite(model: FPD | Baseline) -> None:
     size = "×".join(map(str, model.task.image_size))
     raise InputError(
         f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels with "
-        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not amplify"
+        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not overflow"
     )
 
 

@@ -38,7 +38,7 @@ def check_trusted(backbone: str, folder: Path) -> None:
     """Raise an InputError for the backbone of a saved model that needs trust."""
     if needs_trust(backbone):
         raise InputError(
-            f"the network in {folder} is made by {backbone}; loading it runs that code: if it is yours, repeat with "
+            f"the network in {folder} is made by {backbone}; loading executes that code: if you trust it, repeat with "
             "--trust-code (in Python trust_code=True), or pass net="
         )
 
@@ -123,11 +123,11 @@ def _called(path: str, module_name: str, name: str) -> nn.Module:
     if isinstance(net, nn.Module):
         return net
     if not callable(net):
-        raise InputError(f"{path} must be a torch.nn.Module or a function that gives one, found {type(net).__name__}")
+        raise InputError(f"{path} must be a torch.nn.Module or a function that returns one, found {type(net).__name__}")
     try:
         net = net()
     except Exception as error:
         raise InputError(f"{path}() raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(net, nn.Module):
-        raise InputError(f"{path}() must give a torch.nn.Module, found {type(net).__name__}")
+        raise InputError(f"{path}() must return a torch.nn.Module, found {type(net).__name__}")
     return net

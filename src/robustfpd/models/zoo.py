@@ -99,7 +99,7 @@ def _check(name: str, model: ZooModel) -> None:
     required = {f"{name}/{file}" for file in VERIFIED} | {*model.results}
     if outside or not required <= listed:
         wrong = f"{outside[0]} is not in {name}/" if outside else f"{min(required - listed)} is not listed"
-        raise InputError(f"{MANIFEST} is damaged: {wrong}; install robustfpd anew")
+        raise InputError(f"{MANIFEST} is damaged: {wrong}; reinstall robustfpd")
 
 
 def names() -> list[str]:
@@ -147,7 +147,7 @@ def find(name: str) -> Path:
     elif not _complete(cached(), model):
         searched = f"the checkout {folder / name}" if folder is not None else "no checkout (the package is installed)"
         raise MissingDataError(
-            f"model {name!r} is not at hand: looked in {searched}, then in the cache {cached() / name}, and "
+            f"model {name!r} not found: looked in {searched}, then in the cache {cached() / name}, and "
             f"{VARIABLE} is not set; set it to the address of a copy of the repository's models/ folder (https or file)"
         )
     _verify(cached(), model, f"delete it and set {VARIABLE} to the address of a copy of the models/ folder")

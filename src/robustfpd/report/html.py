@@ -40,7 +40,7 @@ def write_report(path: Path, report: page.Report) -> list[Path]:
     table = path.with_suffix(".csv")
     head = ",".join(metrics.COLUMNS)
     if table.is_file() and not table.read_text(encoding="utf-8", errors="replace").startswith(head):
-        raise InputError(f"{table} exists and is no report's; choose another name for the page with --out")
+        raise InputError(f"{table} exists and is not the CSV of a report; choose another name for the page with --out")
     texts = {path: render(report), table: metrics.csv_text(c.record for c in report.columns)}
     for file, text in texts.items():
         with writing(file):

@@ -126,7 +126,7 @@ def resolve_network(given: str | Path, trust_code: bool = False) -> Target:
     if target.kind == "zoo":
         target = replace(target, path=zoo.find(target.name))
     elif target.kind == "run" and not _is_model(target.path):
-        raise MissingDataError(f"no model in {given}: no epoch of this run is complete; go on with train --resume")
+        raise MissingDataError(f"no model in {given}: no epoch of this run is complete; continue with train --resume")
     elif target.kind in ("evaluations", "record"):
         raise _missing(str(given))
     best = readable_folder(target.path / "checkpoints" / "best")

@@ -111,6 +111,6 @@ def to_elu(net: nn.Module) -> None:
     if swap_activations(net) == 0 and not any(isinstance(m, nn.ELU) for m in net.modules()):
         warnings.warn(
             f"{type(net).__name__} has no activation modules to replace by ELU (it may call them as functions); "
-            "its activations stay. Pass activation='keep' if this is intended.",
+            "they are kept. Pass activation='keep' if this is intended.",
             stacklevel=2,
         )
