@@ -1,4 +1,4 @@
-"""Random points of the ball: the baseline that every attack must beat."""
+"""Random points of the ball, a baseline for all attacks."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def _l1_threshold(magnitude: Tensor, room: Tensor, eps: Radius) -> Tensor:
 
 
 def _can_synchronize(values: Tensor) -> bool:
-    """Whether a convergence check is cheap; on a GPU it waits for all queued work."""
+    """Return whether a convergence check is cheap; on a GPU it synchronizes with all queued work."""
     return values.device.type == "cpu"
 
 

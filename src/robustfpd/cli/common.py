@@ -1,4 +1,4 @@
-"""What several commands share: output, the data set to evaluate on, checks of arguments, timing."""
+"""Code that several commands share: output, the data set to evaluate on, checks of arguments, timing."""
 
 from __future__ import annotations
 

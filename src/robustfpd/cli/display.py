@@ -1,4 +1,4 @@
-"""What a terminal shows while training and attacking; plain lines when the output is piped."""
+"""Progress displays for training and attacks in a terminal; plain lines when the output is piped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run one attack on one batch, and judge the adversarial images in float32."""
+"""Run one attack on one batch, and classify the adversarial images in float32."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AttackRunner:
         seed: seed of the attacks.
         batch_size: images per forward pass; halved for good when memory runs out.
         num_classes: K; 0 if unknown.
-        bfloat16: attacks differentiate the classifier in bfloat16. Adversarial images are judged in float32.
+        bfloat16: attacks differentiate the classifier in bfloat16. Adversarial images are classified in float32.
     """
 
     def __init__(

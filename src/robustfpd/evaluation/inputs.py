@@ -1,4 +1,4 @@
-"""Check what an evaluation is given: images, labels, radii, classifier; choose its batch sizes."""
+"""Check the inputs of an evaluation (images, labels, radii, classifier), and choose its batch sizes."""
 
 from __future__ import annotations
 

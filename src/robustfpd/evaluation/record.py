@@ -123,7 +123,7 @@ class EvaluationRecord(Config):
     batch_size_auto: bool
     """The batch size was chosen automatically."""
     search_precision: Literal["fp32", "bf16"]
-    """Precision in which attacks differentiated the classifier; adversarial images are judged in float32."""
+    """Precision in which attacks differentiated the classifier; adversarial images are classified in float32."""
     every_attack: bool
     clean: Proportion
     worst_case: tuple[WorstCase, ...]

@@ -143,7 +143,7 @@ def saved_in(folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, *, net: nn.Module | None = None, trust_code: bool = False) -> FPD | Baseline:
-    """Load a saved model, in evaluation mode, on the CPU. No code that the folder names is run without `trust_code`.
+    """Load a saved model in evaluation mode on the CPU. Code that the folder names is executed only with `trust_code`.
 
     Args:
         folder: a folder written by `model.save`, or a run's folder (its best checkpoint is loaded). Where there is no

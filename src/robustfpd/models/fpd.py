@@ -45,7 +45,7 @@ class BaseClassifier(
     tags=["adversarial-robustness"],
     paper_url="https://arxiv.org/abs/2005.02552",
 ):
-    """A backbone, global average pooling and a head: what the FPD and its undefended baseline share.
+    """A backbone, global average pooling and a head: the base class of the FPD and its undefended baseline.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's, with the files that `save` writes.
 

@@ -1,6 +1,6 @@
 """The zoo: trained networks in the checkout's `models/` folder, or downloaded from a copy of it.
 
-The packaged manifest lists each file with its hash, so that a network is the measured one wherever it comes from.
+The packaged manifest lists each file with its hash, so that a downloaded network is verified to be the evaluated one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a path or a name stands for: a network, a run, evaluations, or a network of the user's own. Needs no torch."""
+"""Resolve a path or a name to a network, a run, evaluations, or a user's network. Needs no torch."""
 
 from __future__ import annotations
 

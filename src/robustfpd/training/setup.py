@@ -1,4 +1,4 @@
-"""What a training starts with: checked settings, images, and a model with new weights or those of another run."""
+"""Setup of a training: checked settings, images, and a model with new weights or those of another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks of other libraries: how they see a classifier, and how their results are confirmed."""
+"""Adapters for attacks of other libraries: wrappers of the classifier, and confirmation of the results."""
 
 from __future__ import annotations
 

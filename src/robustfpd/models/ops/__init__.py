@@ -1,4 +1,4 @@
-"""Fast equivalents of the literal layers, tested equal to them, and what decides between the two."""
+"""Fast equivalents of the literal layers, tested equal to them, and the choice between the two."""
 
 from __future__ import annotations
 
