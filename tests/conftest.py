@@ -84,6 +84,23 @@ def make_run() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def fpd_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small FPD's run on digits, its data in a folder of this machine; tests that change it copy it first."""
+    from robustfpd.config import recipe
+
+    small = ["model.pyramid_channels=4", "training.epochs=2", "adversarial.epochs=2", "data.root=/machine/of/mine"]
+    return make_run(tmp_path_factory.mktemp("fpd") / "digits-mini", recipe("digits/mini", small))
+
+
+@pytest.fixture(scope="session")
+def baseline_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undefended baseline's run on digits; tests that change it copy it first."""
+    from robustfpd.config import recipe
+
+    return make_run(tmp_path_factory.mktemp("baseline") / "digits-mini", recipe("digits/mini").baseline())
+
+
+@pytest.fixture(scope="session")
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
     """A small network that has learned 8×8 digits, and 100 images that it did not see."""
     from sklearn.datasets import load_digits

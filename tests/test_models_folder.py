@@ -14,7 +14,7 @@ import yaml
 
 import robustfpd as rf
 from robustfpd.cli import parse
-from robustfpd.config import RunConfig, load_run, recipe
+from robustfpd.config import load_run, recipe
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.models import zoo
@@ -70,24 +70,19 @@ def test_the_checkouts_networks_are_those_of_the_manifest() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An FPD's run with its adversarial stage, and the data at a place of this machine."""
+def run(fpd_run: Path, make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FPD's run with its adversarial stage."""
     folder = tmp_path_factory.mktemp("runs") / "digits-mini"
-    config = recipe("digits/mini", [*SMALL, "data.root=/machine/of/mine"])
-    make_run(folder, config)
-    make_run(folder / "adversarial", config.model_copy(update={"stage": "adversarial"}), seed=1)
+    shutil.copytree(fpd_run, folder)
+    config = load_run(folder / "config.yaml").model_copy(update={"stage": "adversarial"})
+    make_run(folder / "adversarial", config, seed=1)
     return folder
 
 
-@pytest.fixture(scope="module")
-def untouched(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "plain", recipe("digits/mini").baseline())
-
-
 @pytest.fixture
-def plain_run(untouched: Path, tmp_path: Path) -> Path:
+def plain_run(baseline_run: Path, tmp_path: Path) -> Path:
     """The undefended baseline's run, for a test to change."""
-    return shutil.copytree(untouched, tmp_path / "plain")
+    return shutil.copytree(baseline_run, tmp_path / "plain")
 
 
 @pytest.fixture
@@ -191,7 +186,7 @@ def test_names_that_do_not_fit_are_refused(add: Add, plain_run: Path, name: str)
         add(plain_run, name)
 
 
-def test_unfit_descriptions_and_names_are_refused(add: Add, plain_run: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_unfit_descriptions_and_names_are_refused(add: Add, plain_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--description must be one line"):
         add(plain_run, "digits/x", description="two\nlines")
     shutil.copy(plain_run / "evaluation" / "first.json", tmp_path / "first.json")
@@ -199,9 +194,9 @@ def test_unfit_descriptions_and_names_are_refused(add: Add, plain_run: Path, mak
         add(plain_run, "digits/x", plain_run / "evaluation" / "first.json", tmp_path / "first.json")
     with pytest.raises(InputError, match="path of this machine"):
         add(plain_run, "digits/x", description=f"From {tmp_path}/runs")
-    custom = make_run(tmp_path / "custom", RunConfig(recipe="mine.yaml"))
+    recipe("digits/mini").baseline().model_copy(update={"recipe": "mine.yaml"}).save(plain_run / "config.yaml")
     with pytest.raises(InputError, match="not a packaged one"):
-        add(custom, "digits/x")
+        add(plain_run, "digits/x")
 
 
 def test_missing_files_are_named(add: Add, plain_run: Path, run: Path, tmp_path: Path) -> None:

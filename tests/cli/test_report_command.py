@@ -2,29 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from robustfpd.cli import main
-from robustfpd.config import recipe
 from robustfpd.evaluation import EvaluationRecord
 
 
-@pytest.fixture(scope="module")
-def trained(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs as training and evaluation leave them: a network and its undefended baseline."""
-    root = tmp_path_factory.mktemp("runs")
-    config = recipe("digits/mini")
-    make_run(root / "mine", config)
-    make_run(root / "mine-baseline", config.baseline())
-    return root
-
-
 @pytest.fixture
-def runs(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "runs"))
+def runs(fpd_run: Path, baseline_run: Path, tmp_path: Path) -> Path:
+    """Two runs as training and evaluation leave them: a network and its undefended baseline."""
+    shutil.copytree(fpd_run, tmp_path / "runs" / "mine")
+    shutil.copytree(baseline_run, tmp_path / "runs" / "mine-baseline")
+    return tmp_path / "runs"
 
 
 def test_one_run_is_reported_with_its_baseline_beside_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ import robustfpd as rf
 from robustfpd.config import RunConfig
 from robustfpd.evaluation import AttackResult, EvaluationRecord, Proportion, Verdict, WorstCase
 from robustfpd.evaluation.gallery import GalleryImage, GalleryIndex
-from robustfpd.report.sources import Source, StoredEvaluation
+from robustfpd.report.html import write_report
+from robustfpd.report.page import report_on
+from robustfpd.report.sources import Source, StoredEvaluation, read
 from robustfpd.training import EpochMetrics
 
 MakeRecord = Callable[..., EvaluationRecord]
@@ -95,7 +97,7 @@ def measured(digits: tuple[nn.Module, Tensor, Tensor], tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GalleryIndex]:
-    """A gallery of 60 images of 224×224 pixels of noise, which does not compress."""
+    """A gallery of 12 images of 224×224 pixels of noise, which does not compress."""
     folder = tmp_path_factory.mktemp("photographs") / "record.gallery"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
@@ -103,15 +105,23 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Gallery
     images = [
         GalleryImage(
             image=i, label=0, clean_prediction=0, adversarial_prediction=1, attack="PGD-40", eps=0.1, distance=0.1,
-            misclassified=i < 30, margin=0.1, amplification=5.0,
+            misclassified=i < 6, margin=0.1, amplification=5.0,
         )
-        for i in range(60)
+        for i in range(12)
     ]  # fmt: skip
     for image in images:
         for picture in image.pictures:
             (folder / image.file(picture)).symlink_to("noise.png")
-    half = tuple(images[:30]), tuple(images[30:])
+    half = tuple(images[:6]), tuple(images[6:])
     return folder, GalleryIndex(settings_sha256="0" * 64, norm="linf", misclassified=half[0], robust=half[1])
+
+
+@pytest.fixture(scope="session")
+def report_page(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an evaluation with another one as its comparison."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, report_on([read(measured), read(measured / "record.json")]))
+    return path
 
 
 @pytest.fixture(scope="session")

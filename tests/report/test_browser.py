@@ -10,25 +10,13 @@ from typing import Any
 
 import pytest
 
-from robustfpd.report.html import write_report
-from robustfpd.report.page import report_on
-from robustfpd.report.sources import read
-
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 VIEWPORTS = {"desktop-light": (1280, 900), "phone-dark": (390, 844)}
 both_viewports = pytest.mark.parametrize("viewport", VIEWPORTS)
 
 
 @pytest.fixture(scope="module")
-def report(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of an evaluation with another one as its comparison."""
-    page = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(page, report_on([read(measured), read(measured / "record.json")]))
-    return page
-
-
-@pytest.fixture(scope="module")
-def pages(report: Path) -> Iterator[dict[str, Any]]:
+def pages(report_page: Path) -> Iterator[dict[str, Any]]:
     """The opened page by viewport; console messages and requests are in its attributes `messages` and `requests`."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if not BROWSER:
@@ -45,7 +33,7 @@ def pages(report: Path) -> Iterator[dict[str, Any]]:
             page.on("console", lambda m, page=page: page.messages.append(f"{m.type}: {m.text}"))
             page.on("pageerror", lambda error, page=page: page.messages.append(str(error)))
             page.on("request", lambda r, page=page: page.requests.append(r.url))
-            page.goto(report.as_uri())
+            page.goto(report_page.as_uri())
             opened[name] = page
         yield opened
         browser.close()
@@ -61,11 +49,13 @@ def desktop(pages: dict[str, Any]) -> Any:
 
 
 @both_viewports
-def test_the_page_opens_without_errors_and_loads_nothing(pages: dict[str, Any], viewport: str, report: Path) -> None:
+def test_the_page_opens_without_errors_and_loads_nothing(
+    pages: dict[str, Any], viewport: str, report_page: Path
+) -> None:
     page = pages[viewport]
     page.wait_for_load_state("networkidle")
     assert page.messages == []
-    assert {url for url in page.requests if not url.startswith(("data:", "about:"))} == {report.as_uri()}
+    assert {url for url in page.requests if not url.startswith(("data:", "about:"))} == {report_page.as_uri()}
 
 
 @both_viewports
