@@ -13,9 +13,9 @@ HEAD = """\
 Cost of the FPD relative to its undefended baseline, and of our attacks relative to other libraries'. `make bench`
 runs the benchmarks and writes this page; `python -m benchmarks --only attacks` runs a part of them.
 
-After a warm-up, the implementations of a workload run alternately in one process, in rotating order. Ratios are computed
-within each round; tables show their median and quartiles over the rounds, and a bar applies to the median. Absolute
-times depend on the machine and are stored in the JSON only (`results/benchmark`).
+After a warm-up, the implementations of a workload run alternately in one process, in rotating order. Ratios are
+computed within each round; tables show their median and quartiles over the rounds, and a bar applies to the median.
+Absolute times depend on the machine and are stored in the JSON only (`results/benchmark`).
 """
 
 SECTIONS = {
