@@ -14,8 +14,7 @@ from benchmarks.results import Bar, ImplementationResult, Measure, Quartiles, Wo
 from benchmarks.sizes import BenchmarkSizes, NetworkSize
 from benchmarks.timing import Implementation, RoundLimits, Timing, interleave, quartiles, synchronizer
 from benchmarks.training_step import JOINT, OPEN, VARIANTS, TrainableNetwork
-from robustfpd.device import supports_bf16
-from robustfpd.models.mode import evaluating
+from robustfpd.device import evaluating, supports_bf16
 from robustfpd.rng import generator
 
 BASELINE, TWO_PHASE, JOINED, BF16 = "baseline", "FPD", "FPD, joint", "FPD, bf16"

@@ -1,6 +1,6 @@
 """Train an FPD and its undefended baseline on the same noise, evaluate both, and write one report.
 
-    python examples/compare_two_runs.py OUT_FOLDER
+python examples/compare_two_runs.py OUT_FOLDER
 """
 
 import sys
@@ -17,7 +17,7 @@ for folder, config in runs.items():
     images = rf.data.load(config.data).test.floats()
     record = rf.evaluate(
         result.model, images, suite="first-look", eps=(0.05, 0.1), num_images=64, out_dir=folder / "evaluation",
-        name="digits-first-look-linf",
+        record_name="digits-first-look-linf",
     )  # fmt: skip
     print(f"{folder.name}: clean {record.clean}, robust at eps 0.1 {record.worst_case[-1].robust}")
 main(["report", *map(str, runs), "--out", str(out / "report.html")])

@@ -1,6 +1,6 @@
 """Evaluate any PyTorch classifier: robust accuracy over eps, and a verdict on whether to trust it.
 
-    python examples/evaluate_my_model.py
+python examples/evaluate_my_model.py
 """
 
 import torch
@@ -16,7 +16,7 @@ labels = torch.from_numpy(classes).long()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-for step in range(300):
+for _ in range(300):
     batch = torch.randint(0, 1500, (64,))
     loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
     optimizer.zero_grad()

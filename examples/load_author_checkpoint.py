@@ -1,6 +1,6 @@
 """Load one of the authors' checkpoints, compare logits and restored images, and save it as a robustfpd model.
 
-    python examples/load_author_checkpoint.py bestmodel_params.pkl OUT_FOLDER
+python examples/load_author_checkpoint.py bestmodel_params.pkl OUT_FOLDER
 """
 
 import sys

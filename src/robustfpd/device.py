@@ -1,10 +1,12 @@
-"""Device and precision: what `auto` means, and errors for what this machine does not have.
+"""How a network runs: device and precision, what `auto` means, and evaluation mode within a block.
 
 The module imports torch only where it is used, so that the command line can check a name without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from robustfpd.config import DEVICES, PRECISIONS, Precision
@@ -12,6 +14,7 @@ from robustfpd.errors import InputError, first_line, unknown_name
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 BF16_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs with bfloat16 tensor cores (Ampere)."""
@@ -90,3 +93,18 @@ def supports_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode; on exit every submodule gets its own mode back.
+
+    `module.eval()` followed by `module.train()` would put parts in training mode that the user had frozen.
+    """
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in before:
+            m.training = training

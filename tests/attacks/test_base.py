@@ -304,10 +304,10 @@ def test_checks_return_valid_inputs_and_name_the_argument() -> None:
     assert check_eps(8 / 255, "linf") == 8 / 255
     assert check_eps(1, "linf") == 1.0
     assert check_eps(12, "l1") == 12.0
-    with pytest.raises(InputError, match=r"^test images must be a torch.Tensor"):
-        check_images(None, "test images")
-    with pytest.raises(InputError, match=r"^targets must not be negative"):
-        check_labels(torch.tensor([-2]), 1, "targets")
+    with pytest.raises(InputError, match=r"^images must be a torch.Tensor"):
+        check_images(None)
+    with pytest.raises(InputError, match=r"^labels must not be negative"):
+        check_labels(torch.tensor([-2]), 1)
     with pytest.raises(InputError, match=r"^radius must be a positive number"):
         check_eps(-1, "l2", "radius")
 

@@ -10,8 +10,7 @@ from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from robustfpd.attacks.autoattack import autoattack, autoattack_rand
 from robustfpd.attacks.base import Attack
-from robustfpd.attacks.noise import noise
-from robustfpd.attacks.pgd import bim, fgsm, pgd
+from robustfpd.attacks.pgd import bim, fgsm, noise, pgd
 from robustfpd.errors import unknown_name
 
 __all__ = [
@@ -20,26 +19,11 @@ __all__ = [
 ]  # fmt: skip
 
 _ATTACKS: dict[str, Attack[Any]] = {
-    "apgd-ce": apgd_ce,
-    "apgd-dlr": apgd_dlr,
-    "apgd-t": apgd_t,
-    "autoattack": autoattack,
-    "autoattack-rand": autoattack_rand,
-    "bim": bim,
-    "cw": cw,
-    "ddn": ddn,
-    "deepfool": deepfool,
-    "fab": fab,
-    "fab-t": fab_t,
-    "fgsm": fgsm,
-    "fmn": fmn,
-    "hopskipjump": hopskipjump,
-    "jsma": jsma,
-    "noise": noise,
-    "pgd": pgd,
-    "square": square,
-    "zoo": zoo,
-}
+    "apgd-ce": apgd_ce, "apgd-dlr": apgd_dlr, "apgd-t": apgd_t, "autoattack": autoattack,
+    "autoattack-rand": autoattack_rand, "bim": bim, "cw": cw, "ddn": ddn, "deepfool": deepfool, "fab": fab,
+    "fab-t": fab_t, "fgsm": fgsm, "fmn": fmn, "hopskipjump": hopskipjump, "jsma": jsma, "noise": noise, "pgd": pgd,
+    "square": square, "zoo": zoo,
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -48,11 +32,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Attack[Any]:
-    """Return the attack called `name`.
-
-    Raises:
-        InputError: `name` is unknown; the message lists the closest names.
-    """
+    """Return the attack called `name`; raise an InputError with the closest names if it is unknown."""
     if name not in _ATTACKS:
         raise unknown_name("attack", name, _ATTACKS)
     return _ATTACKS[name]

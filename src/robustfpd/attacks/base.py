@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError
-from robustfpd.models.mode import evaluating
 
 P = ParamSpec("P")
 Access = Literal["gradients", "scores", "decisions"]
@@ -191,33 +191,33 @@ def record_queries(classifier: nn.Module, queries: Tensor | None) -> None:
         classifier.per_image = None if queries is None else queries.detach().to("cpu", torch.long)
 
 
-def check_images(images: Any, name: str = "images") -> Tensor:
+def check_images(images: Any) -> Tensor:
     """Return `images` if they are an N×C×H×W floating-point tensor in [0, 1]; raise an InputError otherwise."""
     if not isinstance(images, Tensor):
-        raise InputError(f"{name} must be a torch.Tensor, found {type(images).__name__}")
+        raise InputError(f"images must be a torch.Tensor, found {type(images).__name__}")
     if images.ndim != 4 or images.numel() == 0:
-        raise InputError(f"{name} must be N×C×H×W with at least one image, found shape {tuple(images.shape)}")
+        raise InputError(f"images must be N×C×H×W with at least one image, found shape {tuple(images.shape)}")
     if not images.is_floating_point():
-        raise InputError(f"{name} must be floating point in [0, 1], found {images.dtype}; divide uint8 by 255")
+        raise InputError(f"images must be floating point in [0, 1], found {images.dtype}; divide uint8 by 255")
     if not bool(images.isfinite().all()):
-        raise InputError(f"{name} must be finite, found {int((~images.isfinite()).sum())} NaN or infinite pixels")
+        raise InputError(f"images must be finite, found {int((~images.isfinite()).sum())} NaN or infinite pixels")
     low, high = (float(bound) for bound in images.detach().aminmax())
     if low < 0 or high > 1:
         hint = "divide by 255" if low >= 0 and high > 2 else "normalise inside the model, not in the data"
-        raise InputError(f"{name} must lie in [0, 1], found [{low:.4g}, {high:.4g}]; {hint}")
+        raise InputError(f"images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; {hint}")
     return images
 
 
-def check_labels(labels: Any, count: int, name: str = "labels") -> Tensor:
+def check_labels(labels: Any, count: int) -> Tensor:
     """Return `labels` as int64 if they are `count` non-negative integers; raise an InputError otherwise."""
     if not isinstance(labels, Tensor):
-        raise InputError(f"{name} must be a torch.Tensor, found {type(labels).__name__}")
+        raise InputError(f"labels must be a torch.Tensor, found {type(labels).__name__}")
     if labels.shape != (count,):
-        raise InputError(f"{name} must have shape ({count},), one per image, found {tuple(labels.shape)}")
+        raise InputError(f"labels must have shape ({count},), one per image, found {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputError(f"{name} must be integers, found {labels.dtype}")
+        raise InputError(f"labels must be integers, found {labels.dtype}")
     if int(labels.min()) < 0:
-        raise InputError(f"{name} must not be negative, found {int(labels.min())}")
+        raise InputError(f"labels must not be negative, found {int(labels.min())}")
     return labels.long()
 
 
@@ -230,8 +230,7 @@ def check_shape(output: Any, labels: Tensor) -> Tensor:
         raise InputError(f"classifier must return logits N×K with N={len(labels)}, found {tuple(output.shape)}")
     if output.is_complex() or output.layout != torch.strided:
         raise InputError(f"classifier must return real, dense logits, found {output.dtype}, {output.layout}")
-    logits: Tensor = output
-    return logits
+    return output
 
 
 def check_logits(output: Any, labels: Tensor) -> Tensor:
@@ -251,11 +250,7 @@ def check_differentiable(value: Tensor) -> None:
 
 
 def num_classes(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Return K, from one forward pass of the first image.
-
-    Raises:
-        InputError: the output fails `check_logits`, or K = 1.
-    """
+    """Return K, at least 2, from one forward pass of the first image, whose output must pass `check_logits`."""
     with torch.no_grad():
         logits = check_logits(classifier(images[:1]), labels[:1])
     check_logits(logits.expand(len(labels), -1), labels)

@@ -47,12 +47,9 @@ class BatchState:
             setattr(self, name, getattr(self, name)[rows])
 
     def record(self, misclassified: Tensor, loss: Tensor, *, early_stop: bool) -> None:
-        """Keep `x` where it is better than the best iterate so far.
+        """Keep `x` where it is better than the best iterate so far; a loss of NaN or -∞ is never better.
 
-        Args:
-            misclassified: whether `x` is misclassified, N.
-            loss: the loss at `x`, N; NaN and -∞ are never better.
-            early_stop: keep the first misclassified iterate, not the one with the largest loss.
+        With `early_stop` the first misclassified iterate stays, not the one with the largest loss.
         """
         better = (misclassified == self.misclassified) & (loss > self.adversarial_loss)
         if early_stop:
@@ -113,13 +110,9 @@ class IterativeAttack(ABC, Generic[S]):
 
 
 def run(attack: IterativeAttack[S], images: Tensor, restarts: int, batch_size: int | None) -> None:
-    """Attack images from `restarts` starting points each, until they are misclassified.
+    """Attack images, by index, from `restarts` starting points each, until they are misclassified.
 
-    Args:
-        attack: holds the result.
-        images: indices of the images, N.
-        restarts: starting points of each image.
-        batch_size: images per pass through the classifier; None takes all.
+    Each pass through the classifier takes `batch_size` images; None takes all. `attack` holds the result.
     """
     queue = deque((image, 0) for image in images.tolist())
     work = [queue.popleft() for _ in range(min(batch_size or len(queue), len(queue)))]  # (image, restart) of each row
@@ -154,11 +147,8 @@ def run(attack: IterativeAttack[S], images: Tensor, restarts: int, batch_size: i
             kept = [row for row in range(len(work)) if row not in removed]
             work, steps = [work[row] for row in kept], [steps[row] for row in kept]
             state.select(torch.tensor(kept, dtype=torch.long, device=images.device))
-        new = (
-            torch.tensor([row for row, step in enumerate(steps) if step == 0], device=images.device)
-            if refilled
-            else None
-        )
+        if refilled:
+            new = torch.tensor([row for row, step in enumerate(steps) if step == 0], device=images.device)
 
 
 def _start(attack: IterativeAttack[S], work: Sequence[tuple[int, int]], device: torch.device) -> S:

@@ -5,8 +5,8 @@ Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,11 +40,7 @@ class BPDA(nn.Module):
 def non_differentiable_modules(classifier: nn.Module, images: Tensor) -> list[nn.Module]:
     """Return the outermost submodules that map a tensor to one of the same shape and pass no gradient.
 
-    These are modules that round, binarise, compress or detach. Training flags do not change.
-
-    Args:
-        classifier: the module to search, called once.
-        images: a few images, N×C×H×W.
+    These are modules that round, binarise, compress or detach. The classifier is called once, on a few images N×C×H×W.
     """
     inputs: dict[nn.Module, Tensor] = {}
     candidates: dict[nn.Module, Tensor] = {}
@@ -81,16 +77,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-@contextmanager
-def _hooks(modules: Sequence[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
-    """Register forward hooks and remove them on exit."""
-    handles: list[Any] = [m.register_forward_pre_hook(before) for m in modules]
-    handles += [m.register_forward_hook(after) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _hooks(modules: Sequence[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> ExitStack:
+    """Register forward hooks; the returned context removes them on exit."""
+    handles = ExitStack()
+    for m in modules:
+        handles.enter_context(m.register_forward_pre_hook(before))
+        handles.enter_context(m.register_forward_hook(after))
+    return handles
 
 
 def _blocks_gradient(module: nn.Module, x: Tensor) -> bool:
@@ -101,7 +94,7 @@ def _blocks_gradient(module: nn.Module, x: Tensor) -> bool:
             output = module(x * 1)  # a leaf cannot be changed in place
         except Exception:
             return False  # it works inside the classifier only, so its gradient cannot be checked
-        if not bool(output.detach().ne(output.detach().flatten()[0]).any()):
+        if bool(output.detach().eq(output.detach().flatten()[0]).all()):
             return False  # constant
         if not output.requires_grad:
             return True

@@ -45,13 +45,8 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Return the targeted DLR, (z_t - z_y) / (z_π1 - (z_π3 + z_π4)/2) (Croce & Hein, ICML 2020, section 5).
 
-    With three classes (z_π2 + z_π3)/2 is subtracted: with z_π3 alone the ratio would be constant where π3 is the
-    target. With two classes it is the margin.
-
-    Args:
-        logits: N×K.
-        labels: N, the true classes.
-        targets: N, wrong classes.
+    `targets` are wrong classes, N. With three classes (z_π2 + z_π3)/2 is subtracted: with z_π3 alone the ratio would
+    be constant where π3 is the target. With two classes it is the margin.
     """
     true, target = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (labels, targets))
     if logits.shape[1] < 3:
@@ -65,11 +60,7 @@ _LOSSES: dict[str, LossFunction] = {"ce": cross_entropy, "margin": margin, "dlr"
 
 
 def loss_function(loss: Loss) -> LossFunction:
-    """Return the loss of that name, or `loss` itself if it is a function.
-
-    Raises:
-        InputError: the name is unknown.
-    """
+    """Return the loss of that name, or `loss` itself if it is a function."""
     if callable(loss):
         return loss
     if loss not in _LOSSES:

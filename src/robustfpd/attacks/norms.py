@@ -40,9 +40,15 @@ class LpBall(ABC):
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
         """Return the nearest perturbation (Euclidean) with norm at most eps and image + perturbation in [0, 1]."""
 
-    @abstractmethod
     def normalize(self, gradient: Tensor) -> Tensor:
-        """Return an ascent direction for this gradient, of norm 1 in this ball; zero for a zero gradient."""
+        """Return an ascent direction for this gradient, of norm 1 in this ball; zero for a zero gradient.
+
+        By default gradient / norm. Dividing by the largest entry first keeps squares of tiny gradients from
+        underflowing.
+        """
+        largest = gradient.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / per_image(largest)
+        return gradient / per_image(self.norm(gradient).clamp_min(1e-6))
 
     @abstractmethod
     def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
@@ -104,10 +110,6 @@ class L2(LpBall):
         """Scale all coordinates by one factor s, each cut off at the box: |δ_i| = min(s·|d_i|, room_i)."""
         return _in_chunks(_project_l2, delta, images, eps)
 
-    def normalize(self, gradient: Tensor) -> Tensor:
-        """g / ‖g‖₂."""
-        return _normalized(self, gradient)
-
     def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:
         """Gaussian direction, radius ∝ u^(1/d)."""
         direction = self.normalize(_random(torch.randn, images, generator))
@@ -115,7 +117,12 @@ class L2(LpBall):
 
 
 class L1(LpBall):
-    """L1: the sum of all changes."""
+    """L1: the sum of all changes.
+
+    `normalize` returns g / ‖g‖₁, which is dense: the projection decides which pixels change. The steepest L1 step
+    changes a single pixel and needs hundreds of iterations. The dense step has the same optima on a linear loss: the
+    projection lowers all pixels alike, so only those with the largest slopes remain.
+    """
 
     name = "l1"
 
@@ -126,14 +133,6 @@ class L1(LpBall):
     def project(self, delta: Tensor, images: Tensor, eps: Radius) -> Tensor:
         """Lower all magnitudes by one λ, each kept between zero and the box: |δ_i| = clip(|d_i| - λ, 0, room_i)."""
         return _in_chunks(_project_l1, delta, images, eps)
-
-    def normalize(self, gradient: Tensor) -> Tensor:
-        """g / ‖g‖₁, which is dense: the projection decides which pixels change.
-
-        The steepest L1 step changes a single pixel and needs hundreds of iterations. The dense step has the same
-        optima on a linear loss: the projection lowers all pixels alike, so only those with the largest slopes remain.
-        """
-        return _normalized(self, gradient)
 
     def step_scale(self, dimension: int) -> float:
         """4·√d: the dense step moves each pixel by about 1/d only, and the projection takes most of that back."""
@@ -151,16 +150,7 @@ _BALLS: dict[str, LpBall] = {"linf": Linf(), "l2": L2(), "l1": L1()}
 
 
 def lp_ball(norm: str, supported: tuple[str, ...] = NORMS, attack: str = "this attack") -> LpBall:
-    """Return the Lp ball of a norm.
-
-    Args:
-        norm: `linf`, `l2` or `l1`.
-        supported: norms that the caller supports.
-        attack: the caller's name, for the message.
-
-    Raises:
-        InputError: the norm is unknown, or not among `supported`.
-    """
+    """Return the Lp ball of a norm; raise an InputError unless it is among the norms that `attack` supports."""
     if norm not in _BALLS:
         raise unknown_name("norm", norm, supported)
     if norm not in supported:
@@ -248,13 +238,6 @@ def _l1_threshold(magnitude: Tensor, room: Tensor, eps: Radius) -> Tensor:
 def _can_synchronize(values: Tensor) -> bool:
     """Return whether a convergence check is cheap; on a GPU it synchronizes with all queued work."""
     return values.device.type == "cpu"
-
-
-def _normalized(ball: LpBall, gradient: Tensor) -> Tensor:
-    """Return gradient / norm. Dividing by the largest entry first keeps squares of tiny gradients from underflowing."""
-    largest = gradient.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    gradient = gradient / per_image(largest)
-    return gradient / per_image(ball.norm(gradient).clamp_min(1e-6))
 
 
 def per_image(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""White-box gradient attacks in any Lp ball: FGSM, BIM and PGD.
+"""FGSM, BIM and PGD in any Lp ball, and random noise, a baseline for all attacks.
 
 Goodfellow et al., ICLR 2015 (FGSM); Kurakin et al., ICLR workshop 2017 (BIM); Madry et al., ICLR 2018 (PGD).
 
@@ -23,6 +23,7 @@ from robustfpd.attacks.base import (
     check_logits,
     check_positive,
     check_shape,
+    record_queries,
 )  # fmt: skip
 from robustfpd.attacks.batching import BatchState, IterativeAttack, SampleRNG, run
 from robustfpd.attacks.losses import Loss, LossFunction, loss_function
@@ -119,6 +120,39 @@ def pgd(
     return iterations.adversarial
 
 
+@attack("noise", access="decisions")
+@torch.no_grad()
+def noise(
+    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", samples: int = 20,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Random noise: the first misclassified of `samples` points, by turns uniform in the ball and on its surface.
+
+    Arguments, result and errors as in `pgd`; returns the last point of images for which none is misclassified.
+    """
+    assert generator is not None  # the decorator's
+    check_counts(samples=samples)
+    ball, result = lp_ball(norm), images.clone()
+    surviving = torch.arange(len(images), device=images.device)
+    queries = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    for draw in range(samples):
+        x = images[surviving]
+        delta = ball.sample(x, eps, generator)
+        if draw % 2:  # on the surface: in few dimensions most of the ball is near its centre
+            length = per_image(ball.norm(delta).clamp_min(1e-12))
+            direction = ball.normalize(delta) if norm == "linf" else delta / length
+            delta = ball.project(direction * eps, x, eps)
+        candidates = (x + delta).clamp(0, 1)
+        logits = check_logits(classifier(candidates), labels[surviving])
+        queries[surviving] += 1
+        result[surviving] = candidates
+        surviving = surviving[logits.argmax(dim=1) == labels[surviving]]
+        if len(surviving) == 0:
+            break
+    record_queries(classifier, queries)
+    return result
+
+
 @dataclass(eq=False)
 class PGD(IterativeAttack[BatchState]):
     """Projected gradient steps of given lengths, and a last pass without gradient."""
@@ -148,7 +182,7 @@ class PGD(IterativeAttack[BatchState]):
         with torch.set_grad_enabled(not last):
             logits = self.classifier(x)
             if new is not None:
-                _check_new(logits, state.labels, new)
+                check_logits(check_shape(logits, state.labels)[new], state.labels[new])
             losses = self.loss(logits, state.labels)
             total = losses.sum()
         with torch.no_grad():
@@ -161,11 +195,3 @@ class PGD(IterativeAttack[BatchState]):
         step_size = per_image(self._step_sizes[state.step]) if step is None else self.step_sizes[step]
         with torch.no_grad():
             self.ball.step(state.x, gradient, step_size, state.images, self.eps)
-
-
-def _check_new(logits: Tensor, labels: Tensor, new: Tensor) -> None:
-    """Check the logits of images in their first pass."""
-    if len(new) == len(labels):
-        check_logits(logits, labels)
-    else:
-        check_logits(check_shape(logits, labels)[new], labels[new])

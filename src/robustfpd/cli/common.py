@@ -171,9 +171,9 @@ def _check_classes(name: str, classifier: nn.Module, images: ImageSet, info: Dat
     """Raise an InputError unless a module of the user's gives one logit for each class of the data set."""
     import torch
 
+    from robustfpd.device import evaluating
     from robustfpd.errors import first_line
     from robustfpd.evaluation.inputs import device_of
-    from robustfpd.models.mode import evaluating
 
     image = images.take(torch.tensor([0])).floats()[0].to(device_of(classifier, torch.zeros(1)))
     try:

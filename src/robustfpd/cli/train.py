@@ -254,7 +254,7 @@ def _stage_seconds(
     from robustfpd.cli.common import timed
     from robustfpd.data import ImageSet
     from robustfpd.data.image_set import batches_per_epoch
-    from robustfpd.training.validation import robust_accuracy, validate
+    from robustfpd.training.metrics import robust_accuracy, validate
 
     procedure, settings, task = run.procedure, run.adversarial, counts.info.task
     size = 2 * procedure.batch_size  # validation batches are twice as large

@@ -16,6 +16,7 @@ from torch import nn
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
 from robustfpd.config import Norm
+from robustfpd.device import evaluating
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import checks
@@ -37,7 +38,6 @@ from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.loop import EvaluationLoop, EvaluationObserver, EvaluationSettings, SearchPrecision
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
 from robustfpd.evaluation.suites import SuiteContext, attack_specs
-from robustfpd.models.mode import evaluating
 from robustfpd.provenance import environment, weights_sha256
 
 

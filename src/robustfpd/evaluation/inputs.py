@@ -15,9 +15,9 @@ from robustfpd.attacks.base import check_images, check_labels, reproducible
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
 from robustfpd.data import ImageSet
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Baseline, FPDClassifier
-from robustfpd.models.mode import evaluating
 from robustfpd.rng import generator
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]

@@ -79,28 +79,19 @@ def from_timm(
     except (TypeError, RuntimeError, OSError) as error:  # fixed inputs, unknown tags, weights that cannot be fetched
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"backbone {name!r} cannot be built for {in_channels} channels: {reason}") from error
+    if stages is None:
+        stages = _timm_stages(module, name)
     cfg: dict[str, Any] = dict(module.pretrained_cfg) if pretrained else {}  # type: ignore[arg-type]
-    return BackboneSpec(
-        module,
-        _timm_stages(module, name) if stages is None else stages,
-        tuple(cfg.get("mean", (0.0,))),
-        tuple(cfg.get("std", (1.0,))),
-        getattr(module, "output_fmt", "NCHW"),
-    )
+    mean, std = tuple(cfg.get("mean", (0.0,))), tuple(cfg.get("std", (1.0,)))
+    return BackboneSpec(module, stages, mean, std, getattr(module, "output_fmt", "NCHW"))
 
 
 def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> BackboneSpec:
     """Copy a user's module, to float32 on the CPU.
 
     A module that is in evaluation mode as a whole comes from an inference script: its copy is put in training mode.
-    Parts in evaluation mode inside a module in training mode are frozen on purpose and stay so.
-
-    Args:
-        net: the module.
-        stages: names of the modules where stages end, stem first; None for a ResNet or a timm network.
-
-    Raises:
-        InputError: `stages` is None for another network, or does not fit.
+    Parts in evaluation mode inside a module in training mode are frozen on purpose and stay so. `stages` may be None
+    for a ResNet or a timm network.
     """
     if stages is None:
         stages = _timm_stages(net) if hasattr(net, "feature_info") else _resnet_stages(net)
@@ -146,8 +137,7 @@ def _resnet_stages(net: nn.Module) -> tuple[str, ...]:
 def _timm_stages(module: nn.Module, name: str = "the network") -> tuple[str, ...]:
     info: Any = getattr(module, "feature_info", None) or []
     known = {n for n, _ in module.named_modules() if n}
-    entries = [dict(entry) for entry in info]
-    stages = tuple(e["module"] for e in entries if e.get("module") in known)
+    stages = tuple(entry["module"] for entry in map(dict, info) if entry.get("module") in known)
     if not stages:
         raise InputError(
             f"backbone {name!r} lists no stages that features_only could return; choose a convolutional timm family, "
@@ -218,11 +208,7 @@ def _stage(before: int, width: int, blocks: int, stride: int) -> nn.Sequential:
 
 
 def channel_constants(values: tuple[float, ...], channels: int, name: str) -> Tensor:
-    """Return per-channel constants as 1×C×1×1; one value is for all channels, RGB values are averaged for grey.
-
-    Raises:
-        InputError: another number of values, or a `std` that is not positive.
-    """
+    """Return per-channel constants as 1×C×1×1; one value is for all channels, RGB values are averaged for grey."""
     if channels == 1 and len(values) == 3:
         values = (sum(values) / 3,)
     if len(values) not in (1, channels):

@@ -62,7 +62,6 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
         raise MissingDataError(f"no model in {folder}: {CONFIG} is not there (looked in {folder.resolve()})")
     try:
         settings = json.loads(path.read_text())
-        assert isinstance(settings, dict)
         version = settings["format"]
         if version != FORMAT:
             raise InputError(
@@ -71,8 +70,8 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
         task, model = dict(settings["task"]), dict(settings["model"])
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{path} is not a model's settings: {type(error).__name__} {error}".rstrip()) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a model's settings: {type(error).__name__} {error}") from None
     return parse(TaskConfig, task, str(path)), parse(ModelConfig, model, str(path))
 
 

@@ -104,11 +104,7 @@ def non_local_means(kind: Denoise) -> Means:
 
 
 def denoising_layer(kind: Denoise, channels: int) -> nn.Module | None:
-    """Return a denoising layer for maps of `channels` channels, or None for `none`.
-
-    Raises:
-        InputError: `kind` is unknown.
-    """
+    """Return a denoising layer for maps of `channels` channels, or None for `none`."""
     if kind == "none":
         return None
     if kind == "bottleneck":

@@ -89,7 +89,9 @@ def export(
     path, size = Path(path), image_size or model.task.image_size
     if format not in SUFFIXES:
         raise InputError(f"format must be onnx or torch, found {format!r}")
-    check_packages(format)
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None] if format == "onnx" else []
+    if missing:
+        raise InputError(f"exporting to ONNX needs {', '.join(missing)}; install with: pip install 'robustfpd[export]'")
     if restored and not isinstance(model, FPD):
         raise InputError("a baseline has no restoration; export it without restored")
     if path.is_dir():
@@ -102,29 +104,20 @@ def export(
     reference = _Exportable(copy.deepcopy(model).cpu().eval(), restored)
     outputs = ("logits", "restored") if restored else ("logits",)
     facts = _facts(model, size, class_names, outputs)
-    with _exporters_silenced():
-        program = _traced(module, size)
     # A folder of its own keeps concurrent exports apart; on the target's file system the file can be renamed.
-    with tempfile.TemporaryDirectory(prefix=".robustfpd-", dir=home) as folder:
+    with tempfile.TemporaryDirectory(prefix=".robustfpd-", dir=home) as folder, _exporters_silenced():
         partial = Path(folder) / path.name
-        with _exporters_silenced():
-            if format == "onnx":
-                _write_onnx(program, partial, outputs, facts)
-                run = _onnx_runner(partial)
-            else:
-                _write_program(program, partial, facts)
-                run = _program_runner(partial)
-            difference, compared = _compare(reference, run, size)
+        program = _traced(module, size)
+        if format == "onnx":
+            _write_onnx(program, partial, outputs, facts)
+            run = _onnx_runner(partial)
+        else:
+            _write_program(program, partial, facts)
+            run = _program_runner(partial)
+        difference, compared = _compare(reference, run, size)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(path)
     return Exported(path, outputs, size, difference, compared, facts)
-
-
-def check_packages(format: Format) -> None:
-    """Raise an InputError with the command that installs the packages that a format lacks."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None] if format == "onnx" else []
-    if missing:
-        raise InputError(f"exporting to ONNX needs {', '.join(missing)}; install with: pip install 'robustfpd[export]'")
 
 
 class _Exportable(nn.Module):
@@ -248,8 +241,7 @@ def _program_runner(path: Path) -> Runner:
 def _compare(module: _Exportable, run: Runner, size: tuple[int, int]) -> tuple[float, int]:
     """Return the largest difference between file and network, and the number of compared images.
 
-    Raises:
-        InputError: the difference is too large.
+    Raises an InputError if the difference is too large.
     """
     largest, compared = 0.0, 0
     for images in _test_images(module.model.task.in_channels, size):

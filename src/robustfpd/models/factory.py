@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError
 from robustfpd.io import readable_folder
 from robustfpd.models.backbones import from_module, from_timm
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.models.fpd import FPD, Baseline
 from robustfpd.models.import_model import check_trusted, import_model, is_import_path
-from robustfpd.models.mode import evaluating
 from robustfpd.models.zoo import locate
 from robustfpd.rng import derive, generator
 

@@ -94,17 +94,7 @@ _HEADS: dict[Head, type[Tanh | Linear | Spectral | Orthogonal]] = {
 
 
 def classification_layer(kind: Head, channels: int, num_classes: int, bound: float = 1.0) -> ClassificationLayer:
-    """Return a head.
-
-    Args:
-        kind: `tanh`, `spectral`, `orthogonal` or `linear`.
-        channels: number of features C.
-        num_classes: number of logits K.
-        bound: Lipschitz constant of `spectral` and `orthogonal`.
-
-    Raises:
-        InputError: `kind` is unknown.
-    """
+    """Return a head, N×C → N×K; `bound` is the Lipschitz constant of `spectral` and `orthogonal`."""
     if kind not in _HEADS:
         raise unknown_name("head", kind, _HEADS)
     return _HEADS[kind](channels, num_classes, bound)

@@ -67,15 +67,10 @@ def _search_path(from_cwd: bool) -> Iterator[None]:
 
 
 def find(path: str, option: str, *, from_cwd: bool = True) -> tuple[str, str]:
-    """Split an import path into module and name, without importing it. Needs no torch.
+    """Split `package.module:factory` into module and name, without importing it. Needs no torch.
 
-    Args:
-        path: `package.module:factory`.
-        option: the flag or setting that it was given for.
-        from_cwd: look in the working folder too.
-
-    Raises:
-        InputError: another form, or no such package.
+    `option` is the flag or setting that it was given for; `from_cwd` looks in the working folder too. Raises an
+    InputError for another form or an unknown package.
     """
     module, _, name = path.partition(":")
     if not module or not name:
@@ -96,12 +91,9 @@ def find(path: str, option: str, *, from_cwd: bool = True) -> tuple[str, str]:
 
 
 def import_model(path: str, option: str = "--model", *, from_cwd: bool = True) -> nn.Module:
-    """Import `package.module:factory` and call it; a name that is a module already is returned.
+    """Import `package.module:factory` and call it; a name that is a `torch.nn.Module` already is returned.
 
-    Args and errors are those of `find`; further errors:
-
-    Raises:
-        InputError: the module cannot be imported, or the factory fails or returns no `torch.nn.Module`.
+    Args are those of `find`. Raises an InputError if the import or the call fails, or returns something else.
     """
     module, name = find(path, option, from_cwd=from_cwd)
     with _search_path(from_cwd):  # around the call too: a function may import its neighbours

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.backbones import BackboneSpec, prune, stage_map, undo_downsampling
-from robustfpd.models.mode import evaluating
 from robustfpd.models.ops.elu import keep_inputs
 
 PYRAMID_LEVELS = 4
@@ -72,14 +72,23 @@ class StagedBackbone(nn.Module):
         for index, name in enumerate(self.stage_names):
             self.net.get_submodule(name).register_forward_hook(_StageEnd(self, index))
         self._drop_tail(self._modules_until(self.stage_names[-1], image), image)
-        features = self._measure_undisturbed(image)
+        try:
+            features = self._measure(image)
+        except InputError:  # perhaps an activation overwrites a stage's output: then activations keep their inputs
+            if not keep_inputs(self.net):
+                raise
+            features = self._measure(image)
         self.channels = tuple(f.shape[1] for f in features)
         self.reductions = tuple(round(max(self.padded(image_size)) / max(f.shape[-2:])) for f in features)
         for index, channels in enumerate(self.channels):
             layer = insert(index, channels)
             if layer is not None:
                 self.inserted[str(index)] = layer
-        self.leaves_early = not self._runs_to_the_end(image)
+        self.leaves_early = False  # exporters prefer the network's own code where it still works without its tail
+        try:
+            self._measure(image)
+        except Exception:  # the user's code may raise anything here; leaving early skips it
+            self.leaves_early = True
 
     def forward(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
         """Return the stages' feature maps, finest first.
@@ -166,15 +175,6 @@ class StagedBackbone(nn.Module):
             self._run(image)
         return after
 
-    def _measure_undisturbed(self, image: Tensor) -> list[Tensor]:
-        """Measure; where an activation overwrites a stage's output, let activations keep their inputs from now on."""
-        try:
-            return self._measure(image)
-        except InputError:
-            if not keep_inputs(self.net):
-                raise
-        return self._measure(image)
-
     def _measure(self, image: Tensor) -> list[Tensor]:
         """Run once and check the stages' outputs."""
         order: list[int] = []
@@ -183,7 +183,8 @@ class StagedBackbone(nn.Module):
         for index, name in enumerate(self.stage_names):
             module = self.net.get_submodule(name)
             start = lambda m, args, out, i=index: order.append(i)  # noqa: E731
-            end = lambda m, args, out, i=index: versions.update({i: _version(out)})  # noqa: E731
+            # `_version` counts changes in place; a tuple's map is a copy, which cannot be changed.
+            end = lambda m, args, out, i=index: versions.update({i: getattr(out, "_version", 0)})  # noqa: E731
             hooks += [module.register_forward_hook(start, prepend=True), module.register_forward_hook(end)]
         with _removed(hooks):
             features = self._run(image)
@@ -221,15 +222,6 @@ class StagedBackbone(nn.Module):
                 p.requires_grad_(False)
         needed = {id(m) for m in ran} | {id(p) for p, g in zip(params, grads, strict=False) if g is not None}
         prune(self.net, needed)
-
-    def _runs_to_the_end(self, image: Tensor) -> bool:
-        """Return whether the network's own code still works without its tail, as exporters prefer."""
-        self.leaves_early = False
-        try:
-            self._measure(image)
-        except Exception:  # the user's code may raise anything here; leaving early skips it
-            return False
-        return True
 
 
 _thread = threading.local()
@@ -273,8 +265,3 @@ def _removed(hooks: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _version(output: Any) -> int:
-    """Return how often a tensor was changed in place; a tuple's map is a copy, which cannot be."""
-    return output._version if isinstance(output, Tensor) else 0

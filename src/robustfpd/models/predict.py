@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustfpd.device import evaluating
 from robustfpd.models.fpd import FPD, Baseline
-from robustfpd.models.mode import evaluating
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,7 @@ _FABRIC_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -> Fabric:
-    """Return this rank's Fabric; the process group is initialised before.
-
-    Args:
-        config: settings of the run.
-        device: as in `robustfpd.train`.
-        precision: as in `robustfpd.train`.
-        folder: run folder, for TensorBoard.
+    """Return this rank's Fabric, which logs to `folder`; the process group is initialised before.
 
     Raises:
         InputError: an unavailable device or precision, or `sync_batchnorm` on CPUs.
@@ -60,8 +54,9 @@ def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -
         fabric = Fabric(accelerator=target.type, precision=fabric_precision, loggers=logger, **options)
         fabric.launch()
     except (ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise InputError(f"device {device!r} with precision {precision!r} cannot be used here: {reason}") from None
+        raise InputError(
+            f"device {device!r} with precision {precision!r} cannot be used here: {first_line(error)}"
+        ) from None
     return fabric
 
 
@@ -162,13 +157,8 @@ def _checkpoint_block(block: nn.Module) -> None:
             return forward(*inputs, **options)
         # Dense blocks pass a list that grows later: the recomputation needs its present length.
         copies = [list(i) if isinstance(i, list) else i for i in inputs]
-        return checkpoint(
-            forward,
-            *copies,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _FrozenStatistics(norms)),
-            **options,
-        )
+        contexts = lambda: (nullcontext(), _FrozenStatistics(norms))  # noqa: E731
+        return checkpoint(forward, *copies, use_reentrant=False, context_fn=contexts, **options)
 
     block.forward = checkpointed
 

@@ -26,11 +26,20 @@ from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.rng import derive, generator
 from robustfpd.training.fabric import FabricUpdate, checkpoint_activations, launch
-from robustfpd.training.metrics import EarlyStopping, EpochMetrics, EpochSums, Observer, Progress, TrainResult
+from robustfpd.training.metrics import (
+    EarlyStopping,
+    EpochMetrics,
+    EpochSums,
+    Observer,
+    Progress,
+    TrainResult,
+    Validation,
+    robust_accuracy,
+    validate,
+)
 from robustfpd.training.optim import Schedule, make_optimizer
 from robustfpd.training.perturbations import adversarial_images
-from robustfpd.training.run_folder import RunFolder
-from robustfpd.training.setup import build_model, check_ranks, load_splits
+from robustfpd.training.run_folder import RunFolder, build_model, check_ranks, load_splits
 from robustfpd.training.steps import (
     StepResult,
     adversarial_step,
@@ -39,7 +48,6 @@ from robustfpd.training.steps import (
     restoration_unit,
     two_phase_step,
 )
-from robustfpd.training.validation import Validation, robust_accuracy, validate
 
 
 def train(
@@ -180,7 +188,7 @@ class _Training:
                 adversarial = adversarial_images(raw_model, clean, labels, config.adversarial, done, draws)
             return adversarial_step(
                 model, clean, adversarial, labels, update, config.training, config.adversarial, index
-            )  # fmt: skip
+            )
         unit = restoration_unit(raw_model, config.training)
         noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
         if isinstance(raw_model, FPD):
@@ -194,9 +202,7 @@ class _Training:
         validation = validate(self.model, images, batch_size, device, unit)
         if self.config.stage != "adversarial" or adversarial.select_by == "clean":
             return validation, None
-        return validation, robust_accuracy(
-            self.raw_model, images, adversarial, batch_size, device, self.config.seed
-        )  # fmt: skip
+        return validation, robust_accuracy(self.raw_model, images, adversarial, batch_size, device, self.config.seed)
 
     def _check_finite(self, epoch: int, losses: dict[str, Any]) -> None:
         checkpoints = f"The checkpoints in {self.folder.last.parent} are from before"

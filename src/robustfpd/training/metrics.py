@@ -1,17 +1,27 @@
-"""Metrics of a training: one row per epoch, progress for a display, the result, and early stopping."""
+"""Metrics of a training: validation, one row per epoch, progress for a display, the result, and early stopping."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from robustfpd.attacks import pgd
+from robustfpd.config import AdversarialConfig
+from robustfpd.data import ImageSet
+from robustfpd.data.image_set import batches
+from robustfpd.device import evaluating
 from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
-from robustfpd.models import FPD, Baseline
+from robustfpd.models import FPD, Baseline, FPDOutput
+from robustfpd.rng import generator
+from robustfpd.training.perturbations import attacked_view
 from robustfpd.training.steps import StepResult
+
+PGD_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -84,42 +94,39 @@ class EpochSums:
     """
 
     def __init__(self) -> None:
-        names = ("ce", "restoration", "second_ce", "second_restoration", "adversarial_ce")
-        self._losses: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._open = 0
-        self._batches = 0
+        self._steps: list[StepResult] = []
         self.correct = torch.zeros((), dtype=torch.long)
         self.counted = 0
-        self._adversarial_correct = torch.zeros((), dtype=torch.long)
-        self._adversarial_counted = 0
 
     def add(self, result: StepResult) -> None:
         """Add one step."""
-        for prefix, losses in (("", result.first), ("second_", result.second), ("adversarial_", result.adversarial)):
-            for name in ("ce", "restoration") if losses is not None else ():
-                loss = getattr(losses, name)
-                if loss is not None and prefix + name in self._losses:
-                    self._losses[prefix + name].append(loss)
+        self._steps.append(result)
         self.correct = self.correct.to(result.first.correct.device) + result.first.correct
         self.counted += result.first.counted
-        if result.adversarial is not None:
-            correct = result.adversarial.correct
-            self._adversarial_correct = self._adversarial_correct.to(correct.device) + correct
-            self._adversarial_counted += result.adversarial.counted
-        self._open += result.gate_open
-        self._batches += 1
 
     def means(self, group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Any]:
         """Return means under the names of `EpochMetrics`, over the ranks of `group`, which have equally many images."""
-        counted = self._adversarial_counted
+        first = [step.first for step in self._steps]
+        second = [step.second for step in self._steps if step.second is not None]
+        adversarial = [step.adversarial for step in self._steps if step.adversarial is not None]
+        attacked = sum(losses.counted for losses in adversarial)
         own: dict[str, Any] = {
-            **{name: float(torch.stack(values).mean()) if values else None for name, values in self._losses.items()},
-            "gate_open": self._open / self._batches,
+            "ce": _mean([losses.ce for losses in first]),
+            "restoration": _mean([losses.restoration for losses in first]),
+            "second_ce": _mean([losses.ce for losses in second]),
+            "second_restoration": _mean([losses.restoration for losses in second]),
+            "adversarial_ce": _mean([losses.ce for losses in adversarial]),
+            "gate_open": sum(step.gate_open for step in self._steps) / len(self._steps),
             "train_accuracy": float(self.correct) / self.counted,
-            "train_adversarial_accuracy": float(self._adversarial_correct) / counted if counted else None,
+            "train_adversarial_accuracy": float(sum(a.correct for a in adversarial)) / attacked if attacked else None,
         }
         ranks = group.gather(own)
         return {n: None if own[n] is None else sum(r[n] for r in ranks) / len(ranks) for n in own}
+
+
+def _mean(losses: Sequence[Tensor | None]) -> float | None:
+    present = [loss for loss in losses if loss is not None]
+    return float(torch.stack(present).mean()) if present else None
 
 
 @dataclass
@@ -151,3 +158,64 @@ class EarlyStopping:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, which the constructor takes."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Accuracy and mean losses on clean images; no restoration loss for a baseline."""
+
+    accuracy: float
+    ce: float
+    restoration: float | None
+
+    @property
+    def loss(self) -> float:
+        """Cross-entropy plus restoration loss, which the published schedule follows."""
+        return self.ce + (self.restoration or 0.0)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, unit: Tensor | float = 1.0
+) -> Validation:
+    """Evaluate a model on clean images, sharded over the ranks; `unit` is that of the restoration loss."""
+    correct, ce, restoration, restores, count = 0, 0.0, 0.0, False, len(images)
+    group = ProcessGroup.current()
+    shard = images.take(torch.arange(count)[group.shard(count)])
+    with evaluating(model):
+        for clean, labels in batches(shard, batch_size, device) if len(shard) else ():
+            output = model(clean)
+            logits: Tensor = output.logits if isinstance(output, FPDOutput) else output
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            ce += float(F.cross_entropy(logits, labels, reduction="sum"))
+            if isinstance(output, FPDOutput):
+                restores = True
+                restoration += float(F.mse_loss(output.restored / unit, clean / unit)) * len(clean)
+    ranks = group.gather((correct, ce, restoration, restores))
+    correct, ce, restoration, restores = (sum(column) for column in zip(*ranks, strict=True))
+    return Validation(correct / count, ce / count, restoration / count if restores else None)
+
+
+def robust_accuracy(
+    model: FPD | Baseline, images: ImageSet, config: AdversarialConfig, batch_size: int, device: torch.device, seed: int
+) -> float:
+    """Return the accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
+
+    The attack differentiates `config.view`; the model's own logits decide whether its image is adversarial. Rice et
+    al., ICML 2020, show why robust accuracy has to select the epoch. Images are sharded over the ranks, and each rank
+    draws its own random starts.
+    """
+    group = ProcessGroup.current()
+    selected = torch.randperm(len(images), generator=generator(seed, "select"))[: config.select_images].sort().values
+    shard = images.take(selected[group.shard(len(selected))])
+    draws = generator(seed, "select-attack", *group.seed_purpose)
+    classifier, attacked, robust = model.classifier(), attacked_view(model, config), 0
+    with evaluating(model):
+        for clean, labels in batches(shard, batch_size, device) if len(shard) else ():
+            adversarial = pgd(
+                attacked, clean, labels, eps=config.eps, norm=config.norm, steps=PGD_STEPS, generator=draws
+            )
+            with torch.no_grad():
+                predictions = [classifier(x).argmax(dim=1) for x in (clean, adversarial)]
+            robust += int(((predictions[0] == labels) & (predictions[1] == labels)).sum())
+    return sum(group.gather(robust)) / len(selected)

@@ -37,7 +37,6 @@ class Schedule:
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, batches: int) -> None:
-        lr = optimizer.param_groups[0]["lr"]
         self._follows = config.follows
         self._per_batch: LRScheduler | None = None
         self._per_epoch: ReduceLROnPlateau | None = None
@@ -49,7 +48,7 @@ class Schedule:
         elif config.name == "one_cycle":
             # One more step than batches: OneCycleLR counts the initial rate as a step.
             # Momentum (Adam's first beta) falls by 0.1 while the rate rises, and rises again.
-            high = optimizer.param_groups[0].get("momentum", 0.95)
+            lr, high = optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("momentum", 0.95)
             self._per_batch = OneCycleLR(
                 optimizer, max_lr=lr, total_steps=batches + 1, max_momentum=high, base_momentum=max(0.0, high - 0.1)
             )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from robustfpd.attacks import adaptive, fgsm, pgd
 from robustfpd.config import AdversarialConfig
+from robustfpd.device import evaluating
 from robustfpd.models import FPD, Baseline
-from robustfpd.models.mode import evaluating
 
 
 def adversarial_images(

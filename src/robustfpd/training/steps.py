@@ -88,9 +88,8 @@ def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float
     """Return the unit of noise and restoration loss: 1 pixel of [0, 1], or the model's std 1×C×1×1 (`space`)."""
     if config.space == "pixels":
         return 1.0
-    std = model.std
-    assert isinstance(std, Tensor)
-    return std
+    assert isinstance(model.std, Tensor)
+    return model.std
 
 
 # Steps
@@ -152,14 +151,12 @@ def _both_phases(
     `through` (published code): two steps; phase 2's gradient continues into phase 1's graph.
     """
     unit, mode = restoration_unit(model, config), config.second_pass
-    if mode == "joint":
-        second = pass_losses(*_forward(model, restored), clean, labels, unit)
-        update(loss + phase_two_loss(second, config))
-        return second.detach()
-    update(loss, retain_graph=mode == "through")
-    images = restored if mode == "through" else restored.detach()
+    if mode != "joint":
+        update(loss, retain_graph=mode == "through")
+    images = restored.detach() if mode == "detached" else restored
     second = pass_losses(*_forward(model, images), clean, labels, unit)
-    update(phase_two_loss(second, config))
+    second_loss = phase_two_loss(second, config)
+    update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
 
 
@@ -204,16 +201,15 @@ def _clean_and_adversarial(
     unit, scale = restoration_unit(model, config), settings.restored_scale
     if adversarial is None:
         return [pass_losses(*_forward(model, clean), clean, labels, unit, scale)], None
-    to_input = settings.restoration_target == "input"
     if settings.batch == "both":
         on_clean = pass_losses(*_forward(model, clean), clean, labels, unit, scale)
         logits, restored = _forward(model, adversarial)
-        target = adversarial if to_input else clean
+        target = adversarial if settings.restoration_target == "input" else clean
         return [on_clean, pass_losses(logits, restored, target, labels, unit)], restored
     half = len(clean) - len(adversarial)
     images = torch.cat([clean[:half], adversarial])
     logits, restored = _forward(model, images)
-    target = images if to_input else clean
+    target = images if settings.restoration_target == "input" else clean
 
     def part(images: slice, scale: float) -> PassLosses:
         own = None if restored is None else restored[images]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -95,14 +96,8 @@ def misclassified(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tens
 def minimize_batch(classifier: nn.Module, images: Tensor, labels: Tensor, search: BatchSearch) -> Tensor:
     """Minimize perturbations of the correctly classified images with a library's batch attack.
 
-    Args:
-        classifier: images N×C×H×W in [0, 1] → logits N×K.
-        images: N×C×H×W in [0, 1].
-        labels: N.
-        search: the attack; its candidates need not be valid or misclassified.
-
-    Returns:
-        N×C×H×W in [0, 1] and the images' dtype: misclassified, or the clean image.
+    The candidates of `search` need not be valid or misclassified. Returns N×C×H×W in [0, 1] and the images' dtype:
+    misclassified, or the clean image.
     """
     classes, result = num_classes(classifier, images, labels), images.clone()
     correct = ~misclassified(classifier, images, labels)
@@ -118,16 +113,9 @@ def minimize_each(
     classifier: nn.Module, images: Tensor, labels: Tensor, ball: LpBall, search: Search, *,
     max_queries: int | None = None, adapter: type[BestAdversarial] = BestAdversarial,
 ) -> Tensor:  # fmt: skip
-    """Like `minimize_batch`, one image at a time, each with its own random state; records the queries per image.
+    """Minimize as `minimize_batch` does, one image at a time, each with its own random state, in the norm of `ball`.
 
-    Args:
-        classifier: images N×C×H×W in [0, 1] → logits N×K.
-        images: N×C×H×W in [0, 1].
-        labels: N.
-        ball: norm to minimize.
-        search: the attack on one image.
-        max_queries: forward passes per image, at most; None sets no limit.
-        adapter: how the attack sees the classifier.
+    Records the forward passes per image, at most `max_queries`; None sets no limit.
     """
     classes, result = num_classes(classifier, images, labels), images.clone()
     salt = int(torch.randint(2**31, (1,)))
@@ -138,11 +126,8 @@ def minimize_each(
             continue
         _seed(salt, image)
         adapted = adapter(classifier, image, label, classes, ball, max_queries)
-        try:
-            with torch.enable_grad():
-                search(adapted)
-        except QueryBudgetExceeded:
-            pass
+        with suppress(QueryBudgetExceeded), torch.enable_grad():
+            search(adapted)
         result[i : i + 1] = confirm(classifier, image, label, adapted.best)
         queries[i] += adapted.queries
     record_queries(classifier, queries)

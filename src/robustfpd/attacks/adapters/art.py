@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,8 @@ def jsma(
         library_attack = SaliencyMapMethod(_estimator(adapter, start.shape[1:]), theta=theta, gamma=0.5, verbose=False)
         ranking = classifier(adapter.image)[0].argsort(descending=True).tolist()
         for target in [k for k in ranking if k != int(adapter.label)][:targets]:
-            try:
+            with suppress(_NotCloser):
                 library_attack.generate(start, np.array([target]))
-            except _NotCloser:
-                continue
 
     adversarial = minimize_each(classifier, images, labels, lp_ball(norm), search, adapter=_RaiseAndLower)
     return _shorten(classifier, images, labels, adversarial)

@@ -12,12 +12,12 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustfpd.attacks.base import check_labels, reproducible
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import tensors
 from robustfpd.evaluation.checks.context import CheckContext, judge, skipped
 from robustfpd.evaluation.inputs import device_of
 from robustfpd.evaluation.record import Check
-from robustfpd.models.mode import evaluating
 
 GREY_LEVEL = 1 / 255
 SIGNIFICANT = 0.05  # probability of as many correct guesses below which an accuracy counts as better than chance

@@ -52,12 +52,7 @@ class FusedLayers:
 
 
 def run_fused(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Apply the layers one after another, fused where that takes fewer multiplications.
-
-    Args:
-        layers: convolutions and transposed convolutions.
-        x: N×C×H×W.
-    """
+    """Apply (transposed) convolutions to x, N×C×H×W, in turn, fused where that takes fewer multiplications."""
     chain = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
     assert len(chain) == len(layers)
     fused = fuse(chain)
