@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from robustfpd.config import RunConfig, parse
 from robustfpd.distributed import ProcessGroup, shared_errors
 from robustfpd.errors import InputError
-from robustfpd.training import Observer, Progress, RunFolder, train
+from robustfpd.training import Observer, Progress, train
 
 
 class Net(nn.Module):
@@ -126,7 +127,7 @@ def failing(folder: Path) -> dict[str, Any]:
             return [type(error).__name__, str(error)]
         return []
 
-    def full_disk(self: RunFolder, history: object) -> None:
+    def full_disk(path: Path, rows: object) -> None:
         raise OSError("no space left")
 
     def fail_on_rank_1() -> None:
@@ -143,9 +144,8 @@ def failing(folder: Path) -> dict[str, Any]:
         "sync_batchnorm": attempt("sync", sync_batchnorm=True),
         "rank 1": raised(fail_on_rank_1),
     }
-    original, RunFolder.write_metrics = RunFolder.write_metrics, full_disk  # type: ignore[method-assign]
-    errors["full disk"] = attempt("full")
-    RunFolder.write_metrics = original  # type: ignore[method-assign]
+    with patch("robustfpd.training.loop.write_csv", full_disk):
+        errors["full disk"] = attempt("full")
     return errors
 
 

@@ -48,11 +48,7 @@ def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
 
     For an FPD: the pre-squash logits; straight-through gradients past the restoration and past the denoising; the
     front pass and the back pass alone; cross-entropy plus and minus the restoration loss. For any other module:
-    straight-through gradients past its non-differentiable submodules.
-
-    Args:
-        classifier: the module under attack, in evaluation mode.
-        images: a few images, N×C×H×W, to find non-differentiable submodules with.
+    straight-through gradients past its non-differentiable submodules, which a pass of a few `images` finds.
     """
     result = {name: View(module) for name, module in views(classifier).items()}
     if isinstance(classifier, FPDClassifier):

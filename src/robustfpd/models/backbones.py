@@ -54,14 +54,9 @@ class BackboneSpec:
 def from_timm(
     name: str, in_channels: int, *, pretrained: bool = False, stages: tuple[str, ...] | None = None
 ) -> BackboneSpec:
-    """Create a timm network, or one of our own.
+    """Create a timm network, or one of our own: `resnet_mini`, or a published one by its blocks per stage.
 
-    Args:
-        name: a timm model name, with or without a pretrained tag, `resnet_mini`, or a published network by its
-            blocks per stage, as in `published_resnet_3_4_23_3` and `published_resnext_3_4_6_3`.
-        in_channels: channels of an image; timm adapts pretrained first layers.
-        pretrained: load timm's weights, from its cache or the network.
-        stages: module names that override timm's `feature_info`.
+    timm adapts pretrained first layers to `in_channels`. `stages` are module names that override its `feature_info`.
 
     Raises:
         InputError: timm has no such model, or it lists no stages (it is not a convolutional family).

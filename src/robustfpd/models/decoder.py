@@ -38,11 +38,7 @@ class RestorationDecoder(nn.Module):
         self.upscale = nn.Sequential(*_transposed_convolutions(reduction, width, out_channels, unstrided_kernel))
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Restore images.
-
-        Args:
-            features: c2…c5, finest first, each N×C_i×H_i×W_i.
-            size: height and width of the images.
+        """Restore images of `size` (height, width) from c2…c5, each N×C_i×H_i×W_i.
 
         Returns:
             x′, N×out_channels×H×W, not clamped: near [0, 1] once trained.

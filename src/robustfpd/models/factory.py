@@ -79,8 +79,25 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
         InputError: as for `enhance`.
     """
     model = assemble(task, config, net, seed)
-    _check_finite(model)
-    return model
+    # Dot-product denoising is cubic and can overflow: NaN or infinite logits of an untrained network are refused.
+    images = torch.rand(2, model.task.in_channels, *model.task.image_size, generator=generator(0, "overflow"))
+    with torch.no_grad(), evaluating(model):
+        if bool(model.classifier()(images).isfinite().all()):
+            return model
+    # Untrained batch norms do not normalise in evaluation mode, so an overflow there is checked again in training mode.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if bool(copy.deepcopy(model).train().classifier()(images).isfinite().all()):
+            warnings.warn(
+                f"backbone {model.config.backbone!r} gives NaN or infinite logits in evaluation mode until its batch "
+                "norms have seen training images; train it first, or use denoise='softmax'",
+                stacklevel=2,
+            )
+            return model
+    size = "×".join(map(str, model.task.image_size))
+    raise InputError(
+        f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels with "
+        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not overflow"
+    )
 
 
 def assemble(
@@ -109,30 +126,6 @@ def assemble(
     # The layout that convolutions are fastest in, on CPUs and GPUs; shapes and results are the same.
     model.to(memory_format=torch.channels_last)
     return model
-
-
-def _check_finite(model: FPD | Baseline) -> None:
-    """Refuse a network whose untrained logits are NaN or infinite: dot-product denoising is cubic and can overflow.
-
-    In evaluation mode untrained batch norms do not normalise, so an overflow there is checked again in training mode.
-    """
-    images = torch.rand(2, model.task.in_channels, *model.task.image_size, generator=generator(0, "overflow"))
-    with torch.no_grad(), evaluating(model):
-        if bool(model.classifier()(images).isfinite().all()):
-            return
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if bool(copy.deepcopy(model).train().classifier()(images).isfinite().all()):
-            warnings.warn(
-                f"backbone {model.config.backbone!r} gives NaN or infinite logits in evaluation mode until its batch "
-                "norms have seen training images; train it first, or use denoise='softmax'",
-                stacklevel=3,
-            )
-            return
-    size = "×".join(map(str, model.task.image_size))
-    raise InputError(
-        f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels with "
-        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not overflow"
-    )
 
 
 def saved_in(folder: str | Path) -> Path:

@@ -95,31 +95,28 @@ def import_model(path: str, option: str = "--model", *, from_cwd: bool = True) -
 
     Args are those of `find`. Raises an InputError if the import or the call fails, or returns something else.
     """
-    module, name = find(path, option, from_cwd=from_cwd)
-    with _search_path(from_cwd):  # around the call too: a function may import its neighbours
-        return _called(path, module, name)
-
-
-def _called(path: str, module_name: str, name: str) -> nn.Module:
     from torch import nn
 
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        raise InputError(
-            f"{module_name} cannot be imported from here: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    if not hasattr(module, name):
-        raise unknown_name(f"name in {module_name}", name, [n for n in vars(module) if not n.startswith("_")])
-    net: Any = getattr(module, name)
-    if isinstance(net, nn.Module):
-        return net
-    if not callable(net):
-        raise InputError(f"{path} must be a torch.nn.Module or a function that returns one, found {type(net).__name__}")
-    try:
-        net = net()
-    except Exception as error:
-        raise InputError(f"{path}() raised {type(error).__name__}: {first_line(error)}") from error
+    module_name, name = find(path, option, from_cwd=from_cwd)
+    with _search_path(from_cwd):  # around the call too: a function may import its neighbours
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # the user's module may raise anything
+            raise InputError(
+                f"{module_name} cannot be imported from here: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        if not hasattr(module, name):
+            raise unknown_name(f"name in {module_name}", name, [n for n in vars(module) if not n.startswith("_")])
+        net: Any = getattr(module, name)
+        if isinstance(net, nn.Module):
+            return net
+        if not callable(net):
+            found = type(net).__name__
+            raise InputError(f"{path} must be a torch.nn.Module or a function that returns one, found {found}")
+        try:
+            net = net()
+        except Exception as error:
+            raise InputError(f"{path}() raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(net, nn.Module):
         raise InputError(f"{path}() must return a torch.nn.Module, found {type(net).__name__}")
     return net

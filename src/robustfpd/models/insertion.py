@@ -91,12 +91,7 @@ class StagedBackbone(nn.Module):
             self.leaves_early = True
 
     def forward(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
-        """Return the stages' feature maps, finest first.
-
-        Args:
-            images: N×C×H×W.
-            raw: return the maps as they are before the inserted layers; the next stage reads the denoised ones.
-        """
+        """Return the stages' feature maps, finest first; with `raw` as they are before the inserted layers."""
         height, width = images.shape[-2:]
         if self.multiple > 1:
             new_height, new_width = self.padded((height, width))

@@ -22,6 +22,7 @@ from robustfpd.data.transforms import add_uniform_noise, augment
 from robustfpd.device import resolve_precision
 from robustfpd.distributed import ProcessGroup, average_batch_norm_statistics, init_process_group, shared_errors
 from robustfpd.errors import InputError, first_line
+from robustfpd.io import write_csv
 from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.rng import derive, generator
@@ -205,12 +206,11 @@ class _Training:
         return validation, robust_accuracy(self.raw_model, images, adversarial, batch_size, device, self.config.seed)
 
     def _check_finite(self, epoch: int, losses: dict[str, Any]) -> None:
-        checkpoints = f"The checkpoints in {self.folder.last.parent} are from before"
-        if not self.history:
-            checkpoints = "There is no checkpoint yet"
+        saved = f"The checkpoints in {self.folder.last.parent} are from before"
+        checkpoints = saved if self.history else "There is no checkpoint yet"
+        stage = "adversarial" if self.config.stage == "adversarial" else "training"
         for name, value in losses.items():
             if value is not None and not math.isfinite(value):
-                stage = "adversarial" if self.config.stage == "adversarial" else "training"
                 raise InputError(
                     f"training diverged in epoch {epoch + 1}: {name} is {value}; lower {stage}.optimizer.lr "
                     f"or {stage}.clip_grad_norm. {checkpoints}"
@@ -235,7 +235,7 @@ class _Training:
         """Write checkpoints and metrics, on rank 0."""
         state = {
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "stopping": self.stopping.state_dict(), "history": [asdict(m) for m in self.history],
+            "stopping": asdict(self.stopping), "history": [asdict(m) for m in self.history],
         }  # fmt: skip
         with shared_errors():
             if not self.group.is_main:
@@ -243,7 +243,7 @@ class _Training:
             if best:
                 self.folder.save_checkpoint(self.folder.best, self.raw_model)
             self.folder.save_checkpoint(self.folder.last, self.raw_model, state)
-            self.folder.write_metrics(state["history"])
+            write_csv(self.folder.metrics_file, state["history"])
             logged = {k: v for k, v in state["history"][-1].items() if v is not None and k != "epoch"}
             self.fabric.log_dict(logged, step=self.history[-1].epoch)
 
@@ -273,7 +273,7 @@ class _Training:
                 f"({first_line(error)}); its weights still load; start in another folder"
             ) from None
         if self.group.is_main:
-            self.folder.write_metrics(saved["history"])  # the interrupt may have come before
+            write_csv(self.folder.metrics_file, saved["history"])  # the interrupt may have come before
 
 
 def _default_generators(device: torch.device) -> list[torch.Generator]:

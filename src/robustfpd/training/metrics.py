@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -154,10 +154,6 @@ class EarlyStopping:
     def exhausted(self) -> bool:
         """Whether `patience` epochs have passed without a better one."""
         return self.patience is not None and self.epoch - self.best_epoch >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, which the constructor takes."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig
 
@@ -38,38 +38,36 @@ class Schedule:
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, batches: int) -> None:
         self._follows = config.follows
-        self._per_batch: LRScheduler | None = None
-        self._per_epoch: ReduceLROnPlateau | None = None
+        self._per_epoch = config.name == "plateau"
+        self._scheduler: Any = None  # constant learning rate
         if config.name == "plateau":
             mode: Literal["min", "max"] = "max" if config.follows == "accuracy" else "min"
-            self._per_epoch = ReduceLROnPlateau(optimizer, mode=mode, factor=config.factor, patience=config.patience)
+            self._scheduler = ReduceLROnPlateau(optimizer, mode=mode, factor=config.factor, patience=config.patience)
         elif config.name == "cosine":
-            self._per_batch = CosineAnnealingLR(optimizer, T_max=batches)
+            self._scheduler = CosineAnnealingLR(optimizer, T_max=batches)
         elif config.name == "one_cycle":
             # One more step than batches: OneCycleLR counts the initial rate as a step.
             # Momentum (Adam's first beta) falls by 0.1 while the rate rises, and rises again.
             lr, high = optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("momentum", 0.95)
-            self._per_batch = OneCycleLR(
+            self._scheduler = OneCycleLR(
                 optimizer, max_lr=lr, total_steps=batches + 1, max_momentum=high, base_momentum=max(0.0, high - 0.1)
             )
 
     def after_batch(self) -> None:
         """Step after a batch."""
-        if self._per_batch is not None:
-            self._per_batch.step()
+        if self._scheduler is not None and not self._per_epoch:
+            self._scheduler.step()
 
     def after_epoch(self, accuracy: float, loss: float) -> None:
         """Step after an epoch with this validation accuracy and loss."""
-        if self._per_epoch is not None:
-            self._per_epoch.step(accuracy if self._follows == "accuracy" else loss)
+        if self._per_epoch:
+            self._scheduler.step(accuracy if self._follows == "accuracy" else loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        scheduler = self._per_batch or self._per_epoch
-        return scheduler.state_dict() if scheduler is not None else {}
+        return {} if self._scheduler is None else dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of `state_dict()`."""
-        scheduler = self._per_batch or self._per_epoch
-        if scheduler is not None:
-            scheduler.load_state_dict(state)
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state)

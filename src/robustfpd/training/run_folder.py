@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from robustfpd import data
 from robustfpd.config import RunConfig, load_run
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.io import readable_folder, replace_folder, write_csv, write_json
+from robustfpd.io import readable_folder, replace_folder, write_json
 from robustfpd.models import FPD, Baseline, build, load
 from robustfpd.models.checkpoint import read_settings, write_model_files
 from robustfpd.models.factory import saved_in
@@ -122,10 +122,6 @@ class RunFolder:
         if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
             raise InputError(f"{path} is damaged: it does not hold {', '.join(sorted(STATE_KEYS))}")
         return state
-
-    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write one row per epoch, replacing the file, so that a resumed run lists each epoch once."""
-        write_csv(self.metrics_file, history)
 
 
 def _summary(splits: data.Splits) -> dict[str, Any]:

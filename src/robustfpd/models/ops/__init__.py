@@ -5,19 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Means(Protocol):
-    """Non-local means of N×C×H×W, plus the input with `residual`."""
-
-    __name__: str
-
-    def __call__(self, x: Tensor, *, residual: bool = False) -> Tensor:
-        """Return N×C×H×W."""
+Means = Callable[..., Tensor]
+"""Non-local means, (x N×C×H×W, *, residual=False) → N×C×H×W, plus the input with `residual`."""
 
 
 def traced(x: Tensor) -> bool:
