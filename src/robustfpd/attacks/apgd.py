@@ -21,8 +21,6 @@ from robustfpd.attacks.losses import cross_entropy, dlr, targeted_dlr
 from robustfpd.attacks.norms import Radius, lp_ball, per_image
 from robustfpd.config import Norm
 
-TARGETS = 9
-"""Target classes by default, as in AutoAttack."""
 MOMENTUM = 0.25
 """Fraction of the last step that each step repeats, in L∞ and L2 (1 - α in the paper)."""
 RISING = 0.75
@@ -61,7 +59,7 @@ def apgd_dlr(
 @attack("apgd-t")
 def apgd_t(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
-    restarts: int = 1, eot: int = 1, targets: int = TARGETS, batch_size: int | None = None,
+    restarts: int = 1, eot: int = 1, targets: int = 9, batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Auto-PGD on the targeted DLR loss, towards each of the `targets` most likely wrong classes; else as `apgd_ce`.

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from robustfpd.attacks.norms import LpBall, per_image
 from robustfpd.rng import generator as seeded
 
-GPU_SYNC_INTERVAL = 8
-"""Passes between two checks for misclassified images on a GPU, where each check waits for all queued work."""
-
 
 @dataclass
 class BatchState:
@@ -157,7 +154,8 @@ def _start(attack: IterativeAttack[S], work: Sequence[tuple[int, int]], device: 
 
 
 def _sync_interval(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else GPU_SYNC_INTERVAL
+    """Return the passes between two checks for misclassified images; on a GPU each waits for all queued work."""
+    return 1 if device.type == "cpu" else 8
 
 
 class SampleRNG:

@@ -34,14 +34,8 @@ if TYPE_CHECKING:
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
-EXTRA = ("onnx", "onnxscript", "onnxruntime")
-"""Packages that ONNX needs."""
 TOLERANCE = 1e-4
 """Largest allowed difference between file and network, relative to the largest output and at least to 1."""
-BATCH_SIZES = (1, 2, 5)
-"""Sizes of the compared batches."""
-ONNX_BYTES = 2**31
-"""Largest size of one ONNX file."""
 
 Runner = Callable[[Tensor], list[Tensor]]
 
@@ -89,7 +83,8 @@ def export(
     path, size = Path(path), image_size or model.task.image_size
     if format not in SUFFIXES:
         raise InputError(f"format must be onnx or torch, found {format!r}")
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None] if format == "onnx" else []
+    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"exporting to ONNX needs {', '.join(missing)}; install with: pip install 'robustfpd[export]'")
     if restored and not isinstance(model, FPD):
@@ -205,7 +200,7 @@ def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], fa
         raise InputError(f"the network cannot be converted to ONNX: {first_line(error.__cause__ or error)}") from error  # type: ignore[arg-type]
     assert converted is not None
     proto = converted.model_proto
-    if proto.ByteSize() >= ONNX_BYTES:
+    if proto.ByteSize() >= 2**31:
         raise InputError("one ONNX file holds at most 2 GB; export with format torch")
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
@@ -263,7 +258,7 @@ def _compare(module: _Exportable, run: Runner, size: tuple[int, int]) -> tuple[f
 def _test_images(channels: int, size: tuple[int, int]) -> Iterator[Tensor]:
     """Yield batches of noise, of smooth images, which resemble photographs, and of a black and a white image."""
     rng = generator(0, "export")
-    for count in BATCH_SIZES:
+    for count in (1, 2, 5):
         yield torch.rand(count, channels, *size, generator=rng)
         coarse = torch.rand(count, channels, 4, 4, generator=rng)
         yield F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)

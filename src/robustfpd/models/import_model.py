@@ -20,9 +20,6 @@ from robustfpd.errors import InputError, first_line, unknown_name
 if TYPE_CHECKING:
     from torch import nn
 
-TRUSTED = "torchvision.models"
-"""A module whose functions only build networks."""
-
 
 def is_import_path(backbone: str) -> bool:
     """Return whether a backbone is given as `package.module:factory`."""
@@ -31,7 +28,8 @@ def is_import_path(backbone: str) -> bool:
 
 def needs_trust(backbone: str) -> bool:
     """Return whether a saved model of this backbone is loaded with `trust_code` only."""
-    return is_import_path(backbone) and backbone.partition(":")[0] != TRUSTED
+    # torchvision's functions only build networks.
+    return is_import_path(backbone) and backbone.partition(":")[0] != "torchvision.models"
 
 
 def check_trusted(backbone: str, folder: Path) -> None:

@@ -26,8 +26,6 @@ from robustfpd.models import FPD, Baseline
 from robustfpd.models.ops.elu import keep_inputs
 from robustfpd.training.steps import OptimizerUpdate
 
-_FABRIC_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
-
 
 def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -> Fabric:
     """Return this rank's Fabric, which logs to `folder`; the process group is initialised before.
@@ -49,9 +47,9 @@ def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -
             "devices": environment.local_world_size, "num_nodes": environment.num_nodes, "strategy": _DDPStrategy(),
             "plugins": [TorchElasticEnvironment()],
         }  # fmt: skip
-    fabric_precision: Any = _FABRIC_PRECISIONS[resolve_precision(precision, target)]
+    options["precision"] = {"fp32": "32-true", "bf16": "bf16-mixed"}[resolve_precision(precision, target)]
     try:
-        fabric = Fabric(accelerator=target.type, precision=fabric_precision, loggers=logger, **options)
+        fabric = Fabric(accelerator=target.type, loggers=logger, **options)
         fabric.launch()
     except (ValueError, RuntimeError) as error:
         raise InputError(
@@ -67,9 +65,6 @@ class DDPWithExplicitBackward(DistributedDataParallel):
     the head none, `joint` makes two forward passes before one backward pass, and `through` goes back through one graph
     twice.
     """
-
-    def __init__(self, module: nn.Module, **options: Any) -> None:
-        super().__init__(module, gradient_as_bucket_view=True, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Call the module, without communication."""
@@ -89,7 +84,7 @@ class _DDPStrategy(DDPStrategy):
         devices = self._determine_ddp_device_ids()
         # As Fabric does, on a stream beside the default one.
         with torch.cuda.stream(torch.cuda.Stream()) if devices is not None else nullcontext():  # type: ignore[no-untyped-call]
-            return DDPWithExplicitBackward(module, device_ids=devices)
+            return DDPWithExplicitBackward(module, device_ids=devices, gradient_as_bucket_view=True)
 
 
 class FabricUpdate(OptimizerUpdate):

@@ -169,7 +169,8 @@ class _Training:
             module.training = False
         sums, start = EpochSums(), time.perf_counter()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for default in _default_generators(device):  # dropout takes no generator of its own
+            on_gpu = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
+            for default in (torch.default_generator, *on_gpu):  # dropout takes no generator of its own
                 default.manual_seed(derive(seed, "dropout", epoch, *own))
             shuffled = batches(train, self.settings.batch_size, device, order, group=self.group)
             for index, (images, labels) in enumerate(shuffled):
@@ -274,13 +275,6 @@ class _Training:
             ) from None
         if self.group.is_main:
             write_csv(self.folder.metrics_file, saved["history"])  # the interrupt may have come before
-
-
-def _default_generators(device: torch.device) -> list[torch.Generator]:
-    """Return torch's default generators of layers on `device`."""
-    if device.type == "cuda":
-        return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
-    return [torch.default_generator]
 
 
 @contextmanager

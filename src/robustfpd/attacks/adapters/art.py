@@ -8,7 +8,7 @@ Results are the closest misclassified images that the classifier has seen, see `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -25,12 +25,8 @@ from robustfpd.errors import InputError
 
 ZOO_OPTIONS = {"learning_rate": 0.05, "binary_search_steps": 6, "initial_const": 0.1, "variable_h": 1e-2}
 """Length of a pixel's step, constants tried per image, the first of them, half the width of a finite difference."""
-HOPSKIPJUMP_FIRST_QUERIES = 100
-"""Queries for the first estimate of the boundary's direction; the k-th takes √k times as many."""
 HOPSKIPJUMP_STARTS = 100
 """Images of noise tried as starting points, before plain ones."""
-JSMA_SEARCH_STEPS = 8
-"""Bisections of the way back to the clean image."""
 
 
 @attack("jsma", norms=("l1", "l2"), minimal=True, library="art")
@@ -124,7 +120,7 @@ def hopskipjump(
             return
         library_attack = HopSkipJump(
             _estimator(adapter, start.shape[1:]), batch_size=512, norm=2 if norm == "l2" else np.inf, max_iter=steps,
-            max_eval=10000, init_eval=HOPSKIPJUMP_FIRST_QUERIES, verbose=False,
+            max_eval=10000, init_eval=100, verbose=False,
         )  # fmt: skip
         # ART tests a float64 point and returns its float32 neighbour, which may lie on the other side of the boundary;
         # then it halves its step for ever.
@@ -137,9 +133,7 @@ def hopskipjump(
     return minimize_each(classifier, images, labels, lp_ball(norm), search, max_queries=queries)
 
 
-def cw_linf(
-    classifier: nn.Module, images: Tensor, labels: Tensor, step_size: float, options: Mapping[str, Any]
-) -> Tensor:
+def cw_linf(classifier: nn.Module, images: Tensor, labels: Tensor, step_size: float, **options: Any) -> Tensor:
     """Carlini & Wagner in L∞, see `cw`; `options` are those of ART's `CarliniLInfMethod`."""
     from art.attacks.evasion import CarliniLInfMethod
 
@@ -263,7 +257,7 @@ def _shorten(classifier: nn.Module, images: Tensor, labels: Tensor, adversarial:
     low = torch.zeros(len(images), dtype=images.dtype, device=images.device)
     high = torch.ones_like(low)
     delta = adversarial - images
-    for _ in range(JSMA_SEARCH_STEPS):
+    for _ in range(8):
         middle = (low + high) / 2
         success = misclassified(classifier, images + per_image(middle) * delta, labels)
         low, high = torch.where(success, low, middle), torch.where(success, middle, high)

@@ -17,9 +17,6 @@ from robustfpd.attacks.norms import lp_ball, per_image
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
-DDN_INITIAL_NORM = 1.0
-FMN_GAMMA = 0.05
-"""Fraction by which FMN's radius changes in the first step."""
 FMN_OVERSHOOT = 1.05
 """FMN's radius is the distance to the linearised boundary. Without an overshoot flat boundaries are never crossed."""
 
@@ -62,7 +59,7 @@ def ddn(
     from foolbox import attacks
 
     check_positive(steps=steps, gamma=gamma)
-    return _run(attacks.DDNAttack(init_epsilon=DDN_INITIAL_NORM, steps=steps, gamma=gamma), classifier, images, labels)
+    return _run(attacks.DDNAttack(init_epsilon=1.0, steps=steps, gamma=gamma), classifier, images, labels)
 
 
 @attack("fmn", minimal=True, library="foolbox")
@@ -82,7 +79,7 @@ def fmn(
 
     check_positive(steps=steps, step_size=step_size)
     kinds = {"linf": attacks.LInfFMNAttack, "l2": attacks.L2FMNAttack, "l1": attacks.L1FMNAttack}
-    library_attack = kinds[norm](steps=steps, max_stepsize=step_size, gamma=FMN_GAMMA)
+    library_attack = kinds[norm](steps=steps, max_stepsize=step_size, gamma=0.05)
     # foolbox divides a norm by itself in L2, so that nothing is projected.
     project = _project_l2 if norm == "l2" else library_attack.project
     library_attack.project = lambda x, x0, epsilon: project(x=x, x0=x0, epsilon=epsilon * FMN_OVERSHOOT)
@@ -110,20 +107,17 @@ def cw(
         largest_const: largest constant; each is ten times the one before (L∞).
         decrease_factor: factor on the limit of every pixel after a success, in (0, 1) (L∞).
     """
-    check_positive(
-        initial_const=initial_const, binary_search_steps=binary_search_steps, largest_const=largest_const
-    )  # fmt: skip
+    check_positive(initial_const=initial_const, binary_search_steps=binary_search_steps, largest_const=largest_const)
     if not 0 < decrease_factor < 1:
         raise InputError(f"decrease_factor must lie between 0 and 1, found {decrease_factor}")
     steps = steps if steps is not None else 200 if norm == "l2" else 100
     step_size = step_size if step_size is not None else 0.1 if norm == "l2" else 0.05
     check_positive(steps=steps, step_size=step_size)
     if norm == "linf":
-        art_options = {
-            "max_iter": steps, "confidence": confidence, "initial_const": initial_const,
-            "largest_const": largest_const, "decrease_factor": decrease_factor,
-        }  # fmt: skip
-        return cw_linf(classifier, images, labels, step_size, art_options)
+        return cw_linf(
+            classifier, images, labels, step_size, max_iter=steps, confidence=confidence, initial_const=initial_const,
+            largest_const=largest_const, decrease_factor=decrease_factor,
+        )  # fmt: skip
     from foolbox import attacks
 
     library_attack = attacks.L2CarliniWagnerAttack(

@@ -15,8 +15,6 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
-SQUARE_FRACTION = 0.8
-"""Fraction of the pixels that Square's first squares cover (p_init)."""
 _LIBRARY_NORMS: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
@@ -48,7 +46,7 @@ def square(
         x, y = images[surviving], labels[surviving]
         # The library does not count the first query, the random stripes.
         library_attack = SquareAttack(
-            _WithoutTies(classifier, x, classes), _LIBRARY_NORMS[norm], queries - 1, eps, SQUARE_FRACTION,
+            _WithoutTies(classifier, x, classes), _LIBRARY_NORMS[norm], queries - 1, eps, p_init=0.8,
             device=images.device,
         )  # fmt: skip
         library_attack.random_int = _random_position

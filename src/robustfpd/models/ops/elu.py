@@ -20,7 +20,6 @@ _ACTIVATIONS = (
 """Activations between layers. Sigmoids are gates and stay."""
 _AT_ONCE = {torch.float32: 1 << 18, torch.float64: 1 << 17}
 """Numbers processed at a time: as many as fit into a core's cache with the intermediate results."""
-_HALF_AT_ONCE = 1 << 16
 UNDERFLOW = -40
 """At and below, exp(x) - 1 is -1, in float64 too. Further down exp gives subnormal numbers, ten times as slow."""
 
@@ -29,7 +28,7 @@ def _elu_(x: Tensor) -> Tensor:
     """Overwrite a dense tensor by max(x, exp(min(x, 0)) - 1), in pieces, so that it is read from memory once."""
     flat = torch.as_strided(x, (x.numel(),), (1,), x.storage_offset())
     half = x.dtype not in _AT_ONCE
-    for piece in torch.split(flat, _AT_ONCE.get(x.dtype, _HALF_AT_ONCE)):
+    for piece in torch.split(flat, _AT_ONCE.get(x.dtype, 1 << 16)):
         wide = piece.float() if half else piece  # exp(x) - 1 near zero is lost in half precision
         below = wide.clamp(UNDERFLOW, 0).exp_().sub_(1)
         torch.maximum(wide, below, out=below if half else piece)

@@ -90,7 +90,10 @@ def _makes_patches(layer: Layer) -> bool:
 
 def _one_patch(patches: Sequence[nn.ConvTranspose2d]) -> tuple[Tensor, Tensor, int]:
     """Return transposed convolutions without overlap as one: weight M×(D·s·s), bias D·s·s, side s of the patch."""
-    weight, bias, side = patches[0].weight, _spread(patches[0]), patches[0].kernel_size[0]  # M D s s, D s s
+    first = patches[0]
+    assert first.bias is not None
+    weight, side = first.weight, first.kernel_size[0]  # M D s s
+    bias = first.bias.reshape(-1, 1, 1).expand(-1, side, side)  # D s s
     for layer in patches[1:]:
         k, out = layer.kernel_size[0], layer.out_channels
         weight = torch.einsum("mdyx,doab->moyaxb", weight, layer.weight).reshape(-1, out, side * k, side * k)
@@ -99,9 +102,3 @@ def _one_patch(patches: Sequence[nn.ConvTranspose2d]) -> tuple[Tensor, Tensor, i
         assert layer.bias is not None
         bias = bias + layer.bias.reshape(-1, 1, 1)
     return weight.flatten(1), bias.flatten(), side
-
-
-def _spread(layer: nn.ConvTranspose2d) -> Tensor:
-    """Return a layer's bias D as D×k×k."""
-    assert layer.bias is not None
-    return layer.bias.reshape(-1, 1, 1).expand(-1, *layer.kernel_size)
