@@ -155,9 +155,7 @@ def load_images(
     from robustfpd import data
 
     if split == "validation" and config.selection == "test":
-        raise InputError(
-            f"{target.name} has no validation images (data.selection is test); evaluate the test images"
-        )
+        raise InputError(f"{target.name} has no validation images (data.selection is test); evaluate the test images")
     splits = data.load(config)
     if target.task is not None and splits.info.task != target.task:
         raise InputError(f"{target.name} was trained for {target.task}, {splits.info.name} has {splits.info.task}")
