@@ -6,6 +6,7 @@ After an atomic write that is interrupted, the old file or folder is unchanged.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -75,6 +76,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise errors of the file system, such as a full disk, as InputError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; free some space and run it again" if full else ""
+        raise InputError(f"{path} cannot be written: {first_line(error)}{advice}") from error
 
 
 @contextmanager

@@ -189,7 +189,9 @@ def test_the_verdict_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     record = EvaluationRecord.load(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json"))
     text = str(verdict_text(record))
     assert text.splitlines()[0].startswith("verdict: suspect (")
-    assert text.splitlines()[1:-1] == [f"  {reason}" for reason in record.verdict.reasons]
+    suspicious = [check for check in record.verdict.checks if check.outcome == "suspicious"]
+    assert text.splitlines()[1:-1:2] == [f"  {reason}" for reason in record.verdict.reasons]
+    assert text.splitlines()[2:-1:2] == [f"    → {check.fix}" for check in suspicious]
     assert text.splitlines()[-1] == (
         f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward"
     )

@@ -22,7 +22,7 @@ from robustfpd.attacks.base import attack
 from robustfpd.config import Norm
 from robustfpd.evaluation import EvaluationRecord, checks, evaluate
 from robustfpd.evaluation.attack_runner import AttackRunner
-from robustfpd.evaluation.checks import NAMES, AttackFindings, CheckContext, gradients, inputs, outputs, results
+from robustfpd.evaluation.checks import NAMES, AttackFindings, CheckContext, gradients, inputs, outputs
 from robustfpd.evaluation.checks import attacks as attack_checks
 from robustfpd.evaluation.checks.context import FIXES
 from robustfpd.evaluation.doctor import DOCTOR_CHECKS
@@ -413,7 +413,7 @@ def test_black_box_compares_images_that_both_kinds_of_attacks_tried(
     tried = {"PGD": white_box, "Square": black_box}
     rows = [_row(i, label, result) for i in range(4) for label, result in tried.items() if result is not None]
     findings = _findings(torch.ones(COUNT, dtype=torch.bool), specs, tuple(rows))
-    assert results.black_box(honest_context, findings).outcome == outcome
+    assert attack_checks.black_box(honest_context, findings).outcome == outcome
 
 
 def test_failed_attacks(honest: defences.Net, suite_of: Callable[..., str]) -> None:

@@ -159,11 +159,13 @@ def test_a_ledger_cut_off_anywhere_is_gone_on_with(
 
 def test_a_ledger_cut_off_inside_a_character_is_gone_on_with(tmp_path: Path) -> None:
     path, rows = tmp_path / "r.ledger.csv", [_row(i, note="classifier must return logits N×K") for i in range(3)]
-    first = Ledger(path, {"seed": 1})
+    first = Ledger()
+    first.open(path, {"seed": 1})
     first.add(rows)
     content = path.read_bytes()
     path.write_bytes(content[: content.rfind("×".encode()) + 1])
-    again = Ledger(path, {"seed": 1})
+    again = Ledger()
+    again.open(path, {"seed": 1})
     assert again.replay("FGSM", 0.1, [0, 1]) == rows[:2]
     assert again.replay("FGSM", 0.1, [2]) is None
     assert read_rows(path) == rows[:2]
@@ -383,11 +385,13 @@ def test_rows_survive_the_file_to_the_last_bit(
 
 def test_replay_gives_batches_in_their_order_and_drops_what_does_not_follow(tmp_path: Path) -> None:
     path = tmp_path / "r.ledger.csv"
-    first = Ledger(path, {"seed": 1})
+    first = Ledger()
+    first.open(path, {"seed": 1})
     assert first.replay("FGSM", 0.1, [0, 1]) is None
     first.add([_row(0), _row(1)])
     first.add([_row(2)])
-    again = Ledger(path, {"seed": 1})
+    again = Ledger()
+    again.open(path, {"seed": 1})
     assert again.replay("FGSM", 0.1, [0, 1]) == [_row(0), _row(1)]
     assert again.replay("FGSM", 0.2, [2]) is None
     assert again.rows == read_rows(path) == [_row(0), _row(1)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord, Proportion
+from robustfpd.evaluation import Check, EvaluationRecord, Proportion, Verdict
 from robustfpd.evaluation.checks import NAMES
 from robustfpd.evaluation.gallery import GalleryIndex
 from robustfpd.report import thumbnails
@@ -121,6 +121,12 @@ def test_every_check_has_its_evidence_and_what_it_means(page: str, measured: Pat
         assert f'id="check-{check.name}"' in page
     assert set(check_meanings()) >= set(NAMES)
     assert "<strong>Question:</strong>" in page
+
+
+def test_the_fix_of_a_suspicious_check_is_shown(make_source: MakeSource) -> None:
+    check = Check(name="single-step", outcome="suspicious", evidence="12 under FGSM only", fix="find <what> misleads")
+    page = render(report_on([make_source("FPD", verdict=Verdict.of([check]))]))
+    assert "12 under FGSM only</span><br>→ find &lt;what&gt; misleads" in page
 
 
 def test_every_network_is_named_with_its_numbers(compared: str) -> None:

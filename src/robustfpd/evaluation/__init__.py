@@ -8,18 +8,6 @@ from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, P
 from robustfpd.evaluation.suites import suite_names
 
 __all__ = [
-    "AttackResult",
-    "Check",
-    "EvaluationObserver",
-    "EvaluationProgress",
-    "EvaluationRecord",
-    "LedgerRow",
-    "OtherEvaluation",
-    "Proportion",
-    "Verdict",
-    "WorstCase",
-    "diagnose",
-    "evaluate",
-    "is_unfinished",
-    "suite_names",
+    "AttackResult", "Check", "EvaluationObserver", "EvaluationProgress", "EvaluationRecord", "LedgerRow",
+    "OtherEvaluation", "Proportion", "Verdict", "WorstCase", "diagnose", "evaluate", "is_unfinished", "suite_names",
 ]  # fmt: skip

@@ -24,8 +24,6 @@ from robustfpd.rng import generator
 
 CHANGED = "it changed the classifier's"
 """The note of a row starts with this if its attack changed a weight or a buffer; the outcome counts."""
-COSTS = ("queries", "gradients", "seconds")
-"""Columns that add up for an image that is attacked twice."""
 TOLERANCE = 1e-5
 """How far an adversarial image may lie outside its ball, by rounding, relative and absolute; more in half precision."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate", "cannot allocate memory", "not enough memory", "alloc_failed")
@@ -111,7 +109,6 @@ class AttackRunner:
         start = time.perf_counter()
         x = self.images[indices].to(self.device)
         draws = generator(self.seed, CLEAN, *self.data.ids[indices].tolist())
-        logits = None
         try:
             logits = self._logits(self.classifier, x, draws)
         except InputError:
@@ -122,8 +119,8 @@ class AttackRunner:
                     f"the classifier raised an error on images {tuple(x.shape)} {x.dtype} on {x.device}: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
+            logits = None
         if logits is None:  # outside of `except`: an error that is being handled keeps its tensors in memory
-            _empty_cache(self.device)
             return self.classify(indices)
         logits = check_logits(logits, self.labels.max().expand(len(x))).cpu()
         if logits.shape[1] < 2:
@@ -141,21 +138,20 @@ class AttackRunner:
 
         When memory runs out, the batch size is halved for good and the images are attacked again.
         """
-        if len(indices) > self.batch_size and not fills_batches(spec):
-            return self._run_in_parts(spec, eps, indices)
-        try:
-            return self._attack(spec, eps, indices, bfloat16=self.bfloat16)
-        except Exception as error:
-            halved, note = self._halve_batch_size(error, len(indices)), f"{type(error).__name__}: {first_line(error)}"
-        # Outside of `except`: an error that is being handled keeps its tensors in memory.
-        if halved:
-            _empty_cache(self.device)
-            return self.run(spec, eps, indices)
-        if len(indices) > self.batch_size:
-            return self._run_in_parts(spec, eps, indices)
-        return self._failed(spec, eps, indices, note)
-
-    def _run_in_parts(self, spec: AttackSpec, eps: float, indices: Tensor) -> AttackOutcome:
+        if len(indices) <= self.batch_size or fills_batches(spec):
+            try:
+                return self._attack(spec, eps, indices, bfloat16=self.bfloat16)
+            except Exception as error:
+                note = f"{type(error).__name__}: {first_line(error)}"
+                halved = self._halve_batch_size(error, len(indices))
+            if halved:  # outside of `except`: an error that is being handled keeps its tensors in memory
+                return self.run(spec, eps, indices)
+            if len(indices) <= self.batch_size:
+                queries, gradients = self._passes(self._counters[spec.view], len(indices))
+                zeros, failures = torch.zeros(len(indices)), [note] * len(indices)
+                predictions = self.clean_predictions[indices]
+                measured = _Measurements(predictions, zeros, zeros, failures, queries, gradients, seconds=0.0)
+                return AttackOutcome(self._rows(spec.label, eps, indices, measured))
         rows, adversarial = list[LedgerRow](), list[Tensor]()
         for part in torch.split(indices, self.batch_size):
             outcome = self.run(spec, eps, part)
@@ -165,11 +161,14 @@ class AttackRunner:
         return AttackOutcome(rows, torch.cat(adversarial))
 
     def _halve_batch_size(self, error: Exception, num_images: int) -> bool:
-        """Halve the batch size if that may help, and return whether it was."""
-        if not is_out_of_memory(error) or min(num_images, self.batch_size) == 1:
-            return False
-        self.batch_size = min(num_images, self.batch_size) // 2
-        return True
+        """Halve the batch size if memory ran out, and return whether it was halved."""
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+        )
+        size = min(num_images, self.batch_size)
+        if out_of_memory and size > 1:
+            self.batch_size = size // 2
+        return out_of_memory and size > 1
 
     def _attack(self, spec: AttackSpec, eps: float, indices: Tensor, *, bfloat16: bool) -> AttackOutcome:
         """Run one attack in one precision, and restore the classifier's state, also if the attack raises an error."""
@@ -179,7 +178,9 @@ class AttackRunner:
         options = dict(spec.options) if view.loss is None else {**spec.options, "loss": view.loss}
         options |= {"batch_size": self.batch_size} if fills_batches(spec) else {}
         draws = generator(self.seed, spec.label, repr(eps), *self.data.ids[indices].tolist())
-        self._count_as_checks(counter)
+        forward, backward = self._check_passes  # those of the view since the last attack were for checks
+        self._check_passes = forward + counter.forward_passes, backward + counter.backward_passes
+        counter.reset()
         misclassified, pre_squash = None, None
         try:
             counter.low_precision = bfloat16
@@ -220,25 +221,10 @@ class AttackRunner:
             assert repeated.adversarial is not None
             adversarial[part.to(adversarial.device)] = repeated.adversarial
             for position, row in zip(part.tolist(), repeated.rows, strict=True):
-                costs = {name: getattr(rows[position], name) + getattr(row, name) for name in COSTS}
+                first = rows[position]
+                costs = {c: getattr(first, c) + getattr(row, c) for c in ("queries", "gradients", "seconds")}
                 rows[position] = row.model_copy(update=costs)
         return AttackOutcome(rows, adversarial)
-
-    def _failed(self, spec: AttackSpec, eps: float, indices: Tensor, note: str) -> AttackOutcome:
-        """Return the rows of a batch on which the attack raised an error."""
-        queries, gradients = self._passes(self._counters[spec.view], len(indices))
-        zeros = torch.zeros(len(indices))
-        measured = _Measurements(
-            self.clean_predictions[indices], zeros, zeros, [note] * len(indices), queries, gradients, seconds=0.0
-        )
-        return AttackOutcome(self._rows(spec.label, eps, indices, measured))
-
-    def _count_as_checks(self, counter: QueryCounter) -> None:
-        """Count the passes of a view since the last attack as those of checks."""
-        self._check_passes = (
-            self._check_passes[0] + counter.forward_passes, self._check_passes[1] + counter.backward_passes
-        )  # fmt: skip
-        counter.reset()
 
     def _passes(self, counter: QueryCounter, num_images: int) -> tuple[Tensor, Tensor]:
         """Return the last attack's forward and backward passes per image, and reset the counter."""
@@ -335,21 +321,9 @@ def fills_batches(spec: AttackSpec) -> bool:
     return "batch_size" in attacks.get(spec.attack).options
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a smaller batch may avoid this error."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
-
-
 def tensors(classifier: nn.Module) -> dict[str, Tensor]:
     """Return weights and buffers by name; the state of quantised modules holds other objects as well."""
     return {name: value for name, value in classifier.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _spread(total: int, count: int) -> Tensor:

@@ -59,15 +59,16 @@ _OF_LOGITS: dict[str, Callable[[Tensor], Check | None]] = {
 
 
 class _Repaired(nn.Module):
-    """A classifier with functions applied to its input and to its output."""
+    """A classifier with a function applied to its input, or with the logits selected from its output."""
 
-    def __init__(self, classifier: nn.Module, before: Function | None = None, after: Function | None = None) -> None:
+    def __init__(self, classifier: nn.Module, before: Function | None = None, *, select_logits: bool = False) -> None:
         super().__init__()
         self.classifier, self.training = classifier, classifier.training
-        self.before, self.after = before or (lambda x: x), after or (lambda x: x)
+        self.before, self.select_logits = before, select_logits
 
     def forward(self, images: Tensor) -> Any:
-        return self.after(self.classifier(self.before(images)))
+        output = self.classifier(images if self.before is None else self.before(images))
+        return outputs.logits_in(output)[0] if self.select_logits else output
 
 
 def diagnose(
@@ -109,40 +110,35 @@ def diagnose(
 
 def _check_pixels(images: Tensor) -> tuple[Check, Tensor, Function | None]:
     """Check form and range; return also the images in [0, 1], and a function to the given scale if normalised."""
-
-    def failed(evidence: str, fix: str) -> Check:
-        return judge("images-in-range", True, evidence, fix, "failed")
-
     low, high = float(images.amin()), float(images.amax())
-    form = f"{images.dtype} {tuple(images.shape[1:])}, pixels in [{low:.4g}, {high:.4g}]"
+    form, to_given_scale = f"{images.dtype} {tuple(images.shape[1:])}, pixels in [{low:.4g}, {high:.4g}]", None
     if images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
-        fix = "put channels first: images = images.permute(0, 3, 1, 2)"
-        return failed(f"{form}: channels come last", fix), *_check_pixels(images.permute(0, 3, 1, 2))[1:]
-    if not images.is_floating_point():
+        evidence, fix = f"{form}: channels come last", "put channels first: images = images.permute(0, 3, 1, 2)"
+        _, images, to_given_scale = _check_pixels(images.permute(0, 3, 1, 2))
+    elif not images.is_floating_point():
         scale = 255 if high > 1 else 1
-        fix = f"make them floats in [0, 1]: images = images.float() / {scale}"
-        return failed(f"{form}: integers", fix), images.float() / scale, None
-    bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
-    if bad:
-        fix = "find their cause (a division by a zero std?), or drop them: images[images.isfinite()...]"
+        evidence, fix = f"{form}: integers", f"make them floats in [0, 1]: images = images.float() / {scale}"
+        images = images.float() / scale
+    elif bad := int((~images.isfinite()).flatten(1).any(dim=1).sum()):
         evidence = f"NaN or infinite pixels in {bad} of {len(images)} images"
-        return failed(evidence, fix), images.nan_to_num(0, 1, 0).clamp(0, 1), None
-    if low >= 0 and high <= 1:
-        check = _as_failed(inputs.images_in_range(images))
-        twice = 0 < high <= 1.001 * inputs.GREY_LEVEL
-        return check, (255 * images).clamp(0, 1) if twice else images, None
-    if low >= 0 and high > 2:
-        fix = "divide by 255: images = images.float() / 255"
-        return failed(f"{form}: grey levels", fix), (images / 255).clamp(0, 1), None
-    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        fix = "find their cause (a division by a zero std?), or drop them: images[images.isfinite()...]"
+        images = images.nan_to_num(0, 1, 0).clamp(0, 1)
+    elif low >= 0 and high <= 1:
+        divided_twice = 0 < high <= 1.001 * inputs.GREY_LEVEL
+        return _as_failed(inputs.images_in_range(images)), (255 * images).clamp(0, 1) if divided_twice else images, None
+    elif low >= 0 and high > 2:
+        evidence, fix = f"{form}: grey levels", "divide by 255: images = images.float() / 255"
+        images = (images / 255).clamp(0, 1)
+    elif low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        evidence = f"{form}: slightly outside [0, 1]"
         fix = "clamp what resizing leaves outside: images = images.clamp(0, 1)"
-        return failed(f"{form}: slightly outside [0, 1]", fix), images.clamp(0, 1), None
-    fix = (
-        "give images in [0, 1] and normalise inside the model: "
-        "nn.Sequential(torchvision.transforms.Normalize(mean, std), model)"
-    )
-    check = failed(f"{form}: normalised, so that the unit of eps is unknown", fix)
-    return check, (images - low) / (high - low), lambda x: low + (high - low) * x
+        images = images.clamp(0, 1)
+    else:
+        evidence = f"{form}: normalised, so that the unit of eps is unknown"
+        fix = "give images in [0, 1] and normalise inside the model: "
+        fix += "nn.Sequential(torchvision.transforms.Normalize(mean, std), model)"
+        images, to_given_scale = (images - low) / (high - low), lambda x: low + (high - low) * x
+    return judge("images-in-range", True, evidence, fix, "failed"), images, to_given_scale
 
 
 def _check_classifier(
@@ -155,7 +151,7 @@ def _check_classifier(
         check, output = outputs.answers(classifier, few)
     if check.outcome == "failed":
         return [check]
-    as_tensor = classifier if isinstance(output, Tensor) else _Repaired(classifier, after=outputs.logits_in)
+    as_tensor = classifier if isinstance(output, Tensor) else _Repaired(classifier, select_logits=True)
     checks = [check, _as_failed(inputs.training_mode(as_tensor, images))]
     with preserve_state(classifier), reproducible(generator(seed, "doctor")):
         check, has_logits = outputs.output_form(output, len(few))
@@ -163,7 +159,7 @@ def _check_classifier(
         if not has_logits:
             return checks
         if check.outcome == "failed":
-            classifier = _Repaired(classifier, after=outputs.logits_in)
+            classifier = _Repaired(classifier, select_logits=True)
         checks.append(outputs.input_kept(classifier, few))
         if checks[-1].outcome == "failed":
             classifier = _Repaired(classifier, before=torch.clone)

@@ -19,21 +19,10 @@ from robustfpd.config import Norm
 from robustfpd.device import evaluating
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, unknown_name
-from robustfpd.evaluation import checks
+from robustfpd.evaluation import checks, inputs
 from robustfpd.evaluation.attack_runner import AttackRunner, forward_passes
 from robustfpd.evaluation.gallery import Gallery, gallery_folder
-from robustfpd.evaluation.inputs import (
-    Data,
-    EvaluationData,
-    auto_batch_size,
-    block_size,
-    check_count,
-    check_module,
-    check_radii,
-    device_of,
-    fingerprint,
-    gather,
-)
+from robustfpd.evaluation.inputs import Data, EvaluationData, check_count, check_module, device_of, fingerprint
 from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.loop import EvaluationLoop, EvaluationObserver, EvaluationSettings, SearchPrecision
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
@@ -101,12 +90,12 @@ def evaluate(
         _check_launch(group)
         classifier = adaptive.as_classifier(check_module(classifier))
         settings = EvaluationSettings(
-            suite, check_radii(eps, norm), norm, seed, batch_size, search_precision, every_attack, model_name,
+            suite, inputs.check_radii(eps, norm), norm, seed, batch_size, search_precision, every_attack, model_name,
             tuple(class_names),
         )  # fmt: skip
         _check_settings(settings)
         check_count("gallery", gallery, least=0)
-        samples = gather(data, num_images, seed)
+        samples = inputs.gather(data, num_images, seed)
         device = device_of(classifier, samples.images)
         with _without_autocast(device), forward_passes(classifier) as passes:
             behaviour, num_classes = fingerprint(classifier, samples.images, device)
@@ -129,7 +118,7 @@ def evaluate(
         input_checks = checks.input_checks(classifier, samples.images)
     forward += passes()
     if batch_size == "auto":
-        auto = auto_batch_size(samples.images, device, block_size(len(samples.images), None))
+        auto = inputs.auto_batch_size(samples.images, device, inputs.block_size(len(samples.images), None))
     first_batch_size = min(group.gather(auto if batch_size == "auto" else batch_size))
     runner = AttackRunner(
         classifier, samples, device, norm, seed, first_batch_size, num_classes, bfloat16=search_precision == "bf16"
@@ -218,9 +207,9 @@ def _open(
         record = _finished(path, sha256, identity)
         if record is None and path is not None:
             ledger.open(path.with_suffix(LEDGER), identity)
+        return record
     except OtherEvaluation as other:
         return other  # raised by the caller on every rank: it may go on under another name
-    return record
 
 
 def _finished(path: Path | None, sha256: str, identity: Mapping[str, Any]) -> EvaluationRecord | None:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -23,14 +23,13 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, first_line
 from robustfpd.evaluation.attack_runner import TOLERANCE, AttackOutcome, AttackRunner
-from robustfpd.evaluation.ledger import LedgerRow, writing
+from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.suites import AttackSpec
-from robustfpd.io import write_json
+from robustfpd.io import write_json, writing
 from robustfpd.models import FPD
 from robustfpd.rng import generator
 
 FORMAT = 1
-FOLDER = ".gallery"
 FILE = "gallery.json"
 CANDIDATES = 4
 """Survivors in memory for each that is shown: later attacks misclassify most of them."""
@@ -38,8 +37,9 @@ ALONG, ACROSS = (-0.5, 1.5), (-1.0, 1.0)
 """Range of the loss landscape's axes, in norms of the perturbation."""
 POINTS = 21
 """Of the loss landscape, on each axis."""
+T = TypeVar("T")
 Picture = Literal["clean", "adversarial", "perturbation", "restored"]
-PICTURES: tuple[Picture, ...] = ("clean", "adversarial", "perturbation", "restored")
+PICTURES: tuple[Picture, ...] = get_args(Picture)
 
 
 class GalleryImage(Config):
@@ -68,7 +68,7 @@ class GalleryImage(Config):
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Kinds of its pictures."""
+        """Return the kinds of its pictures."""
         return PICTURES if self.has_restored else PICTURES[:-1]
 
 
@@ -108,7 +108,7 @@ class GalleryIndex(Config):
 
 def gallery_folder(record: Path) -> Path:
     """Return the folder of the gallery that belongs to a record."""
-    return record.with_name(record.name.removesuffix(".json") + FOLDER)
+    return record.with_name(record.name.removesuffix(".json") + ".gallery")
 
 
 def read_gallery(folder: Path) -> GalleryIndex:
@@ -144,7 +144,7 @@ class Gallery:
     Args:
         folder: folder for the pictures; that of an interrupted evaluation is continued, any other is replaced.
         runner: runner of the evaluation.
-        settings_sha256: of the evaluation.
+        settings_sha256: the evaluation's.
         limit: number of misclassified images, and of robust ones, to show; 0 for none.
     """
 
@@ -160,8 +160,7 @@ class Gallery:
         self._problems: dict[str, None] = {}
         self._landscape: LossLandscape | None = None
         self._guarded("pictures of the interrupted evaluation cannot be read", self._resume)
-        self._seen = set(self._misclassified)
-        """Images that are misclassified already."""
+        self._seen = set(self._misclassified)  # images that are misclassified already
 
     def add(self, spec: AttackSpec, indices: Tensor, outcome: AttackOutcome) -> None:
         """Consider the images of one batch. Without adversarial images (ledger, other ranks) few can be shown."""
@@ -206,11 +205,7 @@ class Gallery:
             _limit(self._survivors, CANDIDATES * self.limit, lambda image: self._survivors[image].order[1])
 
     def save(self, *, final: bool) -> None:
-        """Write the pictures so far. Call it after each attack, so that an interruption loses little.
-
-        Args:
-            final: the radius is the largest, so that survivors may be shown.
-        """
+        """Write the pictures after an attack; those of survivors if its radius was the final, largest one."""
         self._attacks += 1
         if self.limit:
             self._guarded("pictures were not written", lambda: self._write(final=final))
@@ -226,34 +221,31 @@ class Gallery:
             return
         robust = {int(image) for image in self.runner.data.ids[survivors.cpu()]}
         self._survivors = {image: c for image, c in self._survivors.items() if image in robust}
-        candidates = [*self._shown_misclassified(), *self._shown_survivors()]
-        candidate = next((c for c in candidates if not torch.equal(*c.pixels)), None)
-
-        def draw() -> None:
-            if candidate is not None and self._landscape is None:
-                self._landscape = loss_landscape(view, *candidate.pixels, candidate.entry, self.runner)
-
-        self._guarded("the loss landscape was not drawn", draw)
+        changed = (c for images in self._shown(final=True) for c in images if not torch.equal(*c.pixels))
+        candidate = next(changed, None)
+        if candidate is not None and self._landscape is None:
+            self._landscape = self._guarded(
+                "the loss landscape was not drawn",
+                lambda: loss_landscape(view, *candidate.pixels, candidate.entry, self.runner),
+            )
         self.save(final=True)
 
-    def _shown_misclassified(self) -> list[_Candidate]:
-        """Return the misclassified images to show, in the order in which attacks found them."""
-        return sorted(self._misclassified.values(), key=lambda c: c.order)
+    def _shown(self, *, final: bool) -> tuple[list[_Candidate], list[_Candidate]]:
+        """Return the misclassified images in the order in which attacks found them, and survivors drawn at random."""
+        survivors = sorted(self._survivors.values(), key=lambda c: c.order[1])[: self.limit]
+        return sorted(self._misclassified.values(), key=lambda c: c.order), survivors if final else []
 
-    def _shown_survivors(self) -> list[_Candidate]:
-        """Return the survivors to show, drawn at random."""
-        return sorted(self._survivors.values(), key=lambda c: c.order[1])[: self.limit]
-
-    def _guarded(self, problem: str, action: Callable[[], None]) -> None:
-        """Run an action; list an error under `problems` instead of raising it."""
+    def _guarded(self, problem: str, action: Callable[[], T]) -> T | None:
+        """Return an action's result; list an error under `problems` instead of raising it."""
         try:
-            action()
+            return action()
         except Exception as error:  # a classifier may raise anything, a disk may be full
             self._problems[f"{problem}: {type(error).__name__}: {first_line(error)}"] = None
+            return None
 
     def _write(self, *, final: bool) -> None:
         """Write missing pictures and the index; remove pictures of images that are no longer shown."""
-        misclassified, robust = self._shown_misclassified(), self._shown_survivors() if final else []
+        misclassified, robust = self._shown(final=final)
         new = [c for c in [*misclassified, *robust] if not c.written]
         restored = self._restore([c.pixels[1] for c in new])
         with writing(self.folder):
@@ -288,14 +280,12 @@ class Gallery:
         fpd = getattr(self.runner.classifier, "fpd", None)
         if not adversarial or not isinstance(fpd, FPD):
             return None
-        restored: list[Tensor] = []
 
-        def restore() -> None:
-            for part in torch.split(torch.stack(adversarial), self.runner.batch_size):
-                restored.append(fpd.restore(part.to(self.runner.device)).cpu())
+        def restore() -> Tensor:
+            parts = torch.split(torch.stack(adversarial), self.runner.batch_size)
+            return torch.cat([fpd.restore(part.to(self.runner.device)).cpu() for part in parts])
 
-        self._guarded("nothing was restored", restore)
-        return torch.cat(restored) if sum(map(len, restored)) == len(adversarial) else None
+        return self._guarded("nothing was restored", restore)
 
     def _resume(self) -> None:
         """Read the pictures of this evaluation from before it was interrupted; remove those of another one."""
@@ -324,17 +314,9 @@ class Gallery:
 def loss_landscape(
     view: nn.Module, clean: Tensor, adversarial: Tensor, entry: GalleryImage, runner: AttackRunner
 ) -> LossLandscape:
-    """Return the margins around an image, on a plane through an adversarial image.
-
-    Args:
-        view: images → logits.
-        clean: the image, C×H×W in [0, 1].
-        adversarial: an adversarial image, C×H×W; it must differ from the image.
-        entry: the adversarial image's values.
-        runner: device, norm, batch size and seed.
-    """
+    """Return the margins of `view` (images → logits) on a plane through an image C×H×W and an adversarial image."""
     draws = generator(runner.seed, "loss landscape", entry.image)
-    along_direction = (adversarial - clean).float()
+    along_direction = (adversarial - clean).float()  # not zero
     across_direction = (2 * torch.randint(0, 2, clean.shape, generator=draws) - 1).float()
     norm = lp_ball(runner.norm).norm
     across_direction *= float(norm(along_direction[None])) / float(norm(across_direction[None]))

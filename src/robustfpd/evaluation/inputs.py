@@ -23,12 +23,9 @@ from robustfpd.rng import generator
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
-MIN_BLOCKS = 4
-"""Blocks that an evaluation of few images has still, for as many ranks."""
-CPU_BATCH_SIZE = 64
-"""Larger batches are no faster on a CPU."""
-CPU_BATCH_VALUES = 1 << 20
-"""Pixels of a batch on a CPU; the features of a network take hundreds of times their memory."""
+MIN_BLOCKS = 4  # that an evaluation of few images has still, for as many ranks
+CPU_BATCH_SIZE = 64  # larger batches are no faster on a CPU
+CPU_BATCH_VALUES = 1 << 20  # of a batch on a CPU; the features of a network take hundreds of times their memory
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,7 @@ def fingerprint(classifier: nn.Module, images: Tensor, device: torch.device) -> 
     except Exception:
         return "", 0
     if not torch.equal(x, before):
-        raise InputError(
-            "the classifier changes its input in place, so attacks lose their images; let it work on a copy"
-        )
+        raise InputError("the classifier changes its input in place, which attacks need; let it work on a copy")
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.is_complex() or logits.layout != torch.strided:
         return "", 0
     values = " ".join(f"{value:.3e}" for value in logits.float().flatten().tolist())
@@ -179,10 +174,7 @@ class NormalisedInput(nn.Module):
     def __init__(self, classifier: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.classifier = classifier
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", std.clone())
+        self.mean, self.std = nn.Buffer(mean.clone()), nn.Buffer(std.clone())
 
     def forward(self, normalised: Tensor) -> Tensor:
         """Classify normalised images N×C×H×W: logits N×K."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from robustfpd.config import Config
-from robustfpd.errors import InputError, first_line
-from robustfpd.io import write_json, write_text
+from robustfpd.config import Config, parse
+from robustfpd.errors import InputError
+from robustfpd.io import write_json, write_text, writing
 
 Outcome = Literal["misclassified", "robust", "failed"]
 CLEAN = "clean"
@@ -60,13 +58,11 @@ class Ledger:
     the file has, and the file is truncated where these end.
     """
 
-    def __init__(self, path: Path | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self) -> None:
         self.rows: list[LedgerRow] = []
         self.path: Path | None = None
         self._known: list[LedgerRow] = []
         self._next = 0
-        if path is not None:
-            self.open(path, settings or {})
 
     def open(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write rows to this file, and read those that an interrupted evaluation with these settings left there.
@@ -95,12 +91,11 @@ class Ledger:
     def add(self, rows: Sequence[LedgerRow]) -> None:
         """Add the rows of one batch."""
         self.rows.extend(rows)
-        if self.path is None:
-            return
-        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path is not None:
+            with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write(_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Mark the evaluation as finished."""
@@ -125,13 +120,13 @@ def _interrupted_rows(path: Path, settings: Mapping[str, Any]) -> list[LedgerRow
     try:
         found = json.loads(marker.read_text())
     except ValueError:
-        raise InputError(f"{marker} is damaged; delete it and {path} to start again") from None
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{marker} is damaged; delete it and {path} to start again")
     try:
         rows = read_rows(path, cut_off=True) if path.is_file() else []
     except UnicodeDecodeError:
         raise InputError(f"{path} is damaged; delete it and {marker.name} to start again") from None
-    if rows and not isinstance(found, dict):
-        raise InputError(f"{marker} is damaged; delete it and {path} to start again")
     differing = [k for k in {*settings, *found} if settings.get(k) != found.get(k)] if rows else []
     if differing:
         name = min(differing, key=lambda k: (k == "behaviour", k))  # a hash, so last
@@ -150,33 +145,16 @@ def is_unfinished(path: Path) -> bool:
 def write_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
     """Write a whole ledger atomically."""
     with writing(path):
-        write_text(path, _header() + _lines(rows))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise errors of the file system, such as a full disk, as InputError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; free some space and repeat the evaluation, which resumes" if full else ""
-        raise InputError(f"{path} cannot be written: {first_line(error)}{advice}") from error
+        write_text(path, ",".join(LedgerRow.model_fields) + "\n" + _lines(rows))
 
 
 def read_rows(path: Path, *, cut_off: bool = False) -> list[LedgerRow]:
     """Read a ledger; with `cut_off`, without an incomplete last line."""
-    from robustfpd.config import parse
-
     content = path.read_bytes()
     if cut_off:  # in bytes: a character may be incomplete
         content = content[: content.rfind(b"\n") + 1]
     rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
     return [parse(LedgerRow, row, str(path)) for row in rows]
-
-
-def _header() -> str:
-    return ",".join(LedgerRow.model_fields) + "\n"
 
 
 def _lines(rows: Sequence[LedgerRow]) -> str:

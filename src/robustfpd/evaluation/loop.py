@@ -73,17 +73,7 @@ class EvaluationSettings:
 
 
 class EvaluationLoop:
-    """State of one evaluation.
-
-    Args:
-        settings: arguments of the evaluation.
-        runner: attacks the classifier.
-        surrogates: other classifiers, by name, for transferred attacks.
-        ledger: open ledger; batches that it holds are not attacked again.
-        group: ranks that share the images.
-        observer: callbacks of a display.
-        gallery: chooses and writes pictures; None without.
-    """
+    """State of one evaluation. Batches that the ledger holds are not attacked again."""
 
     def __init__(
         self, settings: EvaluationSettings, runner: AttackRunner, surrogates: Mapping[str, nn.Module], ledger: Ledger,
@@ -93,9 +83,8 @@ class EvaluationLoop:
         self.group, self.observer, self.gallery = group, observer, gallery
         # Blocks and batches are the same on all ranks, though a rank may halve its runner's batch size later.
         self.batch_size = runner.batch_size
-        self.block_size = block_size(
-            len(runner.images), None if settings.batch_size == "auto" else settings.batch_size
-        )  # fmt: skip
+        given = None if settings.batch_size == "auto" else settings.batch_size
+        self.block_size = block_size(len(runner.images), given)
         self.margins = torch.full((len(runner.images),), -torch.inf)
         """Largest margin that an attack reached on each image inside its ball, N."""
         self.minimal_rows: dict[str, dict[int, LedgerRow]] = {}
@@ -275,11 +264,7 @@ def split_tranches(indices: Tensor, margins: Tensor, generator: torch.Generator)
     """Split images into tranches: half of each has the largest margins left, half is drawn at random.
 
     Margins come from attacks with gradients and mean nothing if gradients are masked, hence the random half.
-
-    Args:
-        indices: images, N.
-        margins: largest margin that attacks reached on each, N.
-        generator: draws the random half.
+    `margins` are the largest that attacks reached on each image.
     """
     by_margin = indices[margins.argsort(descending=True, stable=True)].tolist()
     drawn = indices[torch.randperm(len(indices), generator=generator)].tolist()

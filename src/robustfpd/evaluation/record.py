@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows, writing
-from robustfpd.io import write_json
+from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows
+from robustfpd.io import write_json, writing
 
 FORMAT = 3
 LEDGER = ".ledger.csv"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from robustfpd import attacks
@@ -12,8 +13,6 @@ from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH
 from robustfpd.config import Norm
 from robustfpd.errors import unknown_name
 
-UNSTATED_STEPS = 200
-"""Steps that `AttackSpec.iterations` assumes where an attack's options give none."""
 EOT = 20
 """Gradient samples per step for a classifier with randomised outputs (expectation over transformation)."""
 
@@ -44,7 +43,7 @@ class AttackSpec:
         options = {**{p.name: p.default for p in parameters}, **self.options}
         count = options.get("queries") or options.get("samples")
         if count is None:
-            count = (options.get("steps") or (1 if self.attack == "fgsm" else UNSTATED_STEPS)) + 1
+            count = (options.get("steps") or (1 if self.attack == "fgsm" else 200)) + 1
         for name in ("restarts", "eot", "targets", "binary_search_steps"):
             count *= options.get(name, 1)
         return int(count * 2 * options["coordinates"] if "coordinates" in options else count)
@@ -93,12 +92,6 @@ def _on_views(
     return [AttackSpec(name, attack, view, options, early_stopping) for view, name in labels.items()]
 
 
-def _pgd(context: SuiteContext, restarts: int, steps: int = 40, **options: Any) -> list[AttackSpec]:
-    """Return PGD on the logits and the pre-squash logits."""
-    name = f"PGD-{steps} {options['loss']}" if "loss" in options else f"PGD-{steps}"
-    return _on_views(name, "pgd", context.logit_views, steps=steps, restarts=restarts, early_stop=True, **options)
-
-
 def _adaptive(context: SuiteContext, steps: int = 40) -> list[AttackSpec]:
     """Return the adaptive attacks: PGD on adaptive views, and transferred attacks."""
     transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name) for name in context.surrogates]
@@ -118,18 +111,19 @@ def _eot(context: SuiteContext, steps: int) -> list[AttackSpec]:
     ]
 
 
-def _first_look(context: SuiteContext) -> list[AttackSpec]:
-    return [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=1)]
+def _pgd(context: SuiteContext, restarts: int, steps: int = 40) -> list[AttackSpec]:
+    """Return FGSM and PGD on the logits and the pre-squash logits."""
+    views = context.logit_views
+    pgd = _on_views(f"PGD-{steps}", "pgd", views, steps=steps, restarts=restarts, early_stop=True)
+    return [*_on_views("FGSM", "fgsm", views), *pgd]
 
 
 def _quick(context: SuiteContext) -> list[AttackSpec]:
-    first = [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=2)]
-    return [*first, *_adaptive(context, steps=20), *_eot(context, steps=20)]
+    return [*_pgd(context, restarts=2), *_adaptive(context, steps=20), *_eot(context, steps=20)]
 
 
 def _pgd_100(context: SuiteContext) -> list[AttackSpec]:
-    first = [*_on_views("FGSM", "fgsm", context.logit_views), *_pgd(context, restarts=5, steps=100)]
-    return [*first, *_adaptive(context), *_eot(context, steps=100)]
+    return [*_pgd(context, restarts=5, steps=100), *_adaptive(context), *_eot(context, steps=100)]
 
 
 def _standard(context: SuiteContext) -> list[AttackSpec]:
@@ -157,7 +151,7 @@ def _full(context: SuiteContext) -> list[AttackSpec]:
     """Return `standard` without early stopping, with more restarts, minimal-norm and decision-based attacks."""
     return [
         *(replace(spec, early_stopping=False) for spec in _standard(context)),
-        *_pgd(context, restarts=5, steps=100),
+        *_on_views("PGD-100", "pgd", context.logit_views, steps=100, restarts=5, early_stop=True),
         *_on_views("APGD-DLR", "apgd-dlr", context.logit_views),
         *_on_views("FMN", "fmn", context.logit_views),
         *_on_views("DeepFool", "deepfool", context.logit_views),
@@ -196,7 +190,7 @@ def _published(steps: int, step_size: float) -> Callable[[SuiteContext], list[At
 
 
 _SUITES: dict[str, Suite] = {
-    "first-look": Suite(_first_look, probes=0),
+    "first-look": Suite(partial(_pgd, restarts=1), probes=0),
     "quick": Suite(_quick, probes=16),
     "standard": Suite(_standard, probes=64),
     "full": Suite(_full, probes=64),

@@ -14,9 +14,8 @@ from markupsafe import Markup
 
 from robustfpd.errors import InputError
 from robustfpd.evaluation.gallery import gallery_folder
-from robustfpd.evaluation.ledger import writing
 from robustfpd.evaluation.record import Check
-from robustfpd.io import write_text
+from robustfpd.io import write_text, writing
 from robustfpd.report import figures, metrics, page
 from robustfpd.report.thumbnails import thumbnails
 

@@ -117,15 +117,18 @@ def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
 
 
 def verdict_text(record: EvaluationRecord) -> Text:
-    """Return the verdict with a line per reason, and the number of passes."""
+    """Return the verdict, evidence and fix of each check that failed or is suspicious, and the number of passes."""
     verdict = record.verdict
     passed = sum(c.outcome == "passed" for c in verdict.checks)
     skipped = [c.name for c in verdict.checks if c.outcome == "skipped"]
     not_applicable = f", not applicable: {', '.join(skipped)}" if skipped else ""
     text = Text("verdict: ").append(verdict.status, style=f"bold {STATUS_STYLES[verdict.status]}")
     text.append(f" ({passed} of {len(verdict.checks)} checks passed{not_applicable})")
-    for reason in verdict.reasons:
-        text.append(f"\n  {reason}")
+    unsettled = [c for c in verdict.checks if c.outcome in ("failed", "suspicious")]
+    for check in sorted(unsettled, key=lambda c: c.outcome):  # failed ones first
+        text.append(f"\n  {check.name}: {check.evidence}")
+        if check.fix:
+            text.append(f"\n    → {check.fix}", style="bold")
     return text.append(f"\npasses: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
 
 

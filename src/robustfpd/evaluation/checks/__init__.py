@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustfpd.attacks.base import preserve_state, reproducible
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import attacks as attack_checks
-from robustfpd.evaluation.checks import gradients, inputs, outputs, results
+from robustfpd.evaluation.checks import gradients, inputs, outputs
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, run_check, skipped
 from robustfpd.evaluation.record import Check
 
@@ -55,10 +55,10 @@ SURVIVOR_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
 }
 """Of the images that survived the suite."""
 RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
-    "black-box": results.black_box,
-    "failed-attacks": results.failed_attacks,
-    "unchanged-state": results.unchanged_state,
-    "idle-attacks": results.idle_attacks,
+    "black-box": attack_checks.black_box,
+    "failed-attacks": attack_checks.failed_attacks,
+    "unchanged-state": attack_checks.unchanged_state,
+    "idle-attacks": attack_checks.idle_attacks,
 }
 """Of the results of the suite's attacks."""
 NAMES = (
@@ -88,7 +88,7 @@ def after_attacks(context: CheckContext, findings: AttackFindings) -> list[Check
         made = _probe_checks(context)
         survivors = [run_check(name, partial(check, context, findings)) for name, check in SURVIVOR_CHECKS.items()]
     made += [*survivors, *(check(context, findings) for check in RESULT_CHECKS.values())]
-    return [*made, results.search_precision(context, findings, more_steps=survivors[0])]
+    return [*made, attack_checks.search_precision(context, findings, more_steps=survivors[0])]
 
 
 def _probe_checks(context: CheckContext) -> list[Check]:

@@ -1,23 +1,28 @@
-"""Checks that run attacks on a few images, each attack alone, and compare what they find."""
+"""Checks that run attacks on a few images and compare what they find; checks of the results of the suite's attacks."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from robustfpd import attacks
 from robustfpd.attacks import apgd_ce, apgd_dlr, fgsm, noise, pgd
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.errors import first_line
+from robustfpd.evaluation.attack_runner import CHANGED
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, judge, skipped
+from robustfpd.evaluation.ledger import LedgerRow
 from robustfpd.evaluation.record import Check
 
 STEPS = 20
 TOLERATED = 0.05  # share of the images that may contradict a check by chance; two images always may
 MORE_STEPS = 200
 SURVIVORS = 24
+BLACK_BOX = 0.02  # share of all images that attacks without gradients may misclassify after those with gradients failed
 GAINED = 0.04  # share of the survivors that more steps may still find adversarial examples for
 
 
@@ -120,6 +125,69 @@ def more_steps(context: CheckContext, findings: AttackFindings) -> Check:
     return judge(name, gained > max(1, GAINED * attacked), evidence, gained=gained, attacked=attacked)
 
 
+def black_box(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that attacks without the classifier's gradients find nothing that those with gradients missed."""
+    name, views, specs = "black-box", context.runner.views, findings.specs
+    without = {s.label for s in specs if views[s.view].surrogate or attacks.get(s.attack).access != "gradients"}
+    tried = [r for r in findings.rows if r.attack in without and r.eps > 0]
+    if not tried:
+        return skipped(name, "no attack without gradients was run on images that survived the others")
+    white_box_rows: dict[int, list[LedgerRow]] = {}
+    for row in findings.rows:
+        if row.eps > 0 and row.attack not in without:
+            white_box_rows.setdefault(row.image, []).append(row)
+    only = [r for r in tried if r.outcome == "misclassified" and _survived(r, white_box_rows.get(r.image, []))]
+    labels = ", ".join(dict.fromkeys(r.attack for r in only))
+    count = len({r.image for r in only})
+    evidence = f"of {len({r.image for r in tried})} images, {count} survived attacks with the classifier's gradients "
+    evidence += f"and are misclassified under attacks without{f' ({labels})' if labels else ''}"
+    return judge(name, count > max(1, BLACK_BOX * len(findings.robust)), evidence, turned=len(only))
+
+
+def failed_attacks(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that every attack ran on all its images and stayed in its ball."""
+    name, failed = "failed-attacks", [r for r in findings.rows if r.outcome == "failed"]
+    if not failed:
+        return judge(name, False, f"all {len(findings.results)} attacks ran on all their images", failed=0)
+    labels = ", ".join(dict.fromkeys(r.attack for r in failed))
+    evidence = f"{labels} failed on {len(failed)} images, which count as robust there; the first: {failed[0].note}"
+    everywhere = all(r.failed == r.attacked for r in findings.results if r.attacked)
+    return judge(name, True, evidence, "", "failed" if everywhere else "suspicious", failed=len(failed))
+
+
+def unchanged_state(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that no attack changed the classifier's parameters or buffers."""
+    name, changed = "unchanged-state", [r for r in findings.rows if r.note.startswith(CHANGED)]
+    if not changed:
+        return judge(name, False, "parameters and buffers are unchanged after every attack")
+    labels = ", ".join(dict.fromkeys(r.attack for r in changed))
+    return judge(name, True, f"{labels}: {changed[0].note}; restored after each batch")
+
+
+def idle_attacks(context: CheckContext, findings: AttackFindings) -> Check:
+    """Check that every attack with a fixed radius changed an image."""
+    idle = []
+    for spec in findings.specs:
+        rows = [r for r in findings.rows if r.attack == spec.label and r.outcome != "failed"]
+        if rows and not attacks.get(spec.attack).minimal and all(r.distance == 0 for r in rows):
+            idle.append(spec.label)
+    evidence = f"{len(idle)} attacks returned every image unchanged" + (f": {', '.join(idle)}" if idle else "")
+    return judge("idle-attacks", bool(idle), evidence, idle=len(idle))
+
+
+def search_precision(context: CheckContext, findings: AttackFindings, more_steps: Check) -> Check:
+    """Check that attacks used float32 gradients, or that float32 attacks find next to nothing more."""
+    name = "search-precision"
+    if not context.runner.bfloat16:
+        return judge(name, False, "attacks differentiated the classifier without reduced precision")
+    evidence = "attacks differentiated the classifier in bfloat16; float32 confirmed every adversarial example"
+    if not bool(findings.robust.any()):
+        return judge(name, False, f"{evidence}, and no image is robust")
+    if more_steps.outcome == "skipped":
+        return judge(name, True, f"{evidence}, but no survivor was attacked in float32")
+    return judge(name, more_steps.outcome != "passed", f"{evidence}. {more_steps.evidence}", **more_steps.values)
+
+
 def _misclassified(
     context: CheckContext, attack: Any, data: tuple[Tensor, Tensor] | None = None, *, eps: float | None = None,
     purpose: str = "", **options: Any,
@@ -142,3 +210,9 @@ def _exceeds_chance(count: int, images: Tensor) -> bool:
 def _covering_radius(context: CheckContext) -> float:
     """Return the radius of a ball around any image that holds every image."""
     return float(lp_ball(context.norm).norm(torch.ones_like(context.probes[0][:1])))
+
+
+def _survived(row: LedgerRow, white_box_rows: Sequence[LedgerRow]) -> bool:
+    """Return whether white-box attacks were run on the row's image up to its radius and none succeeded."""
+    up_to = [r for r in white_box_rows if r.eps <= row.eps]
+    return bool(up_to) and all(r.outcome != "misclassified" for r in up_to)

@@ -23,13 +23,8 @@ SATURATED = 0.2  # share of logits at a common bound that is suspicious
 @torch.no_grad()
 def randomised_outputs(context: CheckContext) -> Check:
     """Check that logits are the same in every pass."""
-    logits = torch.stack([context.classifier(context.images).float() for _ in range(PASSES)])  # passes, N, K
-    difference = float((logits - logits[0]).abs().amax()) / _spread(logits[0])
-    changed = int((logits.argmax(dim=2) != logits[0].argmax(dim=1)).any(dim=0).sum())
-    evidence = f"in {PASSES} passes, {changed} of {len(context.images)} predictions changed, and logits by "
-    evidence += f"{difference:.2%} of their spread"
-    bad = difference > TOLERANCE
-    return judge("randomised-outputs", bad, evidence, changed=changed, largest_difference=difference)
+    logits = torch.stack([context.classifier(context.images).float() for _ in range(PASSES)])  # passes N K
+    return _equal("randomised-outputs", logits[0], logits, f"in {PASSES} passes", TOLERANCE)
 
 
 @torch.no_grad()
@@ -58,11 +53,9 @@ def squashed_outputs(context: CheckContext) -> Check:
         evidence = f"each row of outputs is a distribution (largest {bound:.4g}), not logits"
         return judge(name, True, evidence, **values)
     evidence = f"{saturated:.2%} of the outputs lie at their common bound {bound:.4g}"
-    if saturated <= SATURATED:
-        return judge(name, False, evidence, **values)
-    if context.has_pre_squash:
-        return judge(name, False, f"{evidence}; attacks use the pre-squash logits too", **values)
-    return judge(name, True, f"{evidence}, where gradients vanish", **values)
+    if saturated > SATURATED:
+        evidence += "; attacks use the pre-squash logits too" if context.has_pre_squash else ", where gradients vanish"
+    return judge(name, saturated > SATURATED and not context.has_pre_squash, evidence, **values)
 
 
 @torch.no_grad()
@@ -74,12 +67,18 @@ def batch_composition(context: CheckContext) -> Check:
     order = torch.randperm(len(x), generator=context.generator("batches")).to(x.device)
     shuffled = torch.empty_like(batch)
     shuffled[order] = context.classifier(x[order]).float()
-    difference = max(float((other - batch).abs().max()) for other in (single, shuffled)) / _spread(batch)
-    changed = int(((single.argmax(1) != batch.argmax(1)) | (shuffled.argmax(1) != batch.argmax(1))).sum())
-    evidence = f"alone or in another order, {changed} of {len(x)} predictions changed, and logits by "
+    others = torch.stack([single, shuffled])  # 2 N K
+    return _equal("batch-composition", batch, others, "alone or in another order", 10 * TOLERANCE)
+
+
+def _equal(name: str, logits: Tensor, others: Tensor, described: str, tolerance: float) -> Check:
+    """Check that logits N×K are equal to `others`, P×N×K, up to a share of their spread."""
+    spread = float(logits.std(dim=1).mean().clamp_min(1e-12))  # mean over the images
+    difference = float((others - logits).abs().amax()) / spread
+    changed = int((others.argmax(dim=2) != logits.argmax(dim=1)).any(dim=0).sum())
+    evidence = f"{described}, {changed} of {len(logits)} predictions changed, and logits by "
     evidence += f"{difference:.2%} of their spread"
-    bad = difference > 10 * TOLERANCE
-    return judge("batch-composition", bad, evidence, changed=changed, largest_difference=difference)
+    return judge(name, difference > tolerance, evidence, changed=changed, largest_difference=difference)
 
 
 def wrapper_accuracy(context: CheckContext) -> Check:
@@ -98,11 +97,6 @@ def wrapper_accuracy(context: CheckContext) -> Check:
     evidence = f"the views under attack classify {len(x) - most} of {len(x)} images as the classifier does"
     evidence += f", with and without gradients{f' ({worst})' if worst else ''}"
     return judge("wrapper-accuracy", most > 0, evidence, differing=most)
-
-
-def _spread(logits: Tensor) -> float:
-    """Return the standard deviation of an image's logits, mean over the images; never zero."""
-    return float(logits.std(dim=1).mean().clamp_min(1e-12))
 
 
 # Checks that only the doctor runs
@@ -129,34 +123,30 @@ def answers(classifier: nn.Module, images: Tensor) -> tuple[Check, Any]:
 
 def output_form(output: Any, count: int) -> tuple[Check, bool]:
     """Check that the output for `count` images is one tensor of logits N×K; return also if `logits_in` finds them."""
-    name, logits = "output", logits_in(output)
+    name, (logits, code) = "output", logits_in(output)
     kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     if logits is None or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
         fix = "return one row of at least two logits per image; for one score s: torch.stack([-s / 2, s / 2], dim=1)"
         return judge(name, True, f"{kind} for {count} images, not logits N×K", fix, "failed"), False
-    if isinstance(output, Tensor) and output.ndim == 2:
-        return judge(name, False, f"logits {tuple(output.shape)} for {count} images"), True
-    if isinstance(output, Tensor):
-        code = ".flatten(1)"
-    elif isinstance(output, dict):
-        code = f"[{'logits' if 'logits' in output else next(iter(output))!r}]"
-    else:
-        code = ".logits" if hasattr(output, "logits") else "[0]"
+    if not code:
+        return judge(name, False, f"logits {tuple(logits.shape)} for {count} images"), True
     fix = f"wrap it in a module whose forward returns model(images){code}"
     return judge(name, True, f"{kind} for {count} images, not a tensor of logits N×K", fix, "failed"), True
 
 
-def logits_in(output: Any) -> Tensor | None:
-    """Return the logits in a named field, tuple, dict or map of one pixel; None if there are none."""
+def logits_in(output: Any) -> tuple[Tensor | None, str]:
+    """Return the logits in a named field, tuple, dict or map of one pixel, if any, and the code that selects them."""
+    code = ""
     if isinstance(output, dict):
-        output = output.get("logits", next(iter(output.values()), None))
+        key = "logits" if "logits" in output else next(iter(output), None)
+        output, code = output.get(key), f"[{key!r}]"
     elif hasattr(output, "logits"):
-        output = output.logits
+        output, code = output.logits, ".logits"
     elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
+        output, code = output[0], "[0]"
     elif isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() == 1:
-        output = output.flatten(1)  # N K 1 1 -> N K
-    return output if isinstance(output, Tensor) else None
+        output, code = output.flatten(1), ".flatten(1)"  # N K 1 1 -> N K
+    return output if isinstance(output, Tensor) else None, code
 
 
 @torch.no_grad()
