@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 from robustfpd.errors import InputError, first_line
+from robustfpd.io import write_bytes
 from robustfpd.models.fpd import FPD, Baseline
 from robustfpd.provenance import weights_sha256
 from robustfpd.rng import generator
@@ -99,19 +100,18 @@ def export(
     reference = _Exportable(copy.deepcopy(model).cpu().eval(), restored)
     outputs = ("logits", "restored") if restored else ("logits",)
     facts = _facts(model, size, class_names, outputs)
-    # A folder of its own keeps concurrent exports apart; on the target's file system the file can be renamed.
+    # Each export has its own folder, beside the target, where an unwritable folder fails before the export.
     with tempfile.TemporaryDirectory(prefix=".robustfpd-", dir=home) as folder, _exporters_silenced():
-        partial = Path(folder) / path.name
+        exported = Path(folder) / path.name
         program = _traced(module, size)
         if format == "onnx":
-            _write_onnx(program, partial, outputs, facts)
-            run = _onnx_runner(partial)
+            _write_onnx(program, exported, outputs, facts)
+            run = _onnx_runner(exported)
         else:
-            _write_program(program, partial, facts)
-            run = _program_runner(partial)
+            _write_program(program, exported, facts)
+            run = _program_runner(exported)
         difference, compared = _compare(reference, run, size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(path)
+        write_bytes(path, exported.read_bytes(), concurrent=True)
     return Exported(path, outputs, size, difference, compared, facts)
 
 
