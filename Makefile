@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/robustfpd demo
 
 test: setup
-	$(BIN)/python -m pytest -n logical
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
