@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from robustfpd.cli import main
-from robustfpd.config import load_run
+from robustfpd.config import RunConfig, load_run, recipe
 from robustfpd.models import enhance
 
 FAST = ["training.epochs=2", "data.train_limit=128", "model.pyramid_channels=8"]
@@ -99,13 +100,8 @@ def test_missing_data_is_reported_with_its_folder_and_download(
     assert "--download" in error
 
 
-def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    main(["train", "digits/mini", *FAST, "--out", str(run)])
-    assert f"robustfpd evaluate {run}" in capsys.readouterr().out
+def test_evaluations_of_a_run_are_kept_beside_each_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", str(run), "--eps", "0.01", "0.3", "--num-images", "40", "--suite", "first-look"])
-    out = capsys.readouterr().out
-    assert "pre-squash" in out
     first = run / "evaluation" / "digits-first-look-linf.json"
     record = json.loads(first.read_text())
     assert [w["eps"] for w in record["worst_case"]] == [0.01, 0.3]
@@ -116,7 +112,7 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (run / "evaluation" / "digits-first-look-linf-2.json").is_file()
     capsys.readouterr()
     main(["evaluate", str(run), "--eps", "0.1", "--num-images", "10", "--suite", "first-look", "--split", "validation"])
-    assert "validation images" in capsys.readouterr().out
+    assert "(validation images)" in " ".join(capsys.readouterr().out.split())
     held_out = json.loads((run / "evaluation" / "digits-validation-first-look-linf.json").read_text())
     assert (
         held_out["data_sha256"]
@@ -129,28 +125,26 @@ def test_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "unknown dataset 'mnis'" in _fails(capsys, "evaluate", str(run), "--dataset", "mnis")
 
 
-def test_baseline_trains_the_undefended_baseline(tmp_path: Path) -> None:
-    main(["train", "digits/mini", *FAST, "--baseline", "--out", str(tmp_path / "baseline")])
-    config = json.loads((tmp_path / "baseline" / "checkpoints" / "best" / "config.json").read_text())
-    assert config["model"]["defence"] == "none"
-    rows = (tmp_path / "baseline" / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2
-
-
-def test_settings_may_stand_anywhere_among_the_flags(tmp_path: Path) -> None:
+def test_settings_among_the_flags_are_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
     first, *others = FAST
-    main(["train", "digits/mini", first, "--baseline", *others, "--out", str(tmp_path / "run"), "training.noise=0.25"])
-    settings = load_run(tmp_path / "run" / "config.yaml")
+    main(["train", "digits/mini", first, "--baseline", *others, "--out", str(run), "training.noise=0.25"])
+    assert f"robustfpd evaluate {run}" in capsys.readouterr().out
+    settings = load_run(run / "config.yaml")
     assert settings.training.noise == 0.25
     assert settings.data.train_limit == 128
     assert settings.model.defence == "none"
+    config = json.loads((run / "checkpoints" / "best" / "config.json").read_text())
+    assert config["model"]["defence"] == "none"
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2
 
 
 def test_a_saved_model_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8).save(tmp_path / "model")
+    enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=4).save(tmp_path / "model")
     assert "name its test images with --dataset" in _fails(capsys, "evaluate", str(tmp_path / "model"))
-    main(["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num-images", "10", "--suite", "first-look"])
-    assert "10 images" in capsys.readouterr().out
+    main(["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num-images", "4", "--suite", "first-look"])
+    assert " 4 images" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
     assert (tmp_path / "model-evaluation" / "digits-first-look-linf.json").is_file()
 
@@ -162,7 +156,8 @@ def _dies_of_interrupts() -> None:
 
 def test_ctrl_c_leaves_a_complete_checkpoint_and_prints_how_to_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "robustfpd", "train", "digits/mini", "training.epochs=400", "--out", str(run)]
+    settings = ["training.epochs=4000", *FAST[1:]]
+    command = [sys.executable, "-m", "robustfpd", "train", "digits/mini", *settings, "--out", str(run)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -197,7 +192,13 @@ def test_an_interrupt_during_a_librarys_evaluated_source_still_ends_with_130(tmp
     assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
 
 
-def test_demo_compares_the_three_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_compares_the_three_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(name: str, overrides: Sequence[str]) -> RunConfig:
+        return recipe(name, [*overrides, *FAST[1:], "evaluation.num_images=10", "evaluation.eps=[0.1]"])
+
+    monkeypatch.setattr("robustfpd.cli.demo.recipe", small)
     out = tmp_path / "demo"
     main(["demo", "--epochs", "1", "--out", str(out)])
     printed = capsys.readouterr().out

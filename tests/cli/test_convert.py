@@ -50,7 +50,7 @@ def test_a_checkpoint_becomes_a_model(published: Path, tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"{published}: ResNeXt-14 32×4d (1, 1, 1, 1 blocks), with a Feature Pyramid Decoder, 64 channels wide",
-        "  10 classes, images of 3 channels and 64×64 pixels, 6.3 million parameters, epoch 57",
+        "  10 classes of 3×64×64 images, 6.3 million parameters, epoch 57",
         f"wrote {folder}",
         f"next: robustfpd evaluate '{folder}' --dataset DATASET, with the images it was trained for",
     ]
@@ -65,7 +65,7 @@ def test_a_checkpoint_becomes_a_model(published: Path, tmp_path: Path, capsys: p
 
 def test_the_image_size_is_written_down(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["convert", str(published), str(tmp_path / "model"), "--image-size", "32"])
-    assert "32×32 pixels" in capsys.readouterr().out
+    assert "3×32×32 images" in capsys.readouterr().out
     assert rf.load(tmp_path / "model").task.image_size == (32, 32)
     assert "image_size must be at least 8" in refusal(capsys, published, tmp_path / "other", "--image-size", "4")
     assert not (tmp_path / "other").exists()

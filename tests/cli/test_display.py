@@ -43,7 +43,7 @@ def _shown(step: StepResult, plain: bool, *, terminal: bool) -> str:
     console = Console(
         file=file, width=WIDTH, force_terminal=terminal, soft_wrap=True, no_color=True, legacy_windows=False
     )
-    with training_display(console, "undefended baseline, same noise") as observer:
+    with training_display(console, "digits", "undefended baseline, same noise") as observer:
         observer.on_batch(_progress(step))
         observer.on_epoch(_metrics(plain), True)
         observer.on_epoch(_metrics(plain), False)

@@ -70,7 +70,10 @@ def test_exit_code_3_where_one_fails(name: str, check: str, capsys: pytest.Captu
     assert check in [c["name"] for c in failed]
     assert all(c["fix"] and c["evidence"] for c in failed)
     assert report["failed"] == len(failed)
-    code, printed, _ = run_doctor(capsys, "--model", f"doctored:{name}", "--dataset", "digits")
+
+
+def test_a_failed_check_is_printed_with_its_fix(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run_doctor(capsys, "--model", "doctored:seven", "--dataset", "digits")
     assert code == 3
     assert "→" in printed
     assert "before you evaluate" in printed.replace("\n", " ")

@@ -48,7 +48,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SETTINGS = ("model.backbone=smallnets:Small", "data.image_size=16", "data.stored_size=18", "training.batch_size=8",
-            "training.epochs=1", "model.pyramid_channels=8")  # fmt: skip
+            "training.epochs=1", "model.pyramid_channels=4")  # fmt: skip
 
 
 @pytest.mark.parametrize("plain", [False, True])

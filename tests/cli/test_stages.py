@@ -10,8 +10,8 @@ from robustfpd.models import Baseline, load
 from robustfpd.training import Progress, RunFolder, TrainResult, loop
 
 QUICK = (
-    "training.epochs=1", "data.train_limit=128", "adversarial.epochs=1", "adversarial.steps=1", "adversarial.eps=0.1",
-    "adversarial.select_images=20", "model.pyramid_channels=8",
+    "training.epochs=1", "data.train_limit=64", "adversarial.epochs=1", "adversarial.steps=1", "adversarial.eps=0.1",
+    "adversarial.select_images=20", "model.pyramid_channels=4",
 )  # fmt: skip
 
 

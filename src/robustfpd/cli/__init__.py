@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import re
 import shutil
 import sys
@@ -177,6 +178,7 @@ def _print_completion(words: Sequence[str]) -> None:
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turn errors of the user's into messages and exit codes, without a traceback."""
+    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.WARNING)
     show_warning = warnings.showwarning
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:

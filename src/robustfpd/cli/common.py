@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 
 NO_DEFAULT = tyro.conf.arg(help_behavior_hint="")
 """Leaves "(default: None)" out of help."""
+RUN = tyro.conf.arg(
+    help="a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save "
+    "wrote."
+)
+ModelFlag = Annotated[str | None, tyro.conf.arg(
+    help="any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed."
+)]  # fmt: skip
+TrustFlag = Annotated[bool, tyro.conf.arg(
+    help="import and run the module that the run's network is made by (model.backbone=package.module:factory); only "
+    "for runs of your own."
+)]  # fmt: skip
+DeviceFlag = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or mps.")]
 
 
 @dataclass(frozen=True)
@@ -40,10 +52,6 @@ class Output:
     """Print the result as one JSON object, and nothing else."""
     quiet: Annotated[bool, NO_DEFAULT] = False
     """Print nothing but errors and warnings."""
-
-    def on_rank(self, is_main: bool) -> Output:
-        """Return the output of one of several ranks: only rank 0 prints."""
-        return self if is_main else Output(quiet=True)
 
     @cached_property
     def console(self) -> Console:
@@ -82,7 +90,7 @@ class DataFlags:
     """Which images to use; default those of the run."""
 
     dataset: Annotated[str | None, NO_DEFAULT] = None
-    """Images of this data set instead of the run's (see `robustfpd datasets`)."""
+    """Images of this data set instead of the run's; needed without a run (see `robustfpd datasets`)."""
     image_size: Annotated[int | None, NO_DEFAULT] = None
     """Height and width in pixels that --model expects; default the data set's own."""
     data_root: Annotated[str | None, NO_DEFAULT] = None
@@ -100,18 +108,17 @@ class DataFlags:
 
         if self.dataset is not None:
             check_choice("dataset", self.dataset, config.DATASETS)
-        if target.config is None and self.dataset is None:
+        elif target.config is None:
             raise InputError(f"{target.name} is no run; name its test images with --dataset")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"--image-size must be at least 1, found {self.image_size}")
-        if self.image_size is not None and target.task is not None:
-            raise InputError(f"--image-size is for --model; {target.name} was made for {target.task}")
         data = config.DataConfig() if target.config is None else target.config.data
         changes: dict[str, Any] = {"download": self.download or data.download, "root": self.data_root or data.root}
         if self.dataset is not None and (target.config is None or self.dataset != data.dataset):
-            changes["dataset"] = self.dataset
-            changes |= _as_task(target, self.dataset)
+            changes |= {"dataset": self.dataset, **_as_task(target, self.dataset)}
         if self.image_size is not None:
+            if self.image_size < 1:
+                raise InputError(f"--image-size must be at least 1, found {self.image_size}")
+            if target.task is not None:
+                raise InputError(f"--image-size is for --model; {target.name} was made for {target.task}")
             changes["image_size"] = (self.image_size, self.image_size)
         changed = data.model_copy(update=changes)
         check_folder(changed)
@@ -224,23 +231,14 @@ TIMED_SECONDS = 0.5
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call of `action`, after one to warm up: the least of several, as other load only adds.
-
-    Args:
-        action: what is timed; called at least twice.
-        device: the device that it computes on.
-    """
+    """Return the least seconds of several calls of `action`, after one to warm up."""
     import torch
 
-    def once() -> float:
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds[1:]) < TIMED_SECONDS:
         start = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    seconds, begun = once(), time.perf_counter()
-    while time.perf_counter() - begun < TIMED_SECONDS:
-        seconds = min(seconds, once())
-    return seconds
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

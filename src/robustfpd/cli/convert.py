@@ -32,7 +32,6 @@ def convert(
         mean: per-channel mean that the authors subtracted in the data loader; the model then subtracts it. The second
             example has the values of CALTECH.
         std: per-channel standard deviation that they divided by.
-        output: text and tables, one JSON object, or nothing.
     """
     if not published.is_file():
         raise InputError(f"there is no file {published}; give the authors' bestmodel_params.pkl")
@@ -42,23 +41,20 @@ def convert(
     from robustfpd.models.author_checkpoints import read_author_checkpoint
 
     checkpoint = read_author_checkpoint(published, image_size, mean or None, std or None)
-    model, task = checkpoint.model, checkpoint.model.task
+    model, config = checkpoint.model, checkpoint.model.config
     model.save(folder)
-    kind = "without a decoder"
-    if model.config.defence == "fpd":
-        kind = f"with a Feature Pyramid Decoder, {model.config.pyramid_channels} channels wide"
-    epoch = "epoch unknown" if checkpoint.epoch is None else f"epoch {checkpoint.epoch}"
+    decoder = f"with a Feature Pyramid Decoder, {config.pyramid_channels} channels wide"
+    epoch = "unknown" if checkpoint.epoch is None else checkpoint.epoch
     parameters = sum(p.numel() for p in model.parameters())
-    height, width = task.image_size
     output.print(
-        f"{published}: {checkpoint.architecture} ({', '.join(map(str, checkpoint.blocks))} blocks), {kind}\n"
-        f"  {task.num_classes} classes, images of {task.in_channels} channels and {height}×{width} pixels, "
-        f"{parameters / 1e6:.1f} million parameters, {epoch}\n"
-        f"wrote {folder}\n"
-        f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for"
+        f"{published}: {checkpoint.architecture} ({', '.join(map(str, checkpoint.blocks))} blocks), "
+        f"{decoder if config.defence == 'fpd' else 'without a decoder'}",
+        f"  {model.task}, {parameters / 1e6:.1f} million parameters, epoch {epoch}",
+        f"wrote {folder}",
+        f"next: {program()} evaluate {shlex.quote(str(folder))} --dataset DATASET, with the images it was trained for",
     )
     output.print_result({
         "published": str(published), "folder": str(folder), "architecture": checkpoint.architecture,
-        "blocks": list(checkpoint.blocks), "defence": model.config.defence, "epoch": checkpoint.epoch,
-        "parameters": parameters, "task": task.model_dump(mode="json"),
+        "blocks": list(checkpoint.blocks), "defence": config.defence, "epoch": checkpoint.epoch,
+        "parameters": parameters, "task": model.task.model_dump(mode="json"),
     })  # fmt: skip

@@ -22,7 +22,6 @@ def datasets(
     Args:
         data_root: folder where torchvision keeps its data sets.
         cache: folder for decoded images; default ROBUSTFPD_CACHE, else the user's cache folder.
-        output: text and tables, one JSON object, or nothing.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -31,47 +30,39 @@ def datasets(
     from robustfpd.data.datasets import inventory
     from robustfpd.data.decode_cache import images_folder
 
-    found = inventory(data_root, cache)
-    table = Table(
-        "data set", "there", "where", "images", "classes", "on disk", "decoded", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for each in found:
+    inventoried = inventory(data_root, cache)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("data set", "there", "where", "images", "classes", "on disk", "decoded"):
+        table.add_column(heading, justify="left" if heading in ("data set", "there", "where") else "right")
+    for each in inventoried:
         table.add_row(*_row(each))
-    lines = [f"looked in {data_root.absolute()}; decoded images are kept in {images_folder(cache).absolute()}"]
-    missing = [each for each in found if not each.there and each.info.download]
-    lines += ["to download those that are missing:"] if missing else []
-    lines += [f"  {_download_command(program(), each, data_root)}" for each in missing]
-    lines += [
+    missing = [each for each in inventoried if not each.there and each.info.download]
+    commands = {each.info.name: _download_command(program(), each, data_root) for each in missing}
+    output.print(
+        table,
+        f"looked in {data_root.absolute()}; decoded images are kept in {images_folder(cache).absolute()}",
+        *(["to download those that are missing:"] if missing else []),
+        *(f"  {command}" for command in commands.values()),
         "images of your own, a folder for each class:",
         f"  {program()} train folder/mini --data-root FOLDER",
-    ]
-    output.print(table, *lines)
-    output.print_result({"data_root": str(data_root), "datasets": [_values(each, data_root) for each in found]})
-
-
-def _values(found: LocalDataset, data_root: Path) -> dict[str, object]:
-    """Return a data set for the JSON result; sizes are bytes."""
-    from robustfpd.cli.common import program
-
-    described = found.info
-    return {
-        "name": described.name, "description": described.description, "there": found.there, "images": found.images,
-        "classes": found.classes, "image_size": list(described.image_size), "channels": described.in_channels,
-        "bytes": found.size, "cached_bytes": found.cached,
-        "fetch": _download_command(program(), found, data_root) if described.download and not found.there else None,
-    }  # fmt: skip
+    )
+    values = [
+        {
+            "name": each.info.name, "description": each.info.description, "there": each.there, "images": each.images,
+            "classes": each.classes, "image_size": list(each.info.image_size), "channels": each.info.in_channels,
+            "bytes": each.size, "cached_bytes": each.cached, "fetch": commands.get(each.info.name),
+        }
+        for each in inventoried
+    ]  # fmt: skip
+    output.print_result({"data_root": str(data_root), "datasets": values})
 
 
 def _row(found: LocalDataset) -> tuple[str, ...]:
     """Return a row of the table."""
     described = found.info
-    where = described.files[0].partition("/")[0] if described.files else ""
-    if described.name == "digits":
-        where = "scikit-learn"
     if described.name == "folder":
         return "folder", "", "anywhere", "", "", "", _size(found.cached)
+    where = described.files[0].partition("/")[0] if described.files else "scikit-learn"
     count = f"{found.images:,}" if found.images is not None else described.description.partition(" ")[0]
     return (
         described.name, "yes" if found.there else "no", where, count, str(found.classes), _size(found.size),
@@ -81,11 +72,10 @@ def _row(found: LocalDataset) -> tuple[str, ...]:
 
 def _download_command(program: str, found: LocalDataset, data_root: Path) -> str:
     """Return the command that downloads a data set and trains on it."""
-    from robustfpd.config import recipe, recipe_names
+    from robustfpd.config import recipe_names
 
     name = found.info.name
-    fitting = sorted((r for r in recipe_names() if recipe(r).data.dataset == name), key=lambda r: "mini" not in r)
-    words = [fitting[0]] if fitting else ["digits/mini", f"data.dataset={name}"]
+    words = [f"{name}/mini"] if f"{name}/mini" in recipe_names() else ["digits/mini", f"data.dataset={name}"]
     command = shlex.join([program, "train", *words, "--data-root", str(data_root), "--download"])
     return f"{command}   # {found.info.download}"
 

@@ -9,21 +9,22 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from robustfpd.cli.common import Output
+from robustfpd.cli.common import Output, program
+from robustfpd.config import recipe
 from robustfpd.distributed import sigterm_as_interrupt
 from robustfpd.errors import InputError
+from robustfpd.io import write_json
 
 if TYPE_CHECKING:
-    from robustfpd.cli.display import Progressed
     from robustfpd.config import RunConfig
-    from robustfpd.evaluation import EvaluationProgress, EvaluationRecord
+    from robustfpd.evaluation import EvaluationProgress
     from robustfpd.training import EpochMetrics, Progress
 
 RUNS = {
@@ -37,6 +38,8 @@ SECONDS = 0.25
 """Interval between two messages on a network's progress."""
 TRAINING_PART = 0.7
 """Fraction of a network's progress bar that is training."""
+Message = tuple[str, str, float, bool]
+"""Network, text, fraction done, and whether this is a milestone."""
 
 
 def demo(
@@ -54,20 +57,19 @@ def demo(
         out: folder for the three runs and the report; an earlier demo's are replaced.
         seed: seed of every random draw.
         epochs: passes over the training images; default the recipe's (digits/mini).
-        output: text and tables, one JSON object, or nothing.
     """
-    from robustfpd.config import recipe
-
     overrides = [f"seed={seed}"] + ([f"training.epochs={epochs}"] if epochs is not None else [])
     fpd = recipe("digits/mini", overrides)  # before torch is imported: a wrong number is reported at once
-    _check(out)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
+        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
     baseline = fpd.baseline()
     noiseless = baseline.model_copy(update={"training": baseline.training.model_copy(update={"noise": 0.0})})
     configs = dict(zip(RUNS, (fpd, baseline, noiseless), strict=True))
-    _clear(out, seed)
+    for name in RUNS.values():
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_json(out / MARKER, {"seed": seed})
     with sigterm_as_interrupt():
         _run_all(configs, out, seed, output)
-    from robustfpd.cli.common import program
     from robustfpd.evaluation import EvaluationRecord
     from robustfpd.report.html import write_report
     from robustfpd.report.metrics import comparison_table
@@ -81,8 +83,19 @@ def demo(
     output.print(comparison_table(records))
     output.print_wrapped(comparison_sentence(records) or "")
     output.print(f"report: {page}", "try next:")
-    output.print(*(f"  {step}" for step in _next_steps(program())))
-    networks = [{"folder": str(f), **_summary(r)} for f, r in zip(folders, records, strict=True)]
+    output.print(
+        f"  {program()} train digits/mini training.noise=0.1   # another noise level",
+        f"  {program()} evaluate runs/digits-mini --norm l2 --eps 0.5 1   # another norm",
+        f"  {program()} train mnist/mini --data-root data --download   # a larger data set",
+        f"  {program()} recipes   # all recipes",
+    )
+    networks = [
+        {
+            "folder": str(folder), "model_name": record.model_name, "clean": record.clean_accuracy,
+            "worst_case": [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case],
+        }
+        for folder, record in zip(folders, records, strict=True)
+    ]  # fmt: skip
     output.print_result({"seed": seed, "report": str(page), "networks": networks})
 
 
@@ -95,7 +108,7 @@ def _run_all(configs: dict[str, RunConfig], out: Path, seed: int, output: Output
     from robustfpd.cli.display import networks_display
 
     context = multiprocessing.get_context("spawn")  # forked processes would share torch's threads
-    messages: multiprocessing.Queue[Progressed] = context.Queue()
+    messages: multiprocessing.Queue[Message] = context.Queue()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(configs), cores)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(messages,))
@@ -117,16 +130,16 @@ def _run_all(configs: dict[str, RunConfig], out: Path, seed: int, output: Output
             raise
 
 
-def _follow(futures: list[Future[None]], messages: multiprocessing.Queue[Progressed], show: Any) -> None:
+def _follow(
+    futures: list[Future[None]], messages: multiprocessing.Queue[Message], show: Callable[[str, str, float, bool], None]
+) -> None:
     """Show the messages of the processes until all have ended; raise the first error."""
     left = set(futures)
     while left:
         done, left = wait(left, timeout=SECONDS / 2)
-        while True:
-            try:
-                show(messages.get_nowait())
-            except queue.Empty:
-                break
+        with suppress(queue.Empty):
+            while True:
+                show(*messages.get_nowait())
         for future in done:
             future.result()
 
@@ -144,11 +157,11 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-_messages: multiprocessing.Queue[Progressed] | None = None
+_messages: multiprocessing.Queue[Message] | None = None
 """Where a worker process sends its progress."""
 
 
-def _start_worker(messages: multiprocessing.Queue[Progressed]) -> None:
+def _start_worker(messages: multiprocessing.Queue[Message]) -> None:
     import torch
 
     global _messages
@@ -159,7 +172,6 @@ def _start_worker(messages: multiprocessing.Queue[Progressed]) -> None:
 def _train_and_attack(name: str, config: RunConfig, folder: Path, seed: int) -> None:
     """Train one network into its run folder and evaluate it there."""
     from robustfpd import data, evaluation, training
-    from robustfpd.cli.display import Progressed
 
     assert _messages is not None
     messages, sent = _messages, 0.0
@@ -168,7 +180,7 @@ def _train_and_attack(name: str, config: RunConfig, folder: Path, seed: int) -> 
         nonlocal sent
         if milestone or time.monotonic() - sent > SECONDS:
             sent = time.monotonic()
-            messages.put(Progressed(name, text, done, milestone))
+            messages.put((name, text, done, milestone))
 
     def on_batch(progress: Progress) -> None:
         done = (progress.epoch + progress.batch / progress.batches) / progress.epochs
@@ -188,39 +200,10 @@ def _train_and_attack(name: str, config: RunConfig, folder: Path, seed: int) -> 
     model = training.train(config, folder, device="cpu", precision="fp32", observer=observer).model
     splits = data.load(config.data)
     record = evaluation.evaluate(
-        model.classifier(), splits.test.floats(), suite="first-look", eps=config.evaluation.eps, norm="linf", seed=seed,
+        model.classifier(), splits.test.floats(), suite="first-look", eps=config.evaluation.eps, norm="linf",
+        num_images=config.evaluation.num_images, seed=seed,
         every_attack=True, model_name=name, class_names=splits.info.class_names, out_dir=folder / "evaluation",
         record_name=RECORD, observer=evaluation.EvaluationObserver(on_attack=on_attack),
     )  # fmt: skip
     worst = record.worst_case[-1]
     send(f"robust accuracy {100 * worst.robust.value:.1f} % at eps {worst.eps:g}", 1.0, milestone=True)
-
-
-def _summary(record: EvaluationRecord) -> dict[str, Any]:
-    """Return a network's part of the JSON result; accuracies are fractions."""
-    worst = [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case]
-    return {"model_name": record.model_name, "clean": record.clean_accuracy, "worst_case": worst}
-
-
-def _check(out: Path) -> None:
-    """Raise an InputError for a folder that holds something other than an earlier demo."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
-        raise InputError(f"{out} holds something other than a demo; give another folder with --out")
-
-
-def _clear(out: Path, seed: int) -> None:
-    """Empty the folder of an earlier demo."""
-    from robustfpd.io import write_json
-
-    for folder in RUNS.values():
-        shutil.rmtree(out / folder, ignore_errors=True)
-    write_json(out / MARKER, {"seed": seed})
-
-
-def _next_steps(program: str) -> list[str]:
-    return [
-        f"{program} train digits/mini training.noise=0.1   # another noise level",
-        f"{program} evaluate runs/digits-mini --norm l2 --eps 0.5 1   # another norm",
-        f"{program} train mnist/mini --data-root data --download   # a larger data set",
-        f"{program} recipes   # all recipes",
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -21,11 +20,10 @@ REFRESH_SECONDS = 0.25
 
 
 @contextmanager
-def training_display(console: Console, title: str, heading: str | None = None) -> Iterator[Observer]:
+def training_display(console: Console, title: str, heading: str) -> Iterator[Observer]:
     """Show a training: a bar with phase, gate, losses, accuracy, speed and time left; a line per epoch.
 
-    Where there are two losses, `a/b`, the second is phase 2's. Made for terminals from 80 columns up. The heading, by
-    default the title, is shown as soon as a batch is done: data and settings were in order.
+    Of two losses `a/b` the second is phase 2's. The heading is printed after the first batch.
     """
     import time
 
@@ -41,7 +39,7 @@ def training_display(console: Console, title: str, heading: str | None = None) -
         def on_batch(progress: TrainingProgress) -> None:
             nonlocal shown, begun
             if not begun:
-                console.print(heading or title, highlight=False, markup=False)
+                console.print(heading, highlight=False, markup=False)
                 begun = True
             now = time.monotonic()
             if now - shown < REFRESH_SECONDS or not console.is_terminal:
@@ -55,12 +53,11 @@ def training_display(console: Console, title: str, heading: str | None = None) -
 
         def on_epoch(metrics: EpochMetrics, best: bool) -> None:
             nonlocal headed
-            cells = _epoch_cells(metrics)
+            columns, line = _epoch_lines(metrics)
             if not headed:
-                console.print(_row(cells, heading=True), highlight=False)
+                console.print(columns, highlight=False)
                 headed = True
-            line = _row(cells, heading=False) + ("  best" if best else "")
-            console.print(line, highlight=False)
+            console.print(line + ("  best" if best else ""), highlight=False)
             live.refresh()
 
         yield Observer(on_batch=on_batch, on_epoch=on_epoch)
@@ -68,7 +65,7 @@ def training_display(console: Console, title: str, heading: str | None = None) -
 
 @contextmanager
 def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObserver]:
-    """Show an evaluation: which attack runs at which radius, and the number of survivors."""
+    """Show an evaluation: the attack, its radius and the number of survivors."""
     from robustfpd.evaluation import EvaluationObserver, EvaluationProgress
 
     with console.status(f"{title}: clean accuracy") as status:
@@ -82,29 +79,21 @@ def evaluation_display(console: Console, title: str) -> Iterator[EvaluationObser
         yield EvaluationObserver(on_attack=on_attack)
 
 
-@dataclass(frozen=True)
-class Progressed:
-    """Progress of one of several networks."""
-
-    network: str
-    text: str
-    done: float
-    """Fraction."""
-    milestone: bool
-    """Printed where there are no bars, too."""
-
-
 @contextmanager
-def networks_display(console: Console, networks: Sequence[str]) -> Iterator[Callable[[Progressed], None]]:
-    """Show a bar for each of several networks; without a terminal, a line for each milestone."""
+def networks_display(console: Console, networks: Sequence[str]) -> Iterator[Callable[[str, str, float, bool], None]]:
+    """Show a bar for each of several networks; without a terminal, a line for each milestone.
+
+    Yields:
+        A function of a network, a text, the fraction done, and whether this is a milestone.
+    """
     columns = TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[text]}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks = {name: bars.add_task(name, total=1.0, text="waiting") for name in networks}
 
-        def show(progressed: Progressed) -> None:
-            bars.update(tasks[progressed.network], completed=progressed.done, text=progressed.text)
-            if progressed.milestone and not console.is_terminal:
-                console.print(f"{progressed.network}: {progressed.text}", highlight=False, markup=False)
+        def show(network: str, text: str, done: float, milestone: bool) -> None:
+            bars.update(tasks[network], completed=done, text=text)
+            if milestone and not console.is_terminal:
+                console.print(f"{network}: {text}", highlight=False, markup=False)
 
         yield show
 
@@ -130,12 +119,8 @@ def _details(progress: TrainingProgress) -> str:
         parts.append(f"adversarial CE {float(step.adversarial.ce):.2g}")
     if step.first.restoration is not None:
         parts.append(f"L2 {_pair(step.first.restoration, None if second is None else second.restoration)}")
-    parts += [
-        f"acc {accuracy:.1f} %",
-        f"{progress.images_per_second:.0f} img/s",
-        f"{duration(progress.seconds_left)} left",
-    ]
-    return "  ".join(parts)
+    parts += [f"acc {accuracy:.1f} %", f"{progress.images_per_second:.0f} img/s"]
+    return "  ".join([*parts, f"{duration(progress.seconds_left)} left"])
 
 
 def _pair(first: object, second: object) -> str:
@@ -144,40 +129,24 @@ def _pair(first: object, second: object) -> str:
     return "/".join(values)
 
 
-def _epoch_cells(m: EpochMetrics) -> list[tuple[str, str]]:
-    """What an epoch's line shows, with its headings; the undefended baseline has neither phases nor a gate."""
-    cells = [("epoch", str(m.epoch + 1)), ("cross-entropy", _pair(m.ce, m.second_ce))]
+def _epoch_lines(m: EpochMetrics) -> tuple[str, str]:
+    """Return the heading of an epoch's line and the line; the undefended baseline has neither phases nor a gate."""
+    cells = [("epoch", 5, str(m.epoch + 1)), ("cross-entropy", 15, _pair(m.ce, m.second_ce))]
     if m.restoration is not None:
-        cells += [
-            ("L2 restored", _pair(m.restoration, m.second_restoration)),
-            ("gate open", f"{100 * m.gate_open:.0f} %"),
-        ]
-    cells.append(("validation", f"{100 * m.validation_accuracy:.2f} %"))
+        cells.append(("L2 restored", 15, _pair(m.restoration, m.second_restoration)))
+        cells.append(("gate open", 9, f"{100 * m.gate_open:.0f} %"))
+    cells.append(("validation", 10, f"{100 * m.validation_accuracy:.2f} %"))
     if m.validation_robust_accuracy is not None:
-        cells.append(("PGD-10", f"{100 * m.validation_robust_accuracy:.1f} %"))
-    return [*cells, ("img/s", f"{m.images_per_second:.0f}")]
-
-
-COLUMNS = {
-    "PGD-10": 7,
-    "epoch": 5,
-    "cross-entropy": 15,
-    "L2 restored": 15,
-    "gate open": 9,
-    "validation": 10,
-    "img/s": 6,
-}
-
-
-def _row(cells: list[tuple[str, str]], heading: bool) -> str:
-    """Cells right-aligned under their headings."""
-    return "  ".join(f"{name if heading else value:>{COLUMNS[name]}}" for name, value in cells)
+        cells.append(("PGD-10", 7, f"{100 * m.validation_robust_accuracy:.1f} %"))
+    cells.append(("img/s", 6, f"{m.images_per_second:.0f}"))
+    heading = "  ".join(f"{name:>{width}}" for name, width, _ in cells)
+    return heading, "  ".join(f"{value:>{width}}" for _, width, value in cells)
 
 
 def duration(seconds: float) -> str:
     """Seconds as `5 s`, `4:05` or `2:04:05`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from robustfpd.cli.common import DataFlags, Output
+from robustfpd.cli.common import RUN, DataFlags, DeviceFlag, ModelFlag, Output, TrustFlag
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
 
     from robustfpd.evaluation import Check
 
-FAILED = 3
-"""Exit code if a check failed."""
 _STYLES = {"failed": "bold red", "suspicious": "yellow", "passed": "green", "skipped": "dim"}
 
 
 def doctor(
-    run: tyro.conf.Positional[Path | None] = None,
+    run: Annotated[tyro.conf.Positional[Path | None], RUN] = None,
     /,
-    model: str | None = None,
-    trust_code: bool = False,
+    model: ModelFlag = None,
+    trust_code: TrustFlag = False,
     images: DataFlags = DataFlags(),  # noqa: B008
     num_images: int = 64,
     seed: int = 0,
-    device: str = "auto",
+    device: DeviceFlag = "auto",
     output: Output = Output(),  # noqa: B008
 ) -> None:
     """Check a model and its data for problems that would invalidate an evaluation, and print a fix for each.
@@ -45,16 +42,8 @@ def doctor(
     Exits with code 3 if a check failed, else with 0, also if checks are suspicious.
 
     Args:
-        run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
-            wrote (then --dataset is needed).
-        model: any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed.
-        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
-            only for runs of your own.
         num_images: number of images; at least 20 to explain a low accuracy.
-        images: which images, by default the run's.
         seed: seed of the choice of images.
-        device: auto, cpu, cuda or mps.
-        output: text and tables, one JSON object, or nothing.
     """
     if num_images < 1:
         raise InputError(f"--num-images must be at least 1, found {num_images}")
@@ -64,13 +53,17 @@ def doctor(
     target = named_network(run, model, trust_code)
     config = images.config(target)
     chosen = resolve_device(device)
+    import torch
+
     from robustfpd import data
     from robustfpd.evaluation import diagnose
+    from robustfpd.rng import generator
 
     with output.console.status(f"checking {target.name}"):
         classifier = target.classifier()
         splits = data.load(config)
-        pixels, labels = splits.test.floats(_drawn(len(splits.test), num_images, seed))
+        drawn = torch.randperm(len(splits.test), generator=generator(seed, "images"))[:num_images]
+        pixels, labels = splits.test.floats(drawn.sort().values)
         checks = diagnose(
             classifier.to(chosen), (pixels, labels), num_images=num_images, num_classes=splits.info.num_classes,
             seed=seed,
@@ -83,16 +76,7 @@ def doctor(
     output.print(_table(checks))
     output.print_wrapped(f"{target.name} on {len(pixels)} images of {config.dataset}: {_summary(checks)}")
     if failed:
-        raise SystemExit(FAILED)
-
-
-def _drawn(total: int, count: int, seed: int) -> Tensor:
-    """Which images; only they are read."""
-    import torch
-
-    from robustfpd.rng import generator
-
-    return torch.randperm(total, generator=generator(seed, "images"))[:count].sort().values
+        raise SystemExit(3)
 
 
 def _table(checks: Sequence[Check]) -> Table:

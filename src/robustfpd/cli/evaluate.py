@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from robustfpd.cli.common import DataFlags, Output
+from robustfpd.cli.common import RUN, DataFlags, ModelFlag, Output, TrustFlag
 from robustfpd.config import SUITES, Norm
 from robustfpd.distributed import init_process_group, shared_errors
 from robustfpd.errors import InputError
@@ -27,23 +27,19 @@ if TYPE_CHECKING:
     from robustfpd.evaluation.suites import AttackSpec
     from robustfpd.report.paths import Target
 
-NOT_TRUSTED = 3
-"""Exit code under --strict."""
-TIMEOUT = timedelta(days=7)
-"""How long a rank waits for the others: an attack on a block may take hours on one rank alone."""
 SUITE = tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(SUITES), help_behavior_hint="")
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path | None] = None,
+    run: Annotated[tyro.conf.Positional[Path | None], RUN] = None,
     /,
-    model: str | None = None,
+    model: ModelFlag = None,
     eps: tuple[str, ...] = (),
     norm: Norm | None = None,
     suite: Annotated[str | None, SUITE] = None,
     num_images: int | None = None,
     surrogate: tuple[str, ...] = (),
-    trust_code: bool = False,
+    trust_code: TrustFlag = False,
     strict: bool = False,
     split: Literal["test", "validation"] = "test",
     space: Literal["pixels", "normalised"] | None = None,
@@ -66,23 +62,16 @@ def evaluate(
     `robustfpd evaluate --model mynets:make --dataset cifar10 --eps 8/255`.
 
     Args:
-        run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
-            wrote (then --dataset is needed).
-        model: any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed.
-        eps: radii of the perturbation in units of the space, for example 0.03 or 8/255; default the recipe's.
+        eps: radii of the perturbation, for example 0.03 or 8/255; default the recipe's.
         norm: norm of the perturbation; default the recipe's.
-        suite: the attacks: quick, standard (AutoAttack and adaptive attacks), full, published, ...; default the
-            recipe's.
+        suite: the attacks, standard for AutoAttack and adaptive attacks; default the recipe's.
         num_images: number of images; default the recipe's.
         surrogate: networks from which attacks are transferred, given as for run or model; for a network that comes
             with robustfpd, default its baseline.
-        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
-            only for runs of your own.
         strict: exit with code 3 unless the verdict is `trusted`.
         split: which images; choose settings on validation, the images held out of training.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
-        images: which images, by default the run's.
         seed: seed of the choice of images and of the attacks; default the run's.
         every_attack: run every attack on every image, for an accuracy per attack; more expensive.
         batch_size: images per forward pass; default at most 64 on a CPU, a block (at most 256) on a GPU. It is
@@ -91,15 +80,14 @@ def evaluate(
             Report results of fp32.
         device: auto, cpu, cuda or mps; with several processes each uses the GPU of its local rank.
         dry_run: print the attacks and an upper bound of their time, from one timed batch; attack and write nothing.
-        output: text and tables, one JSON object, or nothing.
     """
     from robustfpd.cli.common import check_settings, named_network, program
     from robustfpd.config import RunConfig
     from robustfpd.device import check_device_name, resolve_device
 
-    group = init_process_group(device, TIMEOUT)
+    group = init_process_group(device, timedelta(days=7))  # an attack on a block may take hours on one rank alone
     with shared_errors():
-        output = output.on_rank(group.is_main)
+        output = output if group.is_main else Output(quiet=True)
         check_device_name(device)
         target = named_network(run, model, trust_code)
         config = target.config or RunConfig()
@@ -114,17 +102,24 @@ def evaluate(
             if group.is_main:
                 _dry_run(output, target, data_config, plan, split, list(others), chosen, batch_size)
             return
+        from robustfpd.report.metrics import evaluation_table, verdict_text
+
         options = _load(target, data_config, plan, split, others, chosen)
-    options |= plan.model_dump(include={"suite", "eps", "norm", "num_images"})
-    options |= {"seed": config.seed if seed is None else seed, "every_attack": every_attack}
-    options |= {"batch_size": batch_size or "auto", "search_precision": search_precision}
+    options |= plan.model_dump(include={"suite", "eps", "norm", "num_images"}) | {
+        "seed": config.seed if seed is None else seed, "every_attack": every_attack,
+        "batch_size": batch_size or "auto", "search_precision": search_precision,
+    }  # fmt: skip
     record, path = _evaluate(output, target.results, _record_name(data_config, plan, split), options)
-    _print_record(output, record, plan, path)
+    output.print(evaluation_table(record))
+    if plan.divide_by is not None:
+        output.print(_divided(record, plan.divide_by))
+    output.print(verdict_text(record))
+    output.print(f"record: {path}", "        each image and attack in the .ledger.csv beside it")
     reported = target.path if target.kind == "run" else target.results
     output.print(f"next: {program()} report {shlex.quote(str(reported))}")
     output.print_result(_summary(record, path))
     if strict and record.verdict.status != "trusted":
-        raise SystemExit(NOT_TRUSTED)
+        raise SystemExit(3)
 
 
 def _surrogates(names: tuple[str, ...], target: Target, plan: EvaluationConfig, trust_code: bool) -> dict[str, Target]:
@@ -133,12 +128,10 @@ def _surrogates(names: tuple[str, ...], target: Target, plan: EvaluationConfig, 
 
     if plan.space == "normalised":
         if names:
-            raise InputError(
-                "--surrogate networks take pixels; they cannot be used in an evaluation in normalised space"
-            )
+            raise InputError("--surrogate networks take pixels; leave them out in normalised space")
         return {}
     known = () if target.baseline is None else (target.baseline,)
-    return {name: resolve_network(name, trust_code) for name in dict.fromkeys((*names, *known))}
+    return {name: resolve_network(name, trust_code) for name in (*names, *known)}
 
 
 def _load(
@@ -154,10 +147,10 @@ def _load(
     name = target.name if split == "test" else f"{target.name} (validation images)"
     name += " (in normalised space, as published)" if plan.space == "normalised" else ""
     attacked, data = in_space(classifier, images, plan.space)
-    networks = {name: other.classifier().to(device) for name, other in surrogates.items()}
+    networks = {surrogate: other.classifier().to(device) for surrogate, other in surrogates.items()}
     return {
         "classifier": attacked.to(device), "data": data, "model_name": name, "surrogates": networks,
-        "class_names": tuple(class_names),
+        "class_names": class_names,
     }  # fmt: skip
 
 
@@ -173,14 +166,13 @@ def _dry_run(
     available = counts.test if split == "test" else counts.validation
     task, images = target.task or counts.info.task, min(plan.num_images, available)
     specs, forward, gradient = _timed_suite(target.classifier().to(device), task, plan, surrogates, device, batch_size)
-    rows, seconds = [], forward * images
+    rows = []
     for spec in specs:
-        # An attack that searches for the smallest perturbation runs once for all eps.
-        radii = 1 if attacks.get(spec.attack).minimal else len(plan.eps)
-        each = gradient if attacks.get(spec.attack).access == "gradients" else forward
-        spent = spec.iterations * radii * images * each
-        rows.append((spec, radii, spent))
-        seconds += spent
+        attack = attacks.get(spec.attack)
+        radii = 1 if attack.minimal else len(plan.eps)  # a search for the smallest perturbation runs once for all eps
+        per_image = gradient if attack.access == "gradients" else forward
+        rows.append((spec, radii, spec.iterations * radii * images * per_image))
+    seconds = forward * images + sum(spent for *_, spent in rows)
     path = target.results / f"{_record_name(data_config, plan, split)}.json"
     output.print(
         f"{target.name}: {images:,} of {available:,} {split} images of {counts.info.name}, {task}",
@@ -241,16 +233,17 @@ def _timed_suite(
 
 
 def _attack_table(rows: Sequence[tuple[AttackSpec, int, float]]) -> Table:
-    """The attacks in their order, with their options and the time they take at most."""
+    """Return the attacks in their order, with their options and the time they take at most."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from robustfpd.cli.display import duration
 
-    table = Table("attack", "options", "radii", "iterations", "at most", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.columns[0].no_wrap = True
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("attack", no_wrap=True)
+    table.add_column("options")
+    for heading in ("radii", "iterations", "at most"):
+        table.add_column(heading, justify="right")
     for spec, radii, seconds in rows:
         options = {k: v for k, v in spec.options.items() if k != "early_stop" and str(v) not in spec.label}
         shown = " ".join(f"{name}={value}" for name, value in options.items())
@@ -289,29 +282,19 @@ def _evaluate(output: Output, folder: Path, name: str, options: dict[str, Any]) 
     return record, path
 
 
-def _print_record(output: Output, record: EvaluationRecord, plan: EvaluationConfig, path: Path) -> None:
-    from robustfpd.report.metrics import evaluation_table, verdict_text
-
-    output.print(evaluation_table(record))
-    if plan.divide_by is not None:
-        output.print(_as_divided(record, plan.divide_by))
-    output.print(verdict_text(record))
-    output.print(f"record: {path}", "        each image and attack in the .ledger.csv beside it")
-
-
 def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
     """Return the JSON result; accuracies are fractions."""
+
+    def accuracy(proportion: Proportion) -> dict[str, Any]:
+        return {"accuracy": proportion.value, **proportion.model_dump(mode="json")}
+
     return {
         "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
-        "num_images": record.num_images, "clean": _accuracy(record.clean),
-        "worst_case": [{"eps": worst.eps, **_accuracy(worst.robust)} for worst in record.worst_case],
+        "num_images": record.num_images, "clean": accuracy(record.clean),
+        "worst_case": [{"eps": worst.eps, **accuracy(worst.robust)} for worst in record.worst_case],
         "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},
         "forward_passes": record.forward_passes, "backward_passes": record.backward_passes, "path": str(path),
     }  # fmt: skip
-
-
-def _accuracy(proportion: Proportion) -> dict[str, Any]:
-    return {"accuracy": proportion.value, **proportion.model_dump(mode="json")}
 
 
 def _plan(
@@ -325,8 +308,10 @@ def _plan(
     radii = tuple(_radius(text, chosen) for text in eps)
     if chosen != plan.norm and not radii:
         raise InputError(f"the recipe's eps are {plan.norm} radii; give --eps in {chosen}")
-    changes = {"eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite, "space": space or plan.space}
-    return plan.model_copy(update=changes | {"num_images": plan.num_images if num_images is None else num_images})
+    return plan.model_copy(update={
+        "eps": radii or plan.eps, "norm": chosen, "suite": suite or plan.suite, "space": space or plan.space,
+        "num_images": num_images or plan.num_images,
+    })  # fmt: skip
 
 
 def _radius(text: str, norm: str) -> float:
@@ -339,7 +324,7 @@ def _radius(text: str, norm: str) -> float:
     return check_eps(radius, norm)
 
 
-def _as_divided(record: EvaluationRecord, count: int) -> str:
+def _divided(record: EvaluationRecord, count: int) -> str:
     """Return the accuracies as the published evaluation prints them: counts over a fixed number."""
     robust = "".join(f", {100 * w.robust.count / count:.2f} % at eps {w.eps:.4g}" for w in record.worst_case)
     return (

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from robustfpd.cli.common import Output
+from robustfpd.cli.common import RUN, Output, TrustFlag
 from robustfpd.errors import InputError
-
-if TYPE_CHECKING:
-    from robustfpd.models.export import Exported
 
 
 def export(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], RUN],
     /,
     format: Literal["onnx", "torch"] = "onnx",
     out: Path | None = None,
     restored: bool = False,
     image_size: tuple[int, ...] = (),
-    trust_code: bool = False,
+    trust_code: TrustFlag = False,
     output: Output = Output(),  # noqa: B008
 ) -> None:
     """Export a network to a single file that runs without robustfpd, and verify its outputs.
@@ -38,15 +35,10 @@ def export(
     execute code from the file: load only files that you trust.
 
     Args:
-        run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
-            wrote.
         format: onnx, or torch for a program of torch.export.
         out: the file; default the network's name in the current folder.
         restored: add the restored images as a second output.
         image_size: height and width of the images, or one number; default the network's.
-        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
-            only for runs of your own.
-        output: text and tables, one JSON object, or nothing.
     """
     if len(image_size) > 2 or any(side < 1 for side in image_size):
         raise InputError(f"--image-size must be one or two positive numbers, found {' '.join(map(str, image_size))}")
@@ -70,14 +62,8 @@ def export(
         "bytes": made.path.stat().st_size,
         "metadata": {**made.facts, "class_names": json_format.loads(made.facts["class_names"])},
     })  # fmt: skip
-    output.print(*_lines(made))
-
-
-def _lines(made: Exported) -> list[str]:
-    """Return what was written, and its difference from the network."""
-    outputs = "\n".join(f"  {name}: {made.facts[name]}" for name in made.outputs)
-    return [
+    output.print(
         f"wrote {made.path}, {made.path.stat().st_size / 1e6:.1f} MB",
-        f"  images: {made.facts['images']}\n{outputs}",
+        *(f"  {name}: {made.facts[name]}" for name in ("images", *made.outputs)),
         f"compared with the network on {made.compared} images: the largest difference is {made.difference:.1e}",
-    ]
+    )

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from robustfpd.evaluation import EvaluationRecord
     from robustfpd.models.zoo import ZooModel
 
-DEFENCES = {"fpd": "FPD", "none": "no defence"}
-
 
 def models(output: Output = Output()) -> None:  # noqa: B008
     """List the trained networks that come with robustfpd, whose names `robustfpd evaluate` and `rf.load` take.
@@ -33,18 +31,15 @@ def models(output: Output = Output()) -> None:  # noqa: B008
     for name, model in sorted(zoo.manifest().models.items()):
         where, folder = zoo.place(name)
         size, record = model.file(WEIGHTS).size, _record(model, folder)
-        training = [DEFENCES[model.defence], *model.training.split(", ")]
+        training = ["FPD" if model.defence == "fpd" else "no defence", *model.training.split(", ")]
         table.add_row(f"{name}\n  {size / 1000:,.0f} kB, {where}", "\n".join(training), f"{_accuracy(record)}\n")
-        listed.append({"name": name, **_values(model), "bytes": size, "where": where, **_measured(record)})
+        described = model.model_dump(include={"description", "recipe", "dataset", "defence", "training"})
+        listed.append({"name": name, **described, "bytes": size, "where": where, "measured": _measured(record)})
     output.print(table)
     if listed:
         first = listed[0]["name"]
         output.print(f'from Python: rf.load("{first}")', f"to attack it: robustfpd evaluate {first}")
     output.print_result({"models": listed})
-
-
-def _values(model: ZooModel) -> dict[str, Any]:
-    return model.model_dump(include={"description", "recipe", "dataset", "defence", "training"})
 
 
 def _record(model: ZooModel, folder: Path | None) -> EvaluationRecord | None:
@@ -67,12 +62,12 @@ def _accuracy(record: EvaluationRecord | None) -> str:
     return "\n".join(f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows)
 
 
-def _measured(record: EvaluationRecord | None) -> dict[str, Any]:
-    """Return the same for the JSON result."""
+def _measured(record: EvaluationRecord | None) -> dict[str, Any] | None:
+    """Return clean and worst-case accuracy for the JSON result."""
     if record is None:
-        return {"measured": None}
+        return None
     worst = record.worst_case[-1]
-    return {"measured": {
+    return {
         "norm": record.norm, "eps": worst.eps, "num_images": record.num_images, "clean": record.clean_accuracy,
         "robust": worst.robust.value,
-    }}  # fmt: skip
+    }  # fmt: skip

@@ -7,37 +7,34 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from robustfpd.cli.common import Output
+from robustfpd.cli.common import RUN, DeviceFlag, Output, TrustFlag
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from robustfpd.models import FPD, Baseline
     from robustfpd.report.paths import Target
 
-UNREADABLE = 1
-"""Exit code when some images could not be read."""
 BATCH = 64
 
 Row = dict[str, Any]
 
 
 def predict(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], RUN],
     images: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     restored: Path | None = None,
     top: int = 1,
-    trust_code: bool = False,
+    trust_code: TrustFlag = False,
     csv: bool = False,
     output: Output = Output(),  # noqa: B008
-    device: str = "auto",
+    device: DeviceFlag = "auto",
 ) -> None:
     """Classify images; print the class, the confidence, and how much restoration changed each image.
 
@@ -54,16 +51,10 @@ def predict(
     Exits with 1 if some images could not be read (their rows state why), with 2 if no prediction was possible.
 
     Args:
-        run: a run's folder, a network that comes with robustfpd (see `robustfpd models`), or a folder that model.save
-            wrote.
         images: files, folders (with all folders below), and quoted patterns such as 'shots/**/*.jpg'.
         restored: folder for the restored images, as PNG.
         top: number of classes to list for each image, most likely first.
-        trust_code: import and run the module that the run's network is made by (model.backbone=package.module:factory);
-            only for runs of your own.
         csv: write comma-separated values, a row for each image as it is classified.
-        device: auto, cpu, cuda or mps.
-        output: text and tables, one JSON object, or nothing.
     """
     if csv and output.json:
         raise InputError("--csv and --json exclude each other; choose one")
@@ -78,7 +69,10 @@ def predict(
 
     target = resolve_network(run, trust_code)
     model = target.load()
-    _check(model, target.name, restored)
+    if restored is not None and model.config.defence == "none":
+        raise InputError(f"{target.name} is a baseline without restoration; leave out --restored")
+    if model.task.in_channels not in (1, 3):
+        raise InputError(f"{target.name} takes images of {model.task.in_channels} channels; image files have 1 or 3")
     model.to(resolve_device(device))
     shown = Output(quiet=True) if csv else output
     rows: Iterator[Row] = _rows(model, target, images, restored, top, shown)
@@ -89,18 +83,7 @@ def predict(
     output.print_result({"model": target.name, "images": predictions, "unreadable": failed})
     _print_table(shown, predictions, restored, named=bool(target.class_names()))
     if failed:
-        raise SystemExit(UNREADABLE)
-
-
-def _check(model: FPD | Baseline, name: str, restored: Path | None) -> None:
-    """Raise an InputError for a network that restores nothing under --restored, or takes no image files."""
-    from robustfpd.models import FPD
-
-    if restored is not None and not isinstance(model, FPD):
-        raise InputError(f"{name} is a baseline without restoration; leave out --restored")
-    channels = model.task.in_channels
-    if channels not in (1, 3):
-        raise InputError(f"{name} takes images of {channels} channels; image files have 1 or 3")
+        raise SystemExit(1)
 
 
 def _rows(
@@ -112,17 +95,16 @@ def _rows(
     files, class_names = find_images(images), target.class_names()
     config = None if target.config is None else target.config.data
     stored = model.task.image_size if config is None or config.stored_size is None else config.stored_size
-    names = None if restored is None else _Names(restored, [file.path for file in files])
+    taken = {file.path.resolve() for file in files}
     with output.console.status(f"{target.name}: {len(files)} images") as status:
         for start in range(0, len(files), BATCH):
             status.update(f"{target.name}: {start} of {len(files)} images")
             batch = files[start : start + BATCH]
-            pictures = iter(
-                decode_pictures([file.path for file in batch if not file.problem], stored, model.task.in_channels)
-            )
+            readable = [file.path for file in batch if not file.problem]
+            pictures = iter(decode_pictures(readable, stored, model.task.in_channels))
             inputs = [file.problem or next(pictures) for file in batch]
             pixels = [i.pixels for i in inputs if not isinstance(i, str)]
-            predictions = iter(_predictions(model, class_names, pixels, top))
+            predictions = _predictions(model, class_names, pixels, top)
             for file, picture in zip(batch, inputs, strict=True):
                 row: Row = {"image": _printable(file.path), "class": None, "index": None, "confidence": None}
                 row |= {"top": [], "change_rms": None, "change_mean": None, "restored": None, "note": "", "error": ""}
@@ -130,8 +112,10 @@ def _rows(
                     yield row | {"error": picture}
                     continue
                 prediction, restoration = next(predictions)
-                if names is not None and restoration is not None and not prediction["error"]:
-                    prediction["restored"] = _printable(_write(restoration, names.of(file.path)))
+                if restored is not None and restoration is not None:
+                    path = _free_path(restored, file.path, taken)
+                    _write(restoration, path)
+                    prediction["restored"] = _printable(path)
                 yield row | {"note": ", ".join(picture.notes)} | prediction
 
 
@@ -158,7 +142,7 @@ def _predictions(
             {"class": class_names[index] if class_names else str(index), "index": index, "confidence": confidence}
             for index, confidence in zip(classes[i].tolist(), confidences[i].tolist(), strict=True)
         ]
-        row: Row = {**likely[0], "top": likely, "error": ""}
+        row: Row = {**likely[0], "top": likely}
         if output.restored is None or output.change_rms is None or output.change_mean is None:
             yield row, None
             continue
@@ -166,31 +150,23 @@ def _predictions(
         yield row, output.restored[i].cpu()
 
 
-class _Names:
-    """File names for restored images: no two are equal, and none is one of the images."""
-
-    def __init__(self, folder: Path, images: Sequence[Path]) -> None:
-        self.folder = folder
-        self.taken = {path.resolve() for path in images}
-
-    def of(self, image: Path) -> Path:
-        """Return `photo-restored.png`, or `photo-restored-2.png` if that is taken."""
-        number, path = 1, self.folder / f"{image.stem}-restored.png"
-        while path.resolve() in self.taken:
-            number += 1
-            path = self.folder / f"{image.stem}-restored-{number}.png"
-        self.taken.add(path.resolve())
-        return path
+def _free_path(folder: Path, image: Path, taken: set[Path]) -> Path:
+    """Return `photo-restored.png`, or `photo-restored-2.png` if that is taken, and add it to `taken`."""
+    number, path = 1, folder / f"{image.stem}-restored.png"
+    while path.resolve() in taken:
+        number += 1
+        path = folder / f"{image.stem}-restored-{number}.png"
+    taken.add(path.resolve())
+    return path
 
 
-def _write(picture: torch.Tensor, path: Path) -> Path:
+def _write(picture: Tensor, path: Path) -> None:
     """Write an image C×H×W in [0, 1] as PNG."""
     from PIL import Image
 
     values = (255 * picture).round().byte().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)).save(path)
-    return path
 
 
 def _write_csv(rows: Iterator[Row], top: int) -> Iterator[Row]:
@@ -201,13 +177,10 @@ def _write_csv(rows: Iterator[Row], top: int) -> Iterator[Row]:
     writer.writeheader()
     for row in rows:
         others = {f"{key}_{rank}": v for rank, one in enumerate(row["top"][1:], 2) for key, v in one.items()}
-        writer.writerow({key: _short(value) for key, value in {**row, **others}.items()})
+        cells = {**row, **others}
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in cells.items()})
         sys.stdout.flush()
         yield row
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _print_table(output: Output, rows: Sequence[Row], restored: Path | None, *, named: bool) -> None:

@@ -37,7 +37,6 @@ def report(
         suite: which evaluation to show; default the strongest that the runs share.
         norm: which evaluation to show; default the strongest that the runs share.
         title: heading of the page.
-        output: text and tables, one JSON object, or nothing.
     """
     if not runs:
         raise InputError("name a run to report on: robustfpd report RUN")
@@ -61,7 +60,15 @@ def report(
     page = out or sources[0].home / ("report.html" if len(runs) == 1 else "comparison.html")
     files = write_report(page, made)
     _print_summary(output, made, files)
-    output.print_result({"files": [str(f) for f in files], "problems": list(made.problems), "runs": _numbers(made)})
+    numbers = [
+        {
+            "name": c.name, "suite": c.record.suite, "norm": c.record.norm, "clean_accuracy": c.record.clean_accuracy,
+            "robust_accuracy": {repr(w.eps): w.robust.value for w in c.record.worst_case},
+            "verdict": c.record.verdict.status,
+        }
+        for c in made.columns
+    ]  # fmt: skip
+    output.print_result({"files": [str(f) for f in files], "problems": list(made.problems), "runs": numbers})
 
 
 def _baseline(source: Source) -> list[Source]:
@@ -97,14 +104,3 @@ def _print_summary(output: Output, made: Report, files: list[Path]) -> None:
     for problem in made.problems:
         output.print_wrapped(f"note: {problem}")
     output.print(f"report: {files[0]}, also as {files[1].name}")
-
-
-def _numbers(made: Report) -> list[dict[str, object]]:
-    return [
-        {
-            "name": c.name, "suite": c.record.suite, "norm": c.record.norm, "clean_accuracy": c.record.clean_accuracy,
-            "robust_accuracy": {repr(w.eps): w.robust.value for w in c.record.worst_case},
-            "verdict": c.record.verdict.status,
-        }
-        for c in made.columns
-    ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from robustfpd.cli.common import Output, check_choice
+from robustfpd.cli.common import DeviceFlag, Output, check_choice
 from robustfpd.distributed import LaunchEnvironment, init_process_group, shared_errors, sigterm_as_interrupt
 from robustfpd.errors import InputError
 
@@ -36,7 +36,7 @@ def train(
     seed: int | None = None,
     baseline: bool = False,
     resume: bool = False,
-    device: str = "auto",
+    device: DeviceFlag = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     dry_run: bool = False,
     output: Output = Output(),  # noqa: B008
@@ -62,11 +62,9 @@ def train(
         seed: seed of every random draw; default the recipe's.
         baseline: train the undefended baseline instead, with the same data, noise and number of optimizer steps.
         resume: continue after the last complete epoch of an interrupted run.
-        device: auto, cpu, cuda or mps.
         precision: bf16 uses bfloat16 autocast, with weights and losses in float32; auto is bf16 where the device
             supports it in hardware, else fp32.
         dry_run: print the plan and an estimate of the time, from one timed batch; train and write nothing.
-        output: text and tables, one JSON object, or nothing.
     """
     from robustfpd import config as configuration
     from robustfpd.cli.common import check_settings, program
@@ -81,22 +79,24 @@ def train(
         run = run.model_copy(update=changes)
         run = run.baseline() if baseline else run
         variant = ("-published" if protocol == "published" else "") + ("-baseline" if baseline else "")
-        folder = out or Path("runs") / (recipe_slug(recipe) + variant)
+        name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+        folder = out or Path("runs") / f"{name}{variant}"
         names = _stage_names(stages)
         check_settings(run)
         check_device_name(device)
-        plans = plan_stages(run, names, folder, existing_ok=resume or dry_run)
-        output = output.on_rank(group.is_main)
+        plans = _plan_stages(run, names, folder, existing_ok=resume or dry_run)
+        output = output if group.is_main else Output(quiet=True)
         chosen = resolve_device(device, group.world_size)
     if dry_run:
         _dry_run(plans, chosen, precision, output)
         return
-    options = {
-        "--stages": stages, "--protocol": protocol, "--out": folder, "--data-root": data_root, "--seed": seed,
-        "--device": device, "--precision": precision,
-    }  # fmt: skip
-    flags = [word for word, on in (("--baseline", baseline), ("--download", download)) if on]
-    command = [program(), "train", recipe, *settings, *_words(options), *flags]
+    command = [program(), "train", recipe, *settings, "--out", str(folder)]
+    for flag, value, default in (
+        ("--stages", stages, "two-phase"), ("--protocol", protocol, "corrected"), ("--data-root", data_root, None),
+        ("--seed", seed, None), ("--device", device, "auto"), ("--precision", precision, "auto"),
+    ):  # fmt: skip
+        command += [flag, str(value)] if value != default else []
+    command += [flag for flag, given in (("--baseline", baseline), ("--download", download)) if given]
     results = []
     for stage in plans:
         title = f"training {recipe}{' (baseline)' if baseline else ''}, stage {stage.run.stage}, into {stage.folder}"
@@ -128,15 +128,8 @@ def _stage_names(text: str) -> list[StageName]:
     return names  # type: ignore[return-value]
 
 
-def plan_stages(run: RunConfig, stages: list[StageName], folder: Path, *, existing_ok: bool) -> list[StagePlan]:
-    """Return the stages with their folders; the adversarial one starts from the run in `folder`.
-
-    Args:
-        run: the settings.
-        stages: names, in order.
-        folder: of the two-phase run; the adversarial one is its folder `adversarial`.
-        existing_ok: the folders may hold runs.
-    """
+def _plan_stages(run: RunConfig, stages: list[StageName], folder: Path, *, existing_ok: bool) -> list[StagePlan]:
+    """Return the stages with their folders; the adversarial one starts from the run in `folder`."""
     from robustfpd.io import readable_folder
 
     plans = []
@@ -155,9 +148,7 @@ def plan_stages(run: RunConfig, stages: list[StageName], folder: Path, *, existi
         plans.append(StagePlan(stage_run, folder / "adversarial", start))
     for stage in () if existing_ok else plans:  # the second stage's folder too, before the first one is trained
         if (stage.folder / "config.yaml").is_file():
-            raise InputError(
-                f"{stage.folder} holds a run; continue it with --resume, or choose another folder with --out"
-            )
+            raise InputError(f"{stage.folder} holds a run; continue it with --resume, or choose another with --out")
     return plans
 
 
@@ -177,15 +168,14 @@ def _train(
                 observer=observer,
             )  # fmt: skip
     except KeyboardInterrupt:
-        state = folder.training_state()
-        epochs = len(state["history"]) if state else 0
-        started = folder.started or resume or stage.run.stage == "adversarial"
-        again = shlex.join([*command, *(["--resume"] if started else [])])
+        epochs = len((folder.training_state() or {"history": []})["history"])
         count = "1 complete epoch is" if epochs == 1 else f"{epochs} complete epochs are"
         kept = f"{count} kept in {stage.folder}" if epochs else "no epoch was complete yet"
         launcher = LaunchEnvironment.read().launcher
         under = "" if launcher == "none" else f", under {launcher} as before"
-        output.print(f"\ninterrupted; {kept}. Resume with{under}:\n  {again}")
+        if folder.started or resume or stage.run.stage == "adversarial":
+            command = [*command, "--resume"]
+        output.print(f"\ninterrupted; {kept}. Resume with{under}:\n  {shlex.join(command)}")
         raise SystemExit(130) from None
 
 
@@ -196,7 +186,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     from robustfpd.device import resolve_precision
     from robustfpd.models import build
 
-    run = stages[0].run
+    run, arithmetic = stages[0].run, resolve_precision(precision, device)
     counts = data.count(run.data)
     # Pretrained weights would have to be downloaded, and take the same time.
     model = build(counts.info.task, run.model.model_copy(update={"pretrained": False}), seed=run.seed)
@@ -210,7 +200,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     )
     estimates = []
     for stage in stages:
-        step, seconds = _stage_seconds(model, stage.run, counts, device, resolve_precision(precision, device))
+        step, seconds = _stage_seconds(model, stage.run, counts, device, arithmetic)
         output.print(
             f"stage {stage.run.stage}, into {stage.folder}", *_stage_lines(stage),
             f"  time      at most about {duration(seconds)}, {1000 * step:.3g} ms a batch timed now on {device};",
@@ -223,7 +213,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
     output.print("dry run: nothing was trained or written")
     output.print_result({
         "recipe": run.recipe, "protocol": run.protocol, "seed": run.seed, "device": str(device),
-        "precision": resolve_precision(precision, device), "settings": run.model_dump(mode="json"),
+        "precision": arithmetic, "settings": run.model_dump(mode="json"),
         "images": {"train": counts.train, "validation": counts.validation, "test": counts.test},
         "stages": estimates,
     })  # fmt: skip
@@ -261,64 +251,48 @@ def _stage_seconds(
     shape = (size, task.in_channels, *task.image_size)
     images = ImageSet(torch.randint(256, shape, dtype=torch.uint8), torch.randint(task.num_classes, (size,)))
     train_batch = _training_batch(model.to(device).train(), run, images, device, precision)
-
-    def batch_seconds(epoch: int) -> float:
-        """The mean over batches with and without a second pass."""
-        interval = run.training.second_pass_interval
-        seconds = timed(lambda: train_batch(epoch, 0), device)
-        if interval > 1:
-            seconds += (interval - 1) * timed(lambda: train_batch(epoch, 1), device)
-        return seconds / interval
-
-    def attack() -> None:
-        robust_accuracy(model, images, settings, size, device, run.seed)
-
     adversarial = run.stage == "adversarial"
-    clean_epochs = min(settings.start_epoch, procedure.epochs) if adversarial else 0
-    step = batch_seconds(procedure.epochs)
-    train = step * (procedure.epochs - clean_epochs) + (batch_seconds(0) * clean_epochs if clean_epochs else 0.0)
+    clean_epochs = settings.start_epoch if adversarial else 0
+    step = timed(lambda: train_batch(procedure.epochs), device)
+    train = step * (procedure.epochs - clean_epochs)
+    if clean_epochs:
+        train += timed(lambda: train_batch(0), device) * clean_epochs
     validation = timed(lambda: validate(model, images, size, device), device) * math.ceil(counts.validation / size)
     if adversarial and settings.select_by == "robust":
-        validation += timed(attack, device) * math.ceil(min(settings.select_images, counts.validation) / size)
+        seconds = timed(lambda: robust_accuracy(model, images, settings, size, device, run.seed), device)
+        validation += seconds * math.ceil(min(settings.select_images, counts.validation) / size)
     return step, train * batches_per_epoch(counts.train, procedure.batch_size) + validation * procedure.epochs
 
 
 def _training_batch(
     model: FPD | Baseline, run: RunConfig, images: ImageSet, device: torch.device, precision: str
-) -> Callable[[int, int], None]:
-    """Return a function that trains on one batch, given the epoch and the batch's index in it."""
+) -> Callable[[int], None]:
+    """Return a function that trains on the first batch of an epoch."""
     import torch
 
+    from robustfpd import training
     from robustfpd.data.image_set import batches
     from robustfpd.data.transforms import add_uniform_noise
     from robustfpd.models import FPD
-    from robustfpd.training import (
-        OptimizerUpdate,
-        adversarial_images,
-        adversarial_step,
-        baseline_step,
-        parameter_groups,
-        two_phase_step,
-    )
     from robustfpd.training.optim import make_optimizer
 
     # An open gate is the upper bound: a shut one leaves out phase 2.
     config = run.training.model_copy(update={"threshold": math.inf})
-    update = OptimizerUpdate(make_optimizer(parameter_groups(model), run.procedure.optimizer))
+    update = training.OptimizerUpdate(make_optimizer(training.parameter_groups(model), run.procedure.optimizer))
     clean, labels = next(batches(images, run.procedure.batch_size, device))
     draws = torch.Generator(device=device)
 
-    def train_batch(epoch: int, index: int) -> None:
+    def train_batch(epoch: int) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             if run.stage == "adversarial":
-                adversarial = adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
-                adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial, index)
+                adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
+                training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
                 return
             noisy = add_uniform_noise(clean, config.noise, draws)
             if isinstance(model, FPD):
-                two_phase_step(model, clean, noisy, labels, update, config, index)
+                training.two_phase_step(model, clean, noisy, labels, update, config)
             else:
-                baseline_step(model, noisy, labels, update, config)
+                training.baseline_step(model, noisy, labels, update, config)
 
     return train_batch
 
@@ -327,11 +301,10 @@ def _ending(result: TrainResult, run: RunConfig) -> str:
     """Return one line on how a stage ended."""
     best = result.history[result.best_epoch]
     why = "stopped early" if result.stopped_early else "all epochs done"
-    robust = best.validation_robust_accuracy
-    under = "" if robust is None else f", {100 * robust:.2f} % under PGD-10 at eps {run.adversarial.eps:.4g}"
-    return (
-        f"{why}; best epoch {result.best_epoch + 1}: validation accuracy {100 * best.validation_accuracy:.2f} %{under}"
-    )
+    line = f"{why}; best epoch {result.best_epoch + 1}: validation accuracy {100 * best.validation_accuracy:.2f} %"
+    if best.validation_robust_accuracy is None:
+        return line
+    return f"{line}, {100 * best.validation_robust_accuracy:.2f} % under PGD-10 at eps {run.adversarial.eps:.4g}"
 
 
 def _summary(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
@@ -343,19 +316,3 @@ def _summary(stage: StagePlan, result: TrainResult) -> dict[str, Any]:
         "validation_accuracy": best.validation_accuracy,
         "validation_robust_accuracy": best.validation_robust_accuracy,
     }  # fmt: skip
-
-
-def recipe_slug(recipe: str) -> str:
-    """Return a recipe's name as part of a folder's name."""
-    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
-
-
-def _words(options: dict[str, Any]) -> list[str]:
-    """Return flags and values as words, without those that are not given or are the default."""
-    defaults = {"--stages": "two-phase", "--protocol": "corrected", "--precision": "auto"}
-    return [
-        word
-        for name, value in options.items()
-        if value is not None and value != defaults.get(name)
-        for word in (name, str(value))
-    ]
