@@ -178,7 +178,7 @@ def _print_completion(words: Sequence[str]) -> None:
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turn errors of the user's into messages and exit codes, without a traceback."""
-    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # it announces the precision
     show_warning = warnings.showwarning
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
