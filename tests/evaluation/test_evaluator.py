@@ -272,7 +272,7 @@ def _raises(classifier: nn.Module, images: Tensor, labels: Tensor, **options: An
         (_outside, r"it left the linf ball of radius 0\.1: distance 0\.15"),
         (_off_the_box, r"InputError: attack \w+ ended outside \[0, 1\]"),
         (_not_a_number, r"it left the linf ball of radius 0.1: distance inf, pixels in \[nan, nan\]"),
-        (_another_shape, r"it returned no images but \(50, 1, 5, 6\)"),
+        (_another_shape, r"it returned a tensor of shape \(50, 1, 5, 6\)"),
         (_raises, r"IndexError: index 10 is out of bounds$"),
     ],
 )
