@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None
     "NaN": (None, nan_for_some, "finite-outputs", "detect_anomaly"),
     "always the same": (lambda x: 0 * x, None, "constant-output", "weights were loaded"),
     "half precision": (None, lambda z: z.half(), "precision", r"model\.float"),
-    "noise": (None, noisy, "randomised-outputs", "what draws"),
+    "noise": (None, noisy, "randomised-outputs", "the randomness"),
     "dropout": (lambda x: F.dropout(x, 0.3, training=True), None, "randomised-outputs", "self.training"),
     "batch statistics": (None, centred_over_the_batch, "batch-composition", "running statistics"),
     "softmax": (None, lambda z: z.softmax(dim=1), "squashed-outputs", "without the last softmax"),
