@@ -9,10 +9,11 @@ from torch import nn
 import robustfpd as rf
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
+from robustfpd.attacks.autoattack import EOT_SAMPLES
 from robustfpd.config import NORMS
 from robustfpd.errors import InputError
 from robustfpd.evaluation import suite_names
-from robustfpd.evaluation.suites import EOT, AttackSpec, SuiteContext, attack_specs
+from robustfpd.evaluation.suites import AttackSpec, SuiteContext, attack_specs
 
 if TYPE_CHECKING:
     from robustfpd.config import Norm
@@ -103,7 +104,7 @@ def test_standard_is_autoattack_with_more_and_expensive_attacks_come_last(norm: 
 
 def test_a_random_classifier_has_its_gradients_averaged() -> None:
     planned = attack_specs("standard", SuiteContext(randomised=True))
-    averaged = [p.attack for p in planned if p.options.get("eot") == EOT == 20]
+    averaged = [p.attack for p in planned if p.options.get("eot") == EOT_SAMPLES == 20]
     assert averaged == ["apgd-ce", "apgd-dlr"]
     assert all("eot" not in p.options for p in attack_specs("standard", SuiteContext()))
 

@@ -86,7 +86,7 @@ def _apgd(
     steps, restarts, eot, batch_size, targets = options
     check_batch_size(batch_size)
     check_counts(steps=steps, restarts=restarts, eot=eot, targets=targets)
-    assert generator is not None  # the decorator's
+    assert generator is not None  # Attack.__call__ sets it
     with torch.no_grad():
         batches = torch.split(torch.arange(len(images), device=images.device), batch_size or len(images))
         logits = torch.cat([check_logits(classifier(images[batch]), labels[batch]) for batch in batches])

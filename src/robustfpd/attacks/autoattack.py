@@ -14,8 +14,14 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 
 EOT_SAMPLES = 20
+"""Samples of AutoAttack `rand` per gradient."""
 TOLERANCE = 1e-6
 """Rounding by which a perturbation may exceed eps."""
+
+
+def restarts_and_targets(norm: Norm) -> tuple[int, int]:
+    """Return AutoAttack's restarts of APGD-CE and targets of APGD-T."""
+    return (5, 5) if norm == "l1" else (1, 9)
 
 
 @attack("autoattack", library="pyautoattack")
@@ -27,7 +33,7 @@ def autoattack(
 
     As in AutoAttack, L1 has 5 restarts of APGD-CE and 5 targets of APGD-T. Arguments, result and errors as in `pgd`.
     """
-    restarts, targets = (5, 5) if norm == "l1" else (1, 9)
+    restarts, targets = restarts_and_targets(norm)
     members = [
         lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, restarts=restarts, generator=generator),
         lambda x, y: apgd_t(classifier, x, y, eps=eps, norm=norm, targets=targets, generator=generator),

@@ -111,7 +111,7 @@ def pgd(
     else:
         check_positive(step_size=step_size)
         step_sizes = [step_size] * steps
-    assert generator is not None  # the decorator's
+    assert generator is not None  # Attack.__call__ sets it
     iterations = PGD(
         classifier, images, labels, ball, eps, early_stop, step_sizes=step_sizes, loss=loss_function(loss),
         rng=SampleRNG(generator) if random_start else None,
@@ -130,7 +130,7 @@ def noise(
 
     Arguments, result and errors as in `pgd`; returns the last point of images for which none is misclassified.
     """
-    assert generator is not None  # the decorator's
+    assert generator is not None  # Attack.__call__ sets it
     check_counts(samples=samples)
     ball, result = lp_ball(norm), images.clone()
     surviving = torch.arange(len(images), device=images.device)

@@ -53,17 +53,15 @@ def doctor(
     target = named_network(run, model, trust_code)
     config = images.config(target)
     chosen = resolve_device(device)
-    import torch
 
     from robustfpd import data
     from robustfpd.evaluation import diagnose
-    from robustfpd.rng import generator
+    from robustfpd.evaluation.inputs import draw_images
 
     with output.console.status(f"checking {target.name}"):
         classifier = target.classifier()
         splits = data.load(config)
-        drawn = torch.randperm(len(splits.test), generator=generator(seed, "images"))[:num_images]
-        pixels, labels = splits.test.floats(drawn.sort().values)
+        pixels, labels = splits.test.floats(draw_images(len(splits.test), num_images, seed))
         checks = diagnose(
             classifier.to(chosen), (pixels, labels), num_images=num_images, num_classes=splits.info.num_classes,
             seed=seed,

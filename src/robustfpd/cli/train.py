@@ -288,7 +288,7 @@ def _training_batch(
                 adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
                 training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
                 return
-            noisy = add_uniform_noise(clean, config.noise, draws)
+            noisy = add_uniform_noise(clean, config.noise, draws, training.restoration_unit(model, config))
             if isinstance(model, FPD):
                 training.two_phase_step(model, clean, noisy, labels, update, config)
             else:

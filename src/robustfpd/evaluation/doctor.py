@@ -20,7 +20,7 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
 from robustfpd.evaluation.checks.context import CheckContext, judge, run_check, skipped
-from robustfpd.evaluation.inputs import EvaluationData, check_count, check_module, concatenate, device_of
+from robustfpd.evaluation.inputs import EvaluationData, check_count, check_module, concatenate, device_of, draw_images
 from robustfpd.evaluation.record import Check
 from robustfpd.rng import generator
 
@@ -98,7 +98,7 @@ def diagnose(
     if not isinstance(images, Tensor) or images.ndim != 4 or images.numel() == 0:
         found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"images must be a tensor N×C×H×W with at least one image, found {found}")
-    indices = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
+    indices = draw_images(len(images), num_images, seed)
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a scalar has no length
         labels = labels[indices] if len(labels) == len(images) else labels

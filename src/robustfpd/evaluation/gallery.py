@@ -152,7 +152,7 @@ class Gallery:
         self.folder, self.runner, self.limit = folder, runner, limit
         self._settings_sha256 = settings_sha256
         self._drawn = torch.rand(len(runner.images), generator=generator(runner.seed, "gallery")).tolist()
-        self._attacks = 0  # that are done
+        self._attacks = 0  # finished attacks
         self._misclassified: dict[int, _Candidate] = {}
         self._survivors: dict[int, _Candidate] = {}
         self._outside: dict[str, dict[int, Tensor]] = {}

@@ -23,9 +23,9 @@ from robustfpd.rng import generator
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
-MIN_BLOCKS = 4  # that an evaluation of few images has still, for as many ranks
+MIN_BLOCKS = 4  # also for few images, so that four ranks can share them
 CPU_BATCH_SIZE = 64  # larger batches are no faster on a CPU
-CPU_BATCH_VALUES = 1 << 20  # of a batch on a CPU; the features of a network take hundreds of times their memory
+CPU_BATCH_VALUES = 1 << 20  # pixel values per batch on a CPU; a network's features take hundreds of times as much
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,13 @@ def gather(data: Data, num_images: int | None, seed: int) -> EvaluationData:
         check_count("num_images", num_images)
     if num_images is None or num_images >= len(images):
         return EvaluationData(images, labels, torch.arange(len(images)))
-    chosen = torch.randperm(len(images), generator=generator(seed, "images"))[:num_images].sort().values
+    chosen = draw_images(len(images), num_images, seed)
     return EvaluationData(images[chosen], labels[chosen], chosen)
+
+
+def draw_images(count: int, num_images: int, seed: int) -> Tensor:
+    """Return the sorted indices of at most `num_images` of `count` images, drawn by `seed`."""
+    return torch.randperm(count, generator=generator(seed, "images"))[:num_images].sort().values
 
 
 def concatenate(data: Any) -> tuple[Any, Any]:
@@ -112,7 +117,9 @@ def fingerprint(classifier: nn.Module, images: Tensor, device: torch.device) -> 
     except Exception:
         return "", 0
     if not torch.equal(x, before):
-        raise InputError("the classifier changes its input in place, which attacks need; let it work on a copy")
+        raise InputError(
+            "the classifier changes its input in place, so attacks lose their images; let it work on a copy"
+        )
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.is_complex() or logits.layout != torch.strided:
         return "", 0
     values = " ".join(f"{value:.3e}" for value in logits.float().flatten().tolist())

@@ -41,7 +41,7 @@ class EvaluationProgress:
     attack: str
     eps: float
     number: int
-    """Of the attack, from 1."""
+    """Number of the attack, counted from 1."""
     total: int
     survivors: int
     """Images for which no adversarial example was found yet."""

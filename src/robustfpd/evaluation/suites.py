@@ -10,11 +10,9 @@ from typing import Any
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH
+from robustfpd.attacks.autoattack import EOT_SAMPLES, restarts_and_targets
 from robustfpd.config import Norm
 from robustfpd.errors import unknown_name
-
-EOT = 20
-"""Gradient samples per step for a classifier with randomised outputs (expectation over transformation)."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ def _eot(context: SuiteContext, steps: int) -> list[AttackSpec]:
     if not context.randomised:
         return []
     return [
-        *_on_views(f"APGD-CE, EOT {EOT}", "apgd-ce", context.logit_views, steps=steps, eot=EOT),
-        *_on_views(f"APGD-DLR, EOT {EOT}", "apgd-dlr", context.logit_views, steps=steps, eot=EOT),
+        *_on_views(f"APGD-CE, EOT {EOT_SAMPLES}", "apgd-ce", context.logit_views, steps=steps, eot=EOT_SAMPLES),
+        *_on_views(f"APGD-DLR, EOT {EOT_SAMPLES}", "apgd-dlr", context.logit_views, steps=steps, eot=EOT_SAMPLES),
     ]
 
 
@@ -135,7 +133,7 @@ def _standard(context: SuiteContext) -> list[AttackSpec]:
     ]
     if context.randomised:
         return [*cheap, *_eot(context, steps=100), *_on_views("Square", "square", [LOGITS], early_stopping=True)]
-    restarts, targets = (5, 5) if context.norm == "l1" else (1, 9)  # AutoAttack's
+    restarts, targets = restarts_and_targets(context.norm)
     other_views = [view for view in context.logit_views if view != context.best_view]
     return [
         *cheap,
