@@ -50,7 +50,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _shortened(words: list[str]) -> list[str]:
     """Return the same command with less to compute."""
     if words[0] == "train":
-        return [*words, "training.epochs=1"]
+        return [*words, "training.epochs=1", "data.train_limit=256"]
     if words[0] == "evaluate" and "--suite" not in words:
         return [*words, "--suite", "first-look", "--num-images", "16"]
     return words
@@ -161,8 +161,8 @@ def test_the_method_page_lists_denoising_layers_and_heads() -> None:
     page = _page("method.md")
     for name in (*typing.get_args(Denoise), *typing.get_args(Head)):
         assert f"| `{name}` |" in page, name
-    assert "`model.middle` has both, and `none`" in page
-    assert len(typing.get_args(Middle)) == 3
+    for name in typing.get_args(Middle):
+        assert f"`{name}`" in page, name
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -187,7 +187,7 @@ def test_another_file_at_the_address_is_not_kept(from_folder: Path, tmp_path: Pa
     expected = zoo.digest(from_folder / NAME / file)
     spoil(from_folder / NAME / file)
     error = message()
-    for part in (f"{NAME}/{file}", expected, zoo.digest(from_folder / NAME / file), "not kept"):
+    for part in (f"{NAME}/{file}", expected, zoo.digest(from_folder / NAME / file), "was not saved"):
         assert part in error
     assert file not in kept(tmp_path)
     assert zoo.place(NAME) == ("to be fetched", None)

@@ -1,9 +1,8 @@
-"""The training steps in loops that are not ours: the example's, and a LightningModule's."""
+"""The training steps in other loops: plain PyTorch and a LightningModule. tests/test_examples.py runs the example."""
 
 from __future__ import annotations
 
 import copy
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ from robustfpd.training import (
 )
 
 Batch = tuple[Tensor, Tensor, Tensor]
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_training_loop.py"
-
-
-def test_the_example_of_a_plain_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path(str(EXAMPLE))
-    *epochs, clean, attacked = capsys.readouterr().out.splitlines()
-    losses = [float(line.split("cross-entropy ")[1].split(",")[0]) for line in epochs]
-    assert losses[-1] < losses[0] - 0.3
-    assert float(clean.split()[-1]) > 0.8
-    assert float(attacked.split()[-1]) < float(clean.split()[-1])
 
 
 class Defended(lightning.LightningModule):
