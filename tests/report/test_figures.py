@@ -86,9 +86,9 @@ def test_a_confusion_matrix_has_its_counts_written_in_where_they_fit() -> None:
 def test_the_landscape_marks_image_and_adversarial_point(measured: Path) -> None:
     landscape = read_gallery(measured / "record.gallery").landscape
     assert landscape is not None
-    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.loss_landscape(landscape)))
+    assert {"image", "adversarial", "towards the adversarial image"} <= set(_texts(figures.landscape_figure(landscape)))
     flat = landscape.model_copy(update={"margin": tuple((0.0,) * 21 for _ in range(21))})
-    assert "image" in _texts(figures.loss_landscape(flat))
+    assert "image" in _texts(figures.landscape_figure(flat))
 
 
 @pytest.mark.parametrize("name", ["$x^2$", "a < b & c", "</svg><script>x</script>", "--> $\\frac$"])

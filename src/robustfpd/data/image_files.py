@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from robustfpd.data.transforms import margin
+from robustfpd.data.transforms import crop_margin
 from robustfpd.errors import InputError, first_line
 
 Pixels = npt.NDArray[np.uint8]
@@ -97,7 +97,7 @@ def picture(path: Path, size: tuple[int, int]) -> Picture | str:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         return first_line(error)
-    top, left = margin(high, size[0]), margin(wide, size[1])
+    top, left = crop_margin(high, size[0]), crop_margin(wide, size[1])
     pixels = np.asarray(image)[top : top + size[0], left : left + size[1]]
     return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), notes)
 

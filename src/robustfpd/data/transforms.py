@@ -99,8 +99,8 @@ def _affine(
     zoom_y = cos.abs() + sin.abs() / aspect if expand else 1.0
     seen_x, seen_y = zoom_x * (size[1] / width), zoom_y * (size[0] / height)
     # After an odd margin, the centre of the crop lies half a pixel beside the image's.
-    offset_x = zoom_x * ((2 * margin(width, size[1]) + size[1] - width) / width)
-    offset_y = zoom_y * ((2 * margin(height, size[0]) + size[0] - height) / height)
+    offset_x = zoom_x * ((2 * crop_margin(width, size[1]) + size[1] - width) / width)
+    offset_y = zoom_y * ((2 * crop_margin(height, size[0]) + size[0] - height) / height)
     rows = [[mirror * cos, -sin * aspect, shift[:, 0]], [mirror * sin / aspect, cos, shift[:, 1]]]
     rows = [[x * seen_x, y * seen_y, by + x * offset_x + y * offset_y] for x, y, by in rows]
     if box is not None:
@@ -157,10 +157,10 @@ def as_seen(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
 def centre_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the centre crop N×C×H×W of images N×C×H0×W0."""
     height, width = size
-    top, left = margin(images.shape[-2], height), margin(images.shape[-1], width)
+    top, left = crop_margin(images.shape[-2], height), crop_margin(images.shape[-1], width)
     return images[..., top : top + height, left : left + width]
 
 
-def margin(side: int, crop: int) -> int:
+def crop_margin(side: int, crop: int) -> int:
     """Return the pixels before a centre crop of a side, rounded as in torchvision."""
     return round((side - crop) / 2)

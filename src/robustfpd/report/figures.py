@@ -126,7 +126,7 @@ def confusion(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
         return _svg(figure, "confusion")
 
 
-def loss_landscape(landscape: LossLandscape) -> str:
+def landscape_figure(landscape: LossLandscape) -> str:
     """Draw the margin on a plane through an image, with a line where the class changes. Returns SVG."""
     grid = np.array(landscape.margin)
     limit = max(float(np.abs(grid).max()), 1e-6)

@@ -116,7 +116,7 @@ def _figures(report: page.Report) -> dict[str, Any]:
         drawn["confusions"] = page.frequent_confusions(record)
     if gallery is not None:
         drawn["gallery"] = thumbnails(gallery_folder(report.first.evaluation.path), gallery, record)
-        drawn["landscape"] = gallery.landscape and figures.loss_landscape(gallery.landscape)
+        drawn["landscape"] = gallery.landscape and figures.landscape_figure(gallery.landscape)
     return drawn
 
 
