@@ -368,6 +368,7 @@ def test_an_invalid_classifier_is_refused(attack: Attack[...], norm: Norm, corne
         (square, {"queries": 0}),
         (fab_t, {"targets": 0}),
         (fab, {"restarts": 0}),
+        (fab_t, {"restarts": 0}),
         (deepfool, {"steps": 0}),
         (deepfool, {"overshoot": -0.1}),
         (ddn, {"norm": "l2", "gamma": 0.0}),

@@ -50,9 +50,9 @@ def fgsm(
 @attack("bim")
 def bim(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 10,
-    step_size: float | None = None, generator: torch.Generator | None = None,
+    step_size: float | None = None, loss: Loss = "ce", generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Basic iterative method: PGD from the image on cross-entropy (Kurakin et al., 2017).
+    """Basic iterative method: PGD from the image (Kurakin et al., 2017).
 
     `step_size` None takes eps/steps, in L1 times 4·√d for d pixels. Arguments, result and errors as in `pgd`;
     `generator` is not used.
@@ -60,7 +60,7 @@ def bim(
     if step_size is None:
         step_size = eps / max(steps, 1) * lp_ball(norm).step_scale(images[0].numel())
     return pgd(
-        classifier, images, labels, eps=eps, norm=norm, steps=steps, step_size=step_size, random_start=False,
+        classifier, images, labels, eps=eps, norm=norm, steps=steps, step_size=step_size, random_start=False, loss=loss,
         generator=generator,
     )  # fmt: skip
 

@@ -79,18 +79,19 @@ def fab(
 @attack("fab-t", minimal=True, library="pyautoattack")
 def fab_t(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", steps: int = 100,
-    targets: int = 9, generator: torch.Generator | None = None,
+    restarts: int = 1, targets: int = 9, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Targeted FAB: one target class after the other, most likely first (Croce & Hein, ICML 2020).
 
     Cheap with many classes. Arguments, result and errors as in `pgd`.
 
     Options:
-        steps: linearisations per target, each one backward pass.
+        steps: linearisations per restart and target, each one backward pass.
+        restarts: starting points per image and target, as in `fab`.
         targets: wrong classes to try, at most K - 1.
     """
     check_positive(targets=targets)
-    return _fab(classifier, images, labels, eps, norm, steps, targets=targets)
+    return _fab(classifier, images, labels, eps, norm, steps, restarts=restarts, targets=targets)
 
 
 def _fab(
