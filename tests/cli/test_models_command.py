@@ -19,7 +19,7 @@ NAME = "digits/mini-baseline-adversarial"
 def built(
     make_run: Callable[..., Path], add_model: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with models/ and a manifest: an FPD, and a undefended baseline after its adversarial stage."""
+    """A folder with models/ and a manifest: an FPD, and an undefended baseline after its adversarial stage."""
     root = tmp_path_factory.mktemp("shipped")
     fpd = recipe("digits/mini", ["model.pyramid_channels=4", "evaluation.num_images=12", "evaluation.suite=first-look"])
     plain = fpd.baseline()

@@ -79,7 +79,7 @@ def compared(make_source: MakeSource) -> str:
     sources = [
         make_source(n, r) for n, r in (("FPD", (150, 60)), ("undefended baseline", (100, 10)), ("third net", (90, 5)))
     ]
-    return render(report_on(sources, title="What it buys"))
+    return render(report_on(sources, title="FPD and baselines"))
 
 
 def test_the_page_loads_nothing_and_is_well_formed(page: str) -> None:
@@ -141,7 +141,7 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
     assert cells[5:10] == beside
     assert "75.0 % [68.6, 80.5]" in compared
     assert "Where they differ most, at eps 0.1, FPD reaches" in compared
-    assert compared.count("<title>What it buys: robustness report</title>") == 1
+    assert compared.count("<title>FPD and baselines: robustness report</title>") == 1
     assert "recipe of third net" in compared
 
 

@@ -78,7 +78,7 @@ def demo(
 
     folders = [out / folder for folder in RUNS.values()]
     records = [EvaluationRecord.load(folder / "evaluation" / f"{RECORD}.json") for folder in folders]
-    title = "What a Feature Pyramid Decoder buys on digits"
+    title = "Feature Pyramid Decoder and undefended baselines on digits"
     page = write_report(out / "report.html", report_on([read(folder) for folder in folders], title=title))[0]
     output.print(comparison_table(records))
     output.print_wrapped(comparison_sentence(records) or "")
