@@ -106,9 +106,7 @@ def _phase(progress: TrainingProgress) -> str:
     gate = "gate open" if step.gate_open else "gate shut"
     if step.adversarial is not None:
         return f"  adversarial, {gate}"
-    if not step.gate_open:
-        return f"  phase 1, {gate}"
-    return f"  phases 1+2, {gate}" if step.second is not None else f"  clean epoch, {gate}"
+    return f"  phase{'s 1+2' if step.second is not None else ' 1'}, {gate}"
 
 
 def _details(progress: TrainingProgress) -> str:
@@ -134,7 +132,9 @@ def _epoch_lines(m: EpochMetrics) -> tuple[str, str]:
     cells = [("epoch", 5, str(m.epoch + 1)), ("cross-entropy", 15, _pair(m.ce, m.second_ce))]
     if m.restoration is not None:
         cells.append(("L2 restored", 15, _pair(m.restoration, m.second_restoration)))
-        cells.append(("gate open", 9, f"{100 * m.gate_open:.0f} %"))
+        partly = m.gate_opened is not None and m.gate_open < 1
+        since = f" from batch {m.gate_opened}" if partly else ""
+        cells.append(("gate open", 9, f"{100 * m.gate_open:.0f} %{since}"))
     cells.append(("validation", 10, f"{100 * m.validation_accuracy:.2f} %"))
     if m.validation_robust_accuracy is not None:
         cells.append(("PGD-10", 7, f"{100 * m.validation_robust_accuracy:.1f} %"))

@@ -29,7 +29,7 @@ def train(
     settings: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     stages: str = "two-phase",
-    protocol: Literal["corrected", "published"] = "corrected",
+    protocol: Literal["improved", "corrected", "published"] = "improved",
     data_root: str | None = None,
     download: bool = False,
     out: Path | None = None,
@@ -55,7 +55,8 @@ def train(
             model.backbone=package.module:factory.
         stages: two-phase, adversarial, or both with a comma; adversarial alone starts from the two-phase run in the
             same folder.
-        protocol: corrected follows the paper, published the authors' code; see docs/protocols.md.
+        protocol: improved starts as the network it wraps, corrected follows the paper, published the authors' code;
+            see docs/protocols.md.
         data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
         download: download the data set into --data-root if it is not there.
         out: the run's folder; default runs/RECIPE. The adversarial stage is written to its subfolder adversarial.
@@ -78,7 +79,7 @@ def train(
         changes = {"data": run.data.model_copy(update=data), "seed": run.seed if seed is None else seed}
         run = run.model_copy(update=changes)
         run = run.baseline() if baseline else run
-        variant = ("-published" if protocol == "published" else "") + ("-baseline" if baseline else "")
+        variant = ("" if protocol == "improved" else f"-{protocol}") + ("-baseline" if baseline else "")
         name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
         folder = out or Path("runs") / f"{name}{variant}"
         names = _stage_names(stages)
@@ -92,7 +93,7 @@ def train(
         return
     command = [program(), "train", recipe, *settings, "--out", str(folder)]
     for flag, value, default in (
-        ("--stages", stages, "two-phase"), ("--protocol", protocol, "corrected"), ("--data-root", data_root, None),
+        ("--stages", stages, "two-phase"), ("--protocol", protocol, "improved"), ("--data-root", data_root, None),
         ("--seed", seed, None), ("--device", device, "auto"), ("--precision", precision, "auto"),
     ):  # fmt: skip
         command += [flag, str(value)] if value != default else []

@@ -1,6 +1,6 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
-from robustfpd.config.load import RECIPES, load_run, parse, recipe, recipe_names
+from robustfpd.config.load import RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
 from robustfpd.config.schema import (
     CUSTOM_BACKBONE,
     DATASETS,
@@ -35,6 +35,6 @@ __all__ = [
     "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
     "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle",
     "ModelConfig", "Norm", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
-    "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "check_eps", "load_run", "parse", "recipe",
-    "recipe_names",
+    "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "check_eps", "load_run", "parse",
+    "protocol_defaults", "recipe", "recipe_names",
 ]  # fmt: skip

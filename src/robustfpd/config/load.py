@@ -23,9 +23,47 @@ def parse(cls: type[C], values: Mapping[str, Any], source: str = "") -> C:
         raise _explain(cls, error, source) from None
 
 
+CORRECTED: dict[str, Any] = {
+    "model.small_stem": "auto",
+    "model.activation": "elu",
+    "model.tail": "pooling",
+    "model.denoise": "dot",
+    "model.denoise_gate": False,
+    "model.front_stages": None,
+    "model.restoration": "image",
+    "model.pyramid_channels": None,
+    "model.head": "tanh",
+    "training.middle_noise": 0.0,
+    "training.threshold": 3.0,
+    "training.threshold_unit": "absolute",
+    "training.second_pass_interval": 1,
+}
+"""Defaults of the protocols `corrected` and `published`, where they differ from those of `improved`."""
+
+
+def protocol_defaults(protocol: str, section: str = "") -> dict[str, Any]:
+    """Return the defaults of a protocol that differ from the fields' own: all, nested, or those of one section.
+
+    Raises:
+        InputError: an unknown protocol.
+    """
+    if protocol not in get_args(Protocol):
+        raise unknown_name("protocol", protocol, get_args(Protocol))
+    values: dict[str, Any] = {}
+    for field, value in CORRECTED.items() if protocol != "improved" else ():
+        _set(values, field, value, field)
+    defaults: dict[str, Any] = values.get(section, {}) if section else values
+    return defaults
+
+
 def load_run(path: Path) -> RunConfig:
-    """Read a `config.yaml`."""
-    return parse(RunConfig, _read_yaml(path), source=str(path))
+    """Read a `config.yaml`. Fields that the version which wrote it did not have get their protocol's defaults."""
+    values = _read_yaml(path)
+    defaults = protocol_defaults(str(values.get("protocol", "improved")))
+    for section, fields in defaults.items():
+        own = values.get(section, {})
+        values[section] = {**fields, **own} if isinstance(own, dict) else own
+    return parse(RunConfig, values, source=str(path))
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -36,16 +74,17 @@ def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
 
-def recipe(name: str, overrides: Iterable[str] = (), *, protocol: str = "corrected") -> RunConfig:
+def recipe(name: str, overrides: Iterable[str] = (), *, protocol: str = "improved") -> RunConfig:
     """Return a packaged recipe, or the recipe in the YAML file `name`, with `field=value` overrides.
 
     Args:
         name: a name from `recipe_names()` or a path that ends in .yaml.
         overrides: dotted fields and YAML values, as in `training.epochs=3`.
-        protocol: `corrected`, or `published`, which applies the recipe's section `published` before the overrides.
+        protocol: `improved`; `corrected`, which applies the recipe's section of that name before the overrides; or
+            `published`, which applies its section `published` as well.
 
     Raises:
-        InputError: an unknown recipe, protocol or field, or an invalid value.
+        InputError: an unknown recipe, protocol or field, an invalid value, or a recipe without a section `published`.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
@@ -53,18 +92,32 @@ def recipe(name: str, overrides: Iterable[str] = (), *, protocol: str = "correct
         path = RECIPES / f"{name}.yaml"
     else:
         raise unknown_name("recipe", name, recipe_names())
-    if protocol not in get_args(Protocol):
-        raise unknown_name("protocol", protocol, get_args(Protocol))
-    values: dict[str, Any] = {"recipe": name, "protocol": protocol, **_read_yaml(path)}
-    published = values.pop("published", None)
-    if protocol == "published":
-        if not isinstance(published, dict) or not published:
-            raise InputError(f"recipe {name} has no section `published`, which lists what that protocol changes")
-        for field, value in published.items():
-            _set(values, str(field), value, f"published field {field}")
+    values: dict[str, Any] = {"recipe": name, "protocol": protocol, **protocol_defaults(protocol)}
+    given = _read_yaml(path)
+    sections = {section: given.pop(section, None) for section in ("corrected", "published")}
+    _merge(values, given)
+    if protocol == "published" and not sections["published"]:
+        raise InputError(f"recipe {name} has no section `published`, which lists what that protocol changes")
+    applied = {"improved": (), "corrected": ("corrected",), "published": ("corrected", "published")}[protocol]
+    for section in applied:
+        fields = sections[section] or {}
+        if not isinstance(fields, dict):
+            raise InputError(f"section `{section}` of recipe {name} must map fields to values, found {fields!r}")
+        for field, value in fields.items():
+            _set(values, str(field), value, f"{section} field {field}")
     for override in overrides:
         _apply(values, override)
     return parse(RunConfig, values, source=f"recipe {name}")
+
+
+def _merge(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Set the fields of `given`, group by group."""
+    for field, value in given.items():
+        old = values.get(field)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        else:
+            values[field] = value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

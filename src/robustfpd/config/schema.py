@@ -13,11 +13,11 @@ from robustfpd.errors import InputError
 from robustfpd.io import write_text
 
 Norm = Literal["linf", "l2", "l1"]
-Denoise = Literal["dot", "bottleneck", "softmax", "gaussian", "none"]
+Denoise = Literal["normalised", "dot", "bottleneck", "softmax", "gaussian", "none"]
 Middle = Literal["input", "restored", "none"]
 Head = Literal["tanh", "spectral", "orthogonal", "linear"]
 StageName = Literal["two-phase", "adversarial"]
-Protocol = Literal["corrected", "published"]
+Protocol = Literal["improved", "corrected", "published"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -116,14 +116,19 @@ class ProcedureConfig(Config):
 
 
 class TrainingConfig(ProcedureConfig):
-    """Two-phase training (published defaults)."""
+    """Two-phase training."""
 
     space: Literal["pixels", "normalised"] = "pixels"
     """Units of `noise` and of the restoration loss: pixels of [0, 1], or (published CALTECH) after mean and std."""
     noise: float = Field(default=0.01, ge=0)
     """Half-width of the uniform noise added to training images, in units of `space`."""
-    threshold: float = Field(default=3.0, ge=0)
+    middle_noise: float | None = Field(default=None, ge=0)
+    """Half-width of the uniform noise added to the input of the back pass in training, in units of `space`; None: as
+    much as `noise`."""
+    threshold: float = Field(default=0.5, ge=0)
     """T: while the restoration loss is above it, the gate is shut and only the modules of `gate_trains` learn."""
+    threshold_unit: Literal["constant_image", "absolute"] = "constant_image"
+    """Unit of `threshold`: the restoration loss of the best constant image of the batch, or (published) 1."""
     gate_trains: Literal["front_and_restoration", "upscaling"] = "front_and_restoration"
     """Modules that learn while the gate is shut: FPD_FD and FPD_R as in the paper, or (published code) only the
     transposed convolutions."""
@@ -137,8 +142,13 @@ class TrainingConfig(ProcedureConfig):
     """`detached`: phase 2 is a separate step whose gradient stops at the restored image; `joint`: both phases in one
     backward pass and one step; `through` (published code): a separate step whose gradient continues into phase 1's
     graph, although its weights have been updated."""
-    second_pass_interval: int = Field(default=1, ge=1)
+    second_pass_interval: int = Field(default=2, ge=1)
     """Phase 2 follows in the first of this many batches."""
+
+    @property
+    def back_pass_noise(self) -> float:
+        """Half-width of the noise between the passes: `middle_noise`, or `noise` where that is None."""
+        return self.noise if self.middle_noise is None else self.middle_noise
 
     @property
     def steps_per_batch(self) -> float:
@@ -230,12 +240,20 @@ class ModelConfig(Config):
     """`fpd` wraps the backbone in a Feature Pyramid Decoder; `none` is its undefended baseline."""
     pretrained: bool = False
     """Load timm's pretrained weights into the backbone."""
-    small_stem: Literal[True, False, "auto"] = "auto"
-    """Remove the downsampling before the pyramid's finest map; `auto`: when a side is under 64 pixels."""
-    activation: Literal["elu", "keep"] = "elu"
-    """`elu` replaces the backbone's activation modules; `keep` keeps them."""
-    denoise: Denoise = "dot"
-    """Inner denoising layers; `middle` uses the same affinity (dot-product for `bottleneck` and `none`)."""
+    small_stem: Literal[True, False, "auto", "new"] = "new"
+    """Remove the downsampling before the pyramid's finest map; `auto`: when a side is under 64 pixels; `new`: when in
+    addition the backbone is created by name, without pretrained weights, so that a network of your own stays as it is.
+    """
+    activation: Literal["elu", "keep"] = "keep"
+    """`elu` (published) replaces the backbone's activation modules; `keep` keeps them."""
+    tail: Literal["own", "pooling"] = "own"
+    """Layers after the last stage: the network's own, of which only the last linear one is new where the number of
+    classes differs, or (published) global average pooling and a new head."""
+    denoise: Denoise = "normalised"
+    """Inner denoising layers; `dot` is the published one, `normalised` divides it by the norm of its affinity.
+    `middle` uses the same affinity (dot-product for `bottleneck` and `none`)."""
+    denoise_gate: bool = True
+    """Multiply the non-local means, inner and middle, by learned numbers that are 0 at initialisation."""
     denoise_after: tuple[int, ...] = (0, 1)
     """Indices of the stages after which a denoising layer is inserted. 0 is the stem and 1 the published A₁ where timm
     lists a stem (ResNets: before the max pool); families with four stages, such as ConvNeXt, list none, and 0 is A₁."""
@@ -244,12 +262,17 @@ class ModelConfig(Config):
     pyramid_reads: Literal["denoised", "raw"] = "denoised"
     """Input of the pyramid from a stage with a denoising layer: the denoised map, or (published code) the map before
     it. The next stage always reads the denoised map."""
-    pyramid_channels: int | None = Field(default=None, ge=1)
-    """Width P of the pyramid; None takes a quarter of the last stage's channels, within 32 and 256."""
+    front_stages: int | None = Field(default=2, ge=1)
+    """Number of stages that the front pass runs; the pyramid reads the last four of them. None (published) runs all."""
+    restoration: Literal["residual", "image"] = "residual"
+    """The decoder's output R(c2…c5): `x′ = x + R` with R = 0 at initialisation, or (published) `x′ = R`."""
+    pyramid_channels: int | None = Field(default=16, ge=1)
+    """Width P of the pyramid; None takes a quarter of the last front stage's channels, within 32 and 256."""
     unstrided_kernel: Literal[2, 3] = 3
     """Kernel of the decoder's transposed convolutions that keep the size; 2 (published ResNeXt) takes two of them."""
-    head: Head = "tanh"
-    """Classification layer; `tanh` is the published one."""
+    head: Head = "linear"
+    """Classification layer; `tanh` is the published one. With `tail: own`, the network's own last linear layer,
+    unchanged or bounded."""
     lipschitz: float = Field(default=1.0, gt=0)
     """L2 Lipschitz bound of the `spectral` and `orthogonal` heads."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -353,8 +376,9 @@ class RunConfig(Config):
 
     recipe: str = "custom"
     """Name of the recipe."""
-    protocol: Protocol = "corrected"
-    """`published` reproduces the authors' code; docs/protocols.md lists the differences."""
+    protocol: Protocol = "improved"
+    """`corrected` is the paper's network, `published` reproduces the authors' code; docs/protocols.md lists the
+    differences."""
     stage: StageName = "two-phase"
     """Stage of training."""
     seed: int = 0

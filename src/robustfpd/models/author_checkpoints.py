@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfpd.config import ModelConfig, TaskConfig, parse
+from robustfpd.config import ModelConfig, TaskConfig, parse, protocol_defaults
 from robustfpd.errors import InputError, MissingDataError, first_line
 from robustfpd.models.backbones import channel_constants
 from robustfpd.models.factory import assemble
@@ -228,7 +228,7 @@ def _settings(
     )
     if min(task.image_size) < SMALLEST_SIDE:
         raise InputError(f"image_size must be at least {SMALLEST_SIDE} pixels a side, found {task.image_size}")
-    values: dict[str, Any] = {
+    values: dict[str, Any] = protocol_defaults("published", "model") | {
         "backbone": "_".join(map(str, (family.backbone, *blocks))), "small_stem": False, "dropout": 0.5,
         "pyramid_reads": "raw", "unstrided_kernel": family.unstrided_kernel,
     }  # fmt: skip

@@ -39,6 +39,8 @@ class BackboneSpec:
     std: tuple[float, ...] = (1.0,)
     layout: Layout = "NCHW"
     """Axes of the maps between the stages."""
+    new: bool = False
+    """It was created by name and has random weights."""
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.module.named_modules() if name]
@@ -52,25 +54,26 @@ class BackboneSpec:
 
 
 def from_timm(
-    name: str, in_channels: int, *, pretrained: bool = False, stages: tuple[str, ...] | None = None
-) -> BackboneSpec:
+    name: str, in_channels: int, *, pretrained: bool = False, stages: tuple[str, ...] | None = None,
+    num_classes: int = 0,
+) -> BackboneSpec:  # fmt: skip
     """Create a timm network, or one of our own: `resnet_mini`, or a published one by its blocks per stage.
 
-    timm adapts pretrained first layers to `in_channels`. `stages` are module names that override its `feature_info`.
+    timm adapts pretrained first layers to `in_channels`. Without `num_classes` the network has no classifier. `stages` are module names that override its `feature_info`.
 
     Raises:
         InputError: timm has no such model, or it lists no stages (it is not a convolutional family).
     """
-    own = _own(name, in_channels)
+    own = _own(name, in_channels, num_classes)
     if own is not None:
         if pretrained:
             raise InputError(f"backbone {name!r} has no pretrained weights; leave pretrained out")
         module, ends = own
-        return BackboneSpec(module, ends if stages is None else stages)
+        return BackboneSpec(module, ends if stages is None else stages, new=True)
     if not timm.is_model(name):
         raise unknown_name("backbone", name, [*OWN, *timm.list_models()])
     try:
-        module = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, num_classes=0)
+        module = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes)
     except (TypeError, RuntimeError, OSError) as error:  # fixed inputs, unknown tags, weights that cannot be fetched
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(f"backbone {name!r} cannot be built for {in_channels} channels: {reason}") from error
@@ -78,7 +81,7 @@ def from_timm(
         stages = _timm_stages(module, name)
     cfg: dict[str, Any] = dict(module.pretrained_cfg) if pretrained else {}  # type: ignore[arg-type]
     mean, std = tuple(cfg.get("mean", (0.0,))), tuple(cfg.get("std", (1.0,)))
-    return BackboneSpec(module, stages, mean, std, getattr(module, "output_fmt", "NCHW"))
+    return BackboneSpec(module, stages, mean, std, getattr(module, "output_fmt", "NCHW"), new=not pretrained)
 
 
 def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> BackboneSpec:
@@ -93,20 +96,20 @@ def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> BackboneSpec:
     own = copy.deepcopy(net).to("cpu", torch.float32)
     if not own.training:
         own.train()
-    return BackboneSpec(own, stages)
+    return BackboneSpec(own, stages, layout=getattr(own, "output_fmt", "NCHW"))
 
 
-def resnet_mini(in_channels: int) -> nn.Module:
+def resnet_mini(in_channels: int, num_classes: int = 0) -> nn.Module:
     """Return timm's ResNet in a size for CPUs: one basic block per stage, 16 channels in the first."""
     return ResNet(BasicBlock, (1, 1, 1, 1),  # type: ignore[arg-type]
-                  num_classes=0, in_chans=in_channels, stem_type="deep", stem_width=8,
+                  num_classes=num_classes, in_chans=in_channels, stem_type="deep", stem_width=8,
                  channels=(16, 32, 64, 128))  # fmt: skip
 
 
-def _own(name: str, in_channels: int) -> tuple[nn.Module, tuple[str, ...]] | None:
+def _own(name: str, in_channels: int, num_classes: int) -> tuple[nn.Module, tuple[str, ...]] | None:
     """Return a backbone of our own and where its stages end; None when `name` is not one."""
     if name == MINI:
-        mini = resnet_mini(in_channels)
+        mini = resnet_mini(in_channels, num_classes)
         return mini, _timm_stages(mini)
     published = re.fullmatch(r"published_(resnet|resnext)((?:_[1-9]\d{0,2}){4})", name, re.ASCII)
     if published is None:
@@ -114,7 +117,7 @@ def _own(name: str, in_channels: int) -> tuple[nn.Module, tuple[str, ...]] | Non
     blocks = tuple(map(int, published[2].split("_")[1:]))
     if published[1] == "resnext":
         return PublishedResNeXt(blocks, in_channels), RESNEXT_STAGES
-    net = ResNet(Bottleneck, blocks, num_classes=0, in_chans=in_channels)  # type: ignore[arg-type]
+    net = ResNet(Bottleneck, blocks, num_classes=num_classes, in_chans=in_channels)  # type: ignore[arg-type]
     return net, RESNET_STAGES  # the published stem includes the pool
 
 

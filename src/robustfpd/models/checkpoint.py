@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.config import ModelConfig, TaskConfig, parse
+from robustfpd.config import ModelConfig, TaskConfig, parse, protocol_defaults
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.io import readable_folder, replace_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
+EARLIER = 1
+"""Format of versions whose only networks were those of the protocols `corrected` and `published`."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
@@ -63,11 +65,14 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
     try:
         settings = json.loads(path.read_text())
         version = settings["format"]
-        if version != FORMAT:
+        if version not in (EARLIER, FORMAT):
             raise InputError(
-                f"{path} has format {version!r}, this robustfpd reads {FORMAT}; install the version that wrote it"
+                f"{path} has format {version!r}, this robustfpd reads {EARLIER} and {FORMAT}; install the version that "
+                "wrote it"
             )
         task, model = dict(settings["task"]), dict(settings["model"])
+        if version == EARLIER:
+            model = {**protocol_defaults("corrected", "model"), **model}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -23,6 +23,7 @@ class RestorationDecoder(nn.Module):
         reduction: side of the image over the side of the finest map, rounded.
         width: channels of the pyramid.
         out_channels: channels of the image.
+        start_at_zero: initialise the last layer to 0, so that the output is 0.
         unstrided_kernel: kernel of the transposed convolutions that keep the size, 3, or 2 as in the published ResNeXt.
 
     Raises:
@@ -30,12 +31,16 @@ class RestorationDecoder(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *, unstrided_kernel: int = 3
-    ) -> None:
+        self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *, unstrided_kernel: int = 3,
+        start_at_zero: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
         self.smooth = nn.Conv2d(width, width, kernel_size=3, padding=1)
         self.upscale = nn.Sequential(*_transposed_convolutions(reduction, width, out_channels, unstrided_kernel))
+        if start_at_zero:
+            for p in self.upscale[-1].parameters():
+                nn.init.zeros_(p)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Restore images of `size` (height, width) from c2…c5, each N×C_i×H_i×W_i.

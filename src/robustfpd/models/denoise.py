@@ -17,6 +17,9 @@ from robustfpd.config import Denoise
 from robustfpd.errors import unknown_name
 from robustfpd.models.ops import Means, computed_by, non_local
 
+NORM_FLOOR = torch.finfo(torch.float32).tiny
+"""Smallest squared norm of an affinity: the means of a map of zeros are zeros."""
+
 
 @computed_by(non_local.dot_product)
 def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
@@ -34,6 +37,19 @@ def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
     X = x.flatten(2)  # N C P
     means = (X @ X.mT) @ X / X.shape[2]  # N C P
     return _with_residual(means, x, residual)
+
+
+@computed_by(non_local.normalised)
+def normalised(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Return dot-product means divided by the norm of their affinity, `(X Xᵀ) X / |X Xᵀ|`, the Frobenius norm.
+
+    Linear in the scale of `x`: the singular values of the affinity are at most 1, so the means do not exceed `x` in L2.
+    Args and return value are those of `dot_product`.
+    """
+    X = x.flatten(2)  # N C P
+    affinity = X @ X.mT  # N C C
+    norm = affinity.flatten(1).square().sum(dim=1).clamp_min(NORM_FLOOR).sqrt()  # N
+    return _with_residual(affinity @ X / norm[:, None, None], x, residual)
 
 
 @computed_by(non_local.softmax)
@@ -67,15 +83,21 @@ def _with_residual(means: Tensor, x: Tensor, residual: bool) -> Tensor:
 
 
 class NonLocal(nn.Module):
-    """Denoising layer `x + means(x)`, without parameters: `x + (X Xᵀ) X / P` for the dot product."""
+    """Denoising layer `x + means(x)`: `x + (X Xᵀ) X / P` for the dot product.
 
-    def __init__(self, means: Means) -> None:
+    Args:
+        means: the non-local means.
+        gate: multiply the means by a learned number that is 0 at initialisation (ReZero; Bachlechner et al., UAI 2021).
+    """
+
+    def __init__(self, means: Means, gate: bool = False) -> None:
         super().__init__()
         self.means = means
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise N×C×H×W."""
-        return self.means(x, residual=True)
+        return self.means(x, residual=True) if self.gate is None else x + self.gate * self.means(x)
 
     def extra_repr(self) -> str:
         """Return the name of the means."""
@@ -83,19 +105,25 @@ class NonLocal(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Denoising layer `x + W (X Xᵀ) X / P` with a learned 1×1 convolution W (Xie et al., CVPR 2019)."""
+    """Denoising layer `x + W (X Xᵀ) X / P` with a learned 1×1 convolution W (Xie et al., CVPR 2019).
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: channels of the maps.
+        gate: as for `NonLocal`.
+    """
+
+    def __init__(self, channels: int, gate: bool = False) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, channels, kernel_size=1)
+        self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise N×C×H×W."""
-        out: Tensor = x + self.project(dot_product(x))
-        return out
+        means: Tensor = self.project(dot_product(x))
+        return x + (means if self.gate is None else self.gate * means)
 
 
-_MEANS: dict[str, Means] = {"dot": dot_product, "softmax": softmax, "gaussian": gaussian}
+_MEANS: dict[str, Means] = {"dot": dot_product, "normalised": normalised, "softmax": softmax, "gaussian": gaussian}
 
 
 def non_local_means(kind: Denoise) -> Means:
@@ -103,12 +131,12 @@ def non_local_means(kind: Denoise) -> Means:
     return _MEANS.get(kind, dot_product)
 
 
-def denoising_layer(kind: Denoise, channels: int) -> nn.Module | None:
-    """Return a denoising layer for maps of `channels` channels, or None for `none`."""
+def denoising_layer(kind: Denoise, channels: int, *, gate: bool = False) -> nn.Module | None:
+    """Return a denoising layer for maps of `channels` channels, or None for `none`; `gate` as for `NonLocal`."""
     if kind == "none":
         return None
     if kind == "bottleneck":
-        return Bottleneck(channels)
+        return Bottleneck(channels, gate)
     if kind not in _MEANS:
         raise unknown_name("denoise", kind, [*_MEANS, "bottleneck", "none"])
-    return NonLocal(_MEANS[kind])
+    return NonLocal(_MEANS[kind], gate)

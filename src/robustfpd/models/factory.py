@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse
+from robustfpd.config import CUSTOM_BACKBONE, ModelConfig, TaskConfig, parse, protocol_defaults
 from robustfpd.device import evaluating
 from robustfpd.errors import InputError
 from robustfpd.io import readable_folder
@@ -30,6 +30,7 @@ def enhance(
     in_channels: int = 3,
     image_size: int | tuple[int, int],
     stages: Sequence[str] | None = None,
+    protocol: str = "improved",
     seed: int = 0,
     **options: Any,
 ) -> FPD:
@@ -44,6 +45,8 @@ def enhance(
             backbones accept other sizes too; the others raise an error for them.
         stages: names of the modules where stages end, stem first. Required for a module that is no ResNet and has no
             `feature_info` as timm's have.
+        protocol: `improved`, whose model computes at initialisation what the backbone computes; or `corrected`, the
+            paper's network. It decides the defaults of `options`.
         seed: seed of the new layers' weights; the global random state does not change.
         options: fields of `robustfpd.ModelConfig` (`head="spectral"`, `denoise="softmax"`, `pretrained=True`, …).
 
@@ -57,7 +60,8 @@ def enhance(
     """
     task = parse(TaskConfig, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size})
     name = backbone if isinstance(backbone, str) else CUSTOM_BACKBONE
-    values = {**options, "backbone": name, "stages": None if stages is None else tuple(stages)}
+    defaults = protocol_defaults(protocol, "model")
+    values = {**defaults, **options, "backbone": name, "stages": None if stages is None else tuple(stages)}
     config = parse(ModelConfig, values)
     if config.defence != "fpd":
         raise InputError("enhance builds FPD models; for the undefended baseline use robustfpd.build(task, config)")
@@ -120,7 +124,11 @@ def assemble(
         if net is not None:
             spec = from_module(net, config.stages)
         else:
-            spec = from_timm(config.backbone, task.in_channels, pretrained=config.pretrained, stages=config.stages)
+            classes = task.num_classes if config.tail == "own" else 0
+            spec = from_timm(
+                config.backbone, task.in_channels, pretrained=config.pretrained, stages=config.stages,
+                num_classes=classes,
+            )  # fmt: skip
         kind = FPD if config.defence == "fpd" else Baseline
         model = kind(spec, task, config)
     # The layout that convolutions are fastest in, on CPUs and GPUs; shapes and results are the same.

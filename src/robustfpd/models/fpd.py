@@ -13,15 +13,17 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from robustfpd.config import ModelConfig, TaskConfig
+from robustfpd.config import Head, ModelConfig, TaskConfig
+from robustfpd.device import evaluating
 from robustfpd.errors import InputError
 from robustfpd.models.backbones import BackboneSpec, channel_constants
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS, write_model, write_model_files
 from robustfpd.models.decoder import RestorationDecoder
 from robustfpd.models.denoise import denoising_layer, non_local_means
-from robustfpd.models.heads import classification_layer
+from robustfpd.models.heads import ClassificationLayer, OwnClassifier, classification_layer, take_classifier
 from robustfpd.models.insertion import PYRAMID_LEVELS, StagedBackbone
 from robustfpd.models.ops.elu import to_elu
+from robustfpd.rng import generator
 
 SMALL_IMAGE = 64
 """`small_stem="auto"` removes the stem's downsampling for images with a side below this, in pixels."""
@@ -45,7 +47,10 @@ class BaseClassifier(
     tags=["adversarial-robustness"],
     paper_url="https://arxiv.org/abs/2005.02552",
 ):
-    """A backbone, global average pooling and a head: the base class of the FPD and its undefended baseline.
+    """A backbone and a head: the base class of the FPD and its undefended baseline.
+
+    With `tail: own` the backbone is the whole network; its last linear layer becomes the head. With `pooling` it ends
+    with the last stage, and a new head follows the global average pooling.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's, with the files that `save` writes.
 
@@ -72,10 +77,13 @@ class BaseClassifier(
                 f"denoise_after must index the stages 0 to {len(spec.stages) - 1} ({', '.join(spec.stages)}), "
                 f"found {outside[0]}"
             )
-        small_stem = min(task.image_size) < SMALL_IMAGE if config.small_stem == "auto" else config.small_stem
+        small = min(task.image_size) < SMALL_IMAGE
+        decided = {"auto": small, "new": small and spec.new}
         self.backbone = StagedBackbone(
-            spec, in_channels=task.in_channels, image_size=task.image_size, small_stem=small_stem, insert=self._insert
-        )
+            spec, in_channels=task.in_channels, image_size=task.image_size,
+            small_stem=bool(decided.get(str(config.small_stem), config.small_stem)), insert=self._insert,
+            tail=config.tail == "own", front_stages=config.front_stages,
+        )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
         self.mean: Tensor
         self.std: Tensor
@@ -135,16 +143,40 @@ class BaseClassifier(
         features: list[Tensor] = self.backbone(self._normalised(images), raw=raw)
         return features
 
-    def _pooled(self, features: list[Tensor]) -> Tensor:
-        """Pool the last feature map, N×C×H×W → N×C, and apply dropout."""
-        pooled: Tensor = self.dropout(features[-1].mean(dim=(2, 3)))
+    def _pooled(self, images: Tensor) -> Tensor:
+        """Run the whole backbone, N×C×H×W → features N×C in front of the head, and apply dropout."""
+        if self.config.tail == "own":
+            features = self.backbone.classify(self._normalised(images))
+        else:
+            features = self._features(images)[-1]
+        pooled: Tensor = self.dropout(features.mean(dim=(2, 3)) if features.ndim == 4 else features)
         return pooled
+
+    def _head(self, kind: Head) -> ClassificationLayer:
+        """Return the head: the network's own last linear layer, taken out of the backbone, or a new one."""
+        task, config, backbone = self.task, self.config, self.backbone
+        own = OwnClassifier(backbone.channels[-1], None)
+        if config.tail == "own":
+            image = torch.rand(1, task.in_channels, *task.image_size, generator=generator(0, "classifier"))
+            with evaluating(backbone):
+                own = take_classifier(backbone.net, lambda: backbone.classify(image), task.num_classes)
+        if not own.logits:
+            return classification_layer(kind, own.channels, task.num_classes, config.lipschitz, linear=own.linear)
+        if kind != "linear":
+            raise InputError(
+                f"head={kind} bounds a network's last linear layer, but other layers follow it in this network; "
+                "leave head out, or set tail=pooling"
+            )
+        return ClassificationLayer(nn.Identity(), bound=1.0)
 
 
 class FPD(BaseClassifier):
     """Feature Pyramid Decoder: front pass, restoration, back pass with the same weights, constrained head.
 
     Shapes: images N×C×H×W in [0, 1] → `FPDOutput(logits N×K, restored N×C×H×W)`.
+
+    The front pass runs the first `front_stages` stages, the back pass the whole backbone, with the same weights. At
+    initialisation under the protocol `improved`, logits and restored images are those of the backbone and the images.
 
     Both passes run through the same batch norms. In training each pass is normalised by its own batch statistics, and
     both update the running averages, front pass first; in evaluation both use the running averages.
@@ -154,55 +186,67 @@ class FPD(BaseClassifier):
 
     def __init__(self, spec: BackboneSpec, task: TaskConfig, config: ModelConfig) -> None:
         super().__init__(spec, task, config)
-        channels = self.backbone.channels
-        levels = min(PYRAMID_LEVELS, len(channels))
+        front = self.backbone.front
+        levels = min(PYRAMID_LEVELS, front)
+        channels, reduction = self.backbone.channels[front - levels : front], self.backbone.reductions[front - levels]
         width = config.pyramid_channels or min(256, max(32, channels[-1] // 4))
         self.decoder = RestorationDecoder(
-            channels[-levels:], self.backbone.reductions[-levels], width, task.in_channels,
-            unstrided_kernel=config.unstrided_kernel,
+            channels, reduction, width, task.in_channels, unstrided_kernel=config.unstrided_kernel,
+            start_at_zero=config.restoration == "residual",
         )  # fmt: skip
         self.non_local_means = non_local_means(config.denoise)
-        self.head = classification_layer(config.head, channels[-1], task.num_classes, config.lipschitz)
+        gated = config.denoise_gate and config.middle != "none"
+        self.middle_gate = nn.Parameter(torch.zeros(())) if gated else None
+        self.head = self._head(config.head)
 
-    def forward(self, images: Tensor) -> FPDOutput:
+    def forward(self, images: Tensor, middle_noise: Tensor | None = None) -> FPDOutput:
         """Classify and restore images.
 
         Args:
             images: N×C×H×W in [0, 1]. Training noise may exceed this range, so it is not checked here.
+            middle_noise: N×C×H×W, added to the input of the back pass, in training.
 
         Raises:
             InputError: images of another shape or type.
         """
         restored = self.restore(images)  # FPD_FD, FPD_R
-        features = self.back(restored, images)  # FPD_BD
+        features = self.back(restored, images, middle_noise)  # FPD_BD
         return FPDOutput(self.head(features), restored)  # FPD_LCC
 
     def restore(self, images: Tensor) -> Tensor:
-        """Front pass (FPD_FD) and restoration (FPD_R): images x → restored images x′, both N×C×H×W."""
+        """Front pass (FPD_FD) and restoration (FPD_R): images x → restored images x′, both N×C×H×W.
+
+        With `restoration: residual`, x′ = x + R(c2…c5), and R is 0 at initialisation; else x′ = R(c2…c5).
+        """
         self._check(images)
         height, width = images.shape[-2:]
-        c2_to_c5 = self._features(images, raw=self.config.pyramid_reads == "raw")[-len(self.decoder.laterals) :]
+        features = self._features(images, raw=self.config.pyramid_reads == "raw")
+        c2_to_c5 = features[: self.backbone.front][-len(self.decoder.laterals) :]
         restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
-        if self.config.normalise == "once":
-            restored = restored * self.std + self.mean
-        return restored[:, :, :height, :width]
+        restored = restored[:, :, :height, :width]
+        if self.config.normalise == "once":  # R is in units of std
+            restored = restored * self.std if self.config.restoration == "residual" else restored * self.std + self.mean
+        return images + restored if self.config.restoration == "residual" else restored
 
     def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
-        """Middle denoising: `x̃ = x′ + (x xᵀ) x / P`, N×C×H×W.
+        """Middle denoising: `x̃ = x′ + g (x xᵀ) x / P`, N×C×H×W, for the dot product.
 
         Published code takes the means of the input x (`middle="input"`), `restored` takes those of x′, and `none`, as
-        in the paper's figure, adds nothing.
+        in the paper's figure, adds nothing. The gate g is learned and 0 at initialisation; 1 without `denoise_gate`.
         """
         if self.config.middle == "none":
             return restored
         source = images if self.config.middle == "input" else restored
         if self.config.normalise == "once":  # the means of normalised images, in units of pixels
-            return restored + self.std * self.non_local_means(self._normalised(source))
-        return restored + self.non_local_means(source)
+            means = self.std * self.non_local_means(self._normalised(source))
+        else:
+            means = self.non_local_means(source)
+        return restored + (means if self.middle_gate is None else self.middle_gate * means)
 
-    def back(self, restored: Tensor, images: Tensor) -> Tensor:
-        """Middle denoising and back pass (FPD_BD): restored images x′ and images x → pooled features N×C."""
-        return self._pooled(self._features(self.middle_denoise(restored, images)))
+    def back(self, restored: Tensor, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Middle denoising and back pass (FPD_BD): restored images x′ and images x → features N×C for the head."""
+        x = self.middle_denoise(restored, images)
+        return self._pooled(x if noise is None else x + noise)
 
     def classifier(self, *, squash: bool = True) -> FPDClassifier:
         """Return the module images N×C×H×W in [0, 1] → logits N×K, the form that attacks and exporters take.
@@ -213,7 +257,9 @@ class FPD(BaseClassifier):
         return FPDClassifier(self, squash=squash)
 
     def _insert(self, stage: int, channels: int) -> nn.Module | None:
-        return denoising_layer(self.config.denoise, channels) if stage in self.config.denoise_after else None
+        if stage not in self.config.denoise_after:
+            return None
+        return denoising_layer(self.config.denoise, channels, gate=self.config.denoise_gate)
 
 
 class FPDClassifier(nn.Module):
@@ -242,14 +288,14 @@ class FPDClassifier(nn.Module):
 
 
 class Baseline(BaseClassifier):
-    """The undefended baseline: the same backbone, global average pooling and a linear layer.
+    """The undefended baseline: the same backbone and a linear layer.
 
     Args and errors are those of `BaseClassifier`.
     """
 
     def __init__(self, spec: BackboneSpec, task: TaskConfig, config: ModelConfig) -> None:
         super().__init__(spec, task, config)
-        self.head = classification_layer("linear", self.backbone.channels[-1], task.num_classes)
+        self.head = self._head("linear")
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits N×K of images N×C×H×W in [0, 1].
@@ -258,7 +304,7 @@ class Baseline(BaseClassifier):
             InputError: images of another shape or type.
         """
         self._check(images)
-        logits: Tensor = self.head(self._pooled(self._features(images)))
+        logits: Tensor = self.head(self._pooled(images))
         return logits
 
     def classifier(self) -> Baseline:

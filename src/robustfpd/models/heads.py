@@ -6,6 +6,10 @@ equality.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -48,8 +52,8 @@ class ClassificationLayer(nn.Module):
 class Linear(ClassificationLayer):
     """`W h + b`, unconstrained."""
 
-    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
-        super().__init__(nn.Linear(channels, num_classes))
+    def __init__(self, linear: nn.Linear, bound: float) -> None:
+        super().__init__(linear)
 
 
 class Tanh(Linear):
@@ -65,8 +69,7 @@ class Tanh(Linear):
 class Spectral(ClassificationLayer):
     """`W h + b` with spectral norm of W at most `bound`."""
 
-    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
-        linear = nn.Linear(channels, num_classes)
+    def __init__(self, linear: nn.Linear, bound: float) -> None:
         parametrize.register_parametrization(linear, "weight", _AtMost(bound))
         super().__init__(linear, bound)
 
@@ -76,11 +79,12 @@ class Orthogonal(ClassificationLayer):
 
     bound: float
 
-    def __init__(self, channels: int, num_classes: int, bound: float) -> None:
-        linear = nn.Linear(channels, num_classes, bias=False)
+    def __init__(self, linear: nn.Linear, bound: float) -> None:
+        bias = linear.bias
+        linear.register_parameter("bias", None)
         parametrize.register_parametrization(linear, "weight", _Orthonormal())
         super().__init__(linear, bound)
-        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.bias = nn.Parameter(torch.zeros(linear.out_features) if bias is None else bias.detach())
 
     def pre_squash(self, features: Tensor) -> Tensor:
         """Return the logits N×K of features N×C."""
@@ -93,11 +97,79 @@ _HEADS: dict[Head, type[Tanh | Linear | Spectral | Orthogonal]] = {
 }  # fmt: skip
 
 
-def classification_layer(kind: Head, channels: int, num_classes: int, bound: float = 1.0) -> ClassificationLayer:
-    """Return a head, N×C → N×K; `bound` is the Lipschitz constant of `spectral` and `orthogonal`."""
+def classification_layer(
+    kind: Head, channels: int, num_classes: int, bound: float = 1.0, *, linear: nn.Linear | None = None
+) -> ClassificationLayer:
+    """Return a head, N×C → N×K, randomly initialised or around the layer `linear`.
+
+    `bound` is the Lipschitz constant of `spectral` and `orthogonal`.
+    """
     if kind not in _HEADS:
         raise unknown_name("head", kind, _HEADS)
-    return _HEADS[kind](channels, num_classes, bound)
+    if linear is None:
+        linear = nn.Linear(channels, num_classes, bias=kind != "orthogonal")
+    return _HEADS[kind](linear, bound)
+
+
+class OwnClassifier(NamedTuple):
+    """What a network returns once `take_classifier` has taken its last linear layer."""
+
+    channels: int
+    """Channels C of the network's output N×C."""
+    linear: nn.Linear | None
+    """The layer that was taken, where it has one output for each class."""
+    logits: bool = False
+    """The output is the logits: other layers follow the last linear one, which stays, as in SqueezeNet."""
+
+
+@torch.no_grad()
+def take_classifier(net: nn.Module, run: Callable[[], Tensor], num_classes: int) -> OwnClassifier:
+    """Replace the last linear layer of a network by an identity where its outputs are the network's, and return it.
+
+    Args:
+        net: a network in evaluation mode, which is changed.
+        run: runs the network on one image and returns its output.
+        num_classes: number of classes K.
+    """
+    ran: list[nn.Module] = []
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [m.register_forward_pre_hook(lambda module, args: ran.append(module)) for m in layers]
+    try:
+        output = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    channels = output.shape[1]
+    if output.ndim != 2 or not ran:
+        return OwnClassifier(channels, None)
+    layer, linear = ran[-1], _as_linear(ran[-1])
+    name = next(n for n, m in net.named_modules() if m is layer)
+    net.set_submodule(name, nn.Identity())
+    with suppress(RuntimeError):  # what follows may not take the layer's input
+        features = run()
+        if features.ndim == 2 and torch.allclose(linear(features), output, rtol=1e-5):
+            return OwnClassifier(linear.in_features, linear if channels == num_classes else None)
+    net.set_submodule(name, layer)
+    return OwnClassifier(channels, None, logits=channels == num_classes)
+
+
+def first_output(output: Any) -> Tensor:
+    """Return the logits of a network that may return auxiliary ones as well, as GoogLeNet does in training."""
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return first
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    """Return a linear layer, or a convolution of 1×1 maps as one with the same weights."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    assert isinstance(layer, nn.Conv2d)
+    weight = layer.weight.flatten(1)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+    linear.weight.copy_(weight)
+    if layer.bias is not None:
+        linear.bias.copy_(layer.bias)
+    return linear
 
 
 def spectral_norm(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from robustfpd.device import evaluating
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.backbones import BackboneSpec, prune, stage_map, undo_downsampling
+from robustfpd.models.heads import first_output
 from robustfpd.models.ops.elu import keep_inputs
 
 PYRAMID_LEVELS = 4
@@ -32,11 +33,12 @@ class StagedBackbone(nn.Module):
 
     Args:
         spec: the network, which is changed, and the names of the modules where its stages end, in the order they run.
-            What runs after the last stage is dropped.
         in_channels: channels of an image.
         image_size: height and width of the images that it is built with.
         small_stem: remove the downsampling before the end of the pyramid's finest stage.
         insert: (index of a stage, its channels) → the layer to insert after it, or None.
+        tail: keep what runs after the last stage, for `classify`; else it is dropped.
+        front_stages: number of stages that `forward` runs; None runs all.
 
     Raises:
         InputError: a stage is unknown, does not run exactly once, runs out of order, does not return a feature map or
@@ -51,6 +53,8 @@ class StagedBackbone(nn.Module):
         image_size: tuple[int, int],
         small_stem: bool = False,
         insert: Callable[[int, int], nn.Module | None] = lambda stage, channels: None,
+        tail: bool = False,
+        front_stages: int | None = None,
     ) -> None:
         super().__init__()
         self.net = spec.module
@@ -61,7 +65,10 @@ class StagedBackbone(nn.Module):
         """Images are padded to a multiple of this many pixels a side."""
         self.image_size = image_size
         self.leaves_early = True
-        """Whether a forward pass ends in the last stage, because the rest of the network's code cannot run."""
+        """Whether `forward` leaves the network in the last stage that it runs."""
+        self.front = len(self.stage_names)
+        """Number of stages that `forward` runs."""
+        self.tail = tail
 
         image = torch.zeros(1, in_channels, *image_size)
         if small_stem:
@@ -71,38 +78,52 @@ class StagedBackbone(nn.Module):
             undo_downsampling(self.net, [m for m in before if m not in after])
         for index, name in enumerate(self.stage_names):
             self.net.get_submodule(name).register_forward_hook(_StageEnd(self, index))
-        self._drop_tail(self._modules_until(self.stage_names[-1], image), image)
+        needed = self._modules_until(None if tail else self.stage_names[-1], image)
+        if not tail:
+            self._drop_tail(needed, image)
+        front = min(front_stages or self.front, self.front)
         try:
-            features = self._measure(image)
+            features = self._measure(image, front)
         except InputError:  # perhaps an activation overwrites a stage's output: then activations keep their inputs
             if not keep_inputs(self.net):
                 raise
-            features = self._measure(image)
+            features = self._measure(image, front)
         self.channels = tuple(f.shape[1] for f in features)
         self.reductions = tuple(round(max(self.padded(image_size)) / max(f.shape[-2:])) for f in features)
         for index, channels in enumerate(self.channels):
             layer = insert(index, channels)
             if layer is not None:
                 self.inserted[str(index)] = layer
+        self.front = front
+        if tail:
+            return
         self.leaves_early = False  # exporters prefer the network's own code where it still works without its tail
         try:
-            self._measure(image)
+            self._measure(image, front)
         except Exception:  # the user's code may raise anything here; leaving early skips it
             self.leaves_early = True
 
     def forward(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
-        """Return the stages' feature maps, finest first; with `raw` as they are before the inserted layers."""
+        """Return the feature maps of the first stages, finest first; with `raw` before the inserted layers."""
+        features: list[Tensor] = []
+        with suppress(_LastStageReached):
+            self._call(images, _Collecting(features, raw, self.front - 1 if self.leaves_early else None))
+        return features
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the output of the whole network, with the inserted layers: logits or features N×C, or maps N×C×H×W."""
+        return first_output(self._call(images, _Collecting(None, False, None)))
+
+    def _call(self, images: Tensor, collecting: _Collecting) -> Any:
+        """Run the network on images, padded; the hooks of this thread collect what `collecting` says."""
         height, width = images.shape[-2:]
         if self.multiple > 1:
             new_height, new_width = self.padded((height, width))
             images = F.pad(images, (0, new_width - width, 0, new_height - height), mode="replicate")
-        features: list[Tensor] = []
         outer = getattr(_thread, "collecting", None)  # this network may be a module inside another such
-        _thread.collecting = (features, raw)
+        _thread.collecting = collecting
         try:
-            self.net(images)
-        except _LastStageReached:
-            pass
+            return self.net(images)
         except RuntimeError as error:
             if (height, width) == self.image_size or isinstance(error, (InputError, torch.OutOfMemoryError)):
                 raise
@@ -113,17 +134,19 @@ class StagedBackbone(nn.Module):
             ) from error
         finally:
             _thread.collecting = outer
-        return features
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the height and width that the network sees for images of `size`."""
         height, width = (-(-side // self.multiple) * self.multiple for side in size)
         return height, width
 
-    def _run(self, image: Tensor) -> list[Tensor]:
+    def _run(self, image: Tensor, *, whole: bool = False) -> list[Tensor]:
+        """Return the feature maps of an image; with `whole`, check that the network takes it from end to end."""
         try:
             with evaluating(self.net), torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+                if whole:
+                    self.classify(image)
                 features: list[Tensor] = self(image)
                 return features
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -133,26 +156,32 @@ class StagedBackbone(nn.Module):
             raise InputError(
                 f"the backbone does not take images of {channels} channels and {height}×{width} pixels: "
                 f"{first_line(error)[:200]}; another image_size or small_stem=True may help"
+                f"{', or tail=pooling, which drops the layers after the last stage' if self.tail else ''}"
             ) from error
 
-    def _modules_until(self, end: str, image: Tensor) -> list[nn.Module]:
-        """Return the modules that start before module `end` ends, in that order; choose `multiple` so that it ends."""
+    def _modules_until(self, end: str | None, image: Tensor) -> list[nn.Module]:
+        """Return the modules that start before module `end` ends, in that order; choose `multiple` so that it ends.
+
+        None is the end of the network.
+        """
         ran: list[nn.Module] = []
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             raise _LastStageReached
 
         hooks = [m.register_forward_pre_hook(lambda module, args: ran.append(module)) for m in self.net.modules()]
-        with _removed([*hooks, self.net.get_submodule(end).register_forward_hook(leave)]):
+        if end is not None:
+            hooks.append(self.net.get_submodule(end).register_forward_hook(leave))
+        with _removed(hooks):
             for self.multiple in MULTIPLES:
                 try:
-                    self._run(image)
+                    self._run(image, whole=end is None)
                     return ran
                 except InputError as error:
                     if not isinstance(error.__cause__, RuntimeError):
                         raise
             self.multiple = 1
-            self._run(image)
+            self._run(image, whole=end is None)
         return ran
 
     def _modules_after(self, end: str, image: Tensor) -> set[nn.Module]:
@@ -170,8 +199,8 @@ class StagedBackbone(nn.Module):
             self._run(image)
         return after
 
-    def _measure(self, image: Tensor) -> list[Tensor]:
-        """Run once and check the stages' outputs."""
+    def _measure(self, image: Tensor, front: int) -> list[Tensor]:
+        """Run once and check the stages' outputs; those of the first `front` stages must not be overwritten."""
         order: list[int] = []
         versions: dict[int, int] = {}
         hooks = []
@@ -192,7 +221,7 @@ class StagedBackbone(nn.Module):
         for index, (name, feature) in enumerate(zip(self.stage_names, features, strict=True)):
             if feature.ndim != 4:
                 raise InputError(f"stage {name!r} must return a map N×C×H×W, found shape {tuple(feature.shape)}")
-            if feature._version > versions.get(index, feature._version):
+            if index < front and feature._version > versions.get(index, feature._version):
                 raise InputError(
                     f"the output of stage {name!r} is overwritten in place by the next layer; "
                     "end the stage at that layer instead"
@@ -220,7 +249,18 @@ class StagedBackbone(nn.Module):
 
 
 _thread = threading.local()
-"""`collecting`: the maps that this thread's forward pass has collected, and whether they are those before denoising."""
+"""`collecting`: what this thread's forward pass collects, a `_Collecting`."""
+
+
+class _Collecting(NamedTuple):
+    """What a forward pass collects."""
+
+    features: list[Tensor] | None
+    """The stages' feature maps; None collects none."""
+    raw: bool
+    """Maps before the inserted layers."""
+    last: int | None
+    """Index of the stage in which the forward pass ends; None runs the whole network."""
 
 
 class _StageEnd:
@@ -235,21 +275,21 @@ class _StageEnd:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         feature, as_output = stage_map(output, self.backbone.stage_names[self.index], self.backbone.layout)
-        features, raw = _thread.collecting
-        if raw:
+        features, raw, last = _thread.collecting
+        if features is not None and raw:
             features.append(feature)
         if str(self.index) in self.backbone.inserted:
             feature = self.backbone.inserted[str(self.index)](feature)
             output = as_output(feature)
-        if not raw:
+        if features is not None and not raw:
             features.append(feature)
-        if self.backbone.leaves_early and self.index == len(self.backbone.stage_names) - 1:
+        if self.index == last:
             raise _LastStageReached
         return output
 
 
 class _LastStageReached(Exception):
-    """Leaves a network whose remaining code cannot run without its classifier."""
+    """Leaves a network whose remaining code need not, or cannot, run."""
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def training_command(config: RunConfig, out: str) -> str:
     arguments = ["robustfpd", "train", config.recipe, *_overrides(config, base, baseline)]
     if config.stage == "adversarial":
         arguments += ["--stages", "two-phase,adversarial" if config.adversarial.start == "best" else "adversarial"]
-    arguments += ["--protocol", config.protocol] if config.protocol != "corrected" else []
+    arguments += ["--protocol", config.protocol] if config.protocol != RunConfig().protocol else []
     arguments += ["--baseline"] if baseline else []
     arguments += ["--seed", str(config.seed)] if config.seed != base.seed else []
     arguments += ["--data-root", "data", "--download"] if config.data.dataset not in BUNDLED else []

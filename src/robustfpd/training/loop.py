@@ -194,7 +194,7 @@ class _Training:
         unit = restoration_unit(raw_model, config.training)
         noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
         if isinstance(raw_model, FPD):
-            return two_phase_step(model, clean, noisy, labels, update, config.training, index)
+            return two_phase_step(model, clean, noisy, labels, update, config.training, index, draws)
         return baseline_step(model, noisy, labels, update, config.training)
 
     def _validate(self) -> tuple[Validation, float | None]:

@@ -48,6 +48,8 @@ class EpochMetrics:
     lr: float
     images_per_second: float
     seconds: float
+    gate_opened: int | None = None
+    """Number of the epoch's first batch with the gate open; None while it is shut."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,13 @@ class EpochSums:
             "second_restoration": _mean([losses.restoration for losses in second]),
             "adversarial_ce": _mean([losses.ce for losses in adversarial]),
             "gate_open": sum(step.gate_open for step in self._steps) / len(self._steps),
+            "gate_opened": next((i for i, step in enumerate(self._steps, 1) if step.gate_open), None),
             "train_accuracy": float(self.correct) / self.counted,
             "train_adversarial_accuracy": float(sum(a.correct for a in adversarial)) / attacked if attacked else None,
         }
         ranks = group.gather(own)
-        return {n: None if own[n] is None else sum(r[n] for r in ranks) / len(ranks) for n in own}
+        means = {n: None if own[n] is None else sum(r[n] for r in ranks) / len(ranks) for n in own}
+        return means | {"gate_opened": own["gate_opened"]}  # equal on all ranks, which share the gate
 
 
 def _mean(losses: Sequence[Tensor | None]) -> float | None:

@@ -7,13 +7,17 @@ The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labe
                otherwise (open):    step on α₁·CE(ŷ¹, y) + α₂·L2
     Phase 2    ŷ², x'² = FPD(x'¹)          step on α₁·CE(ŷ², y) + α₂'·MSE(x'², x)
 
+With `middle_noise`, in both phases, uniform noise of its own is added between the passes: the restoration removes that
+of x_noisy, and a back pass trained on clean images is as fragile as any network trained on clean images.
+
 The functions take any loop's model, batch and optimizer; `robustfpd.training.train` calls the same ones::
 
-    config = TrainingConfig(noise=0.1, threshold=0.5)
+    config = TrainingConfig(noise=0.1)
+    generator = torch.Generator().manual_seed(0)
     update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(model), lr=1e-3), clip_grad_norm=10.0)
     for clean, labels in loader:
-        noisy = clean + config.noise * (2 * torch.rand_like(clean) - 1)
-        result = two_phase_step(model, clean, noisy, labels, update, config)
+        noisy = add_uniform_noise(clean, config.noise, generator)
+        result = two_phase_step(model, clean, noisy, labels, update, config, generator=generator)
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.config import AdversarialConfig, TrainingConfig
+from robustfpd.data.transforms import uniform_like
 from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline, FPDOutput
@@ -111,7 +116,7 @@ class StepResult:
 
 def two_phase_step(
     model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig,
-    index: int = 0,
+    index: int = 0, generator: torch.Generator | None = None,
 ) -> StepResult:  # fmt: skip
     """Train an FPD on one batch in two phases, as above.
 
@@ -121,29 +126,58 @@ def two_phase_step(
         noisy: the same images with noise, not clipped.
         labels: N class indices.
         update: clears gradients, runs the backward pass and steps; usually an `OptimizerUpdate`.
-        config: α₁, α₂, α₂', T (`threshold`), `gate_trains`, `second_pass`, `second_pass_interval` and `space`.
+        config: α₁, α₂, α₂', T (`threshold`), `gate_trains`, `second_pass`, `second_pass_interval`, `space` and the
+            noise between the passes (`back_pass_noise`).
         index: position of the batch in its epoch: phase 2 follows in every `second_pass_interval`-th batch.
+        generator: source of the noise between the passes, on the images' device.
 
     Raises:
-        InputError: the model is not an FPD.
+        InputError: the model is not an FPD, or there is noise between the passes and no generator.
     """
-    logits, restored = _forward(model, noisy)
+    noise = MiddleNoise(config.back_pass_noise, restoration_unit(model, config), generator)
+    logits, restored = _forward(model, noisy, noise.like(noisy))
     first, second = pass_losses(logits, restored, clean, labels, restoration_unit(model, config)), None
     if restored is None or first.restoration is None:
         raise InputError("two_phase_step trains an FPD, found a model without restored images; use baseline_step")
-    gate_open = gate_opens(first.restoration, config)
+    gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
     if not gate_open:
         update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
     elif index % config.second_pass_interval:
         update(phase_one_loss(first, config))
     else:
-        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config)
+        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, noise)
     return StepResult(first.detach(), second, None, gate_open)
+
+
+class MiddleNoise(NamedTuple):
+    """Uniform noise between the passes.
+
+    Its half-width `eps` is in units of `unit`; `generator` draws it for the batch of all ranks.
+    """
+
+    eps: float
+    unit: Tensor | float = 1.0
+    generator: torch.Generator | None = None
+
+    def like(self, images: Tensor) -> Tensor | None:
+        """Return noise for a batch N×C×H×W; None where `eps` is 0.
+
+        Raises:
+            InputError: there is no generator.
+        """
+        if self.eps == 0:
+            return None
+        if self.generator is None:
+            raise InputError(
+                f"the noise between the passes, ±{self.eps:g}, is drawn from a generator, found None; "
+                "pass generator=torch.Generator(), or set middle_noise=0"
+            )
+        return self.eps * self.unit * uniform_like(images, self.generator, ProcessGroup.current())
 
 
 def _both_phases(
     model: nn.Module, loss: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, update: Update,
-    config: TrainingConfig,
+    config: TrainingConfig, noise: MiddleNoise,
 ) -> PassLosses:  # fmt: skip
     """Step on phase 1's `loss` and on phase 2's, which starts from phase 1's restored images.
 
@@ -154,7 +188,7 @@ def _both_phases(
     if mode != "joint":
         update(loss, retain_graph=mode == "through")
     images = restored.detach() if mode == "detached" else restored
-    second = pass_losses(*_forward(model, images), clean, labels, unit)
+    second = pass_losses(*_forward(model, images, noise.like(images)), clean, labels, unit)
     second_loss = phase_two_loss(second, config)
     update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
@@ -166,7 +200,8 @@ def adversarial_step(
 ) -> StepResult:  # fmt: skip
     """Train an FPD or a baseline on clean and adversarial images, half of the loss on each (Madry et al., ICLR 2018).
 
-    An FPD then runs phase 2 on the restored adversarial images. The gate reads the clean images' restoration loss.
+    An FPD then runs phase 2 on the restored adversarial images. The gate reads the clean images' restoration loss. No
+    noise is added, neither to the images nor between the passes.
 
     Args:
         model: an FPD or a baseline in training mode.
@@ -182,14 +217,14 @@ def adversarial_step(
     passes, restored = _clean_and_adversarial(model, clean, adversarial, labels, config, settings)
     first, second, gate_open = passes[0], None, True
     if first.restoration is not None and settings.gate:
-        gate_open = gate_opens(first.restoration, config)
+        gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
     loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
     if first.restoration is not None and not gate_open:
         update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
     elif restored is None or not settings.second_pass or index % config.second_pass_interval:
         update(loss)
     else:
-        second = _both_phases(model, loss, restored, clean, labels, update, config)
+        second = _both_phases(model, loss, restored, clean, labels, update, config, MiddleNoise(0.0))
     return StepResult(first.detach(), second, passes[1].detach() if len(passes) > 1 else None, gate_open)
 
 
@@ -227,9 +262,9 @@ def baseline_step(
     return StepResult(losses.detach())
 
 
-def _forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return logits and restored images, None for a baseline's."""
-    output: FPDOutput | Tensor = model(images)
+def _forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return logits and restored images, None for a baseline's; `noise` is added between an FPD's passes."""
+    output: FPDOutput | Tensor = model(images) if noise is None else model(images, noise)
     return output if isinstance(output, FPDOutput) else (output, None)
 
 
@@ -254,9 +289,18 @@ def parameter_groups(model: FPD | Baseline) -> list[dict[str, Any]]:
     return [{"params": params, "name": name} for name, params in members.items() if params]
 
 
-def gate_opens(restoration: Tensor, config: TrainingConfig) -> bool:
-    """Return whether the restoration loss, averaged over all ranks, is at most the threshold."""
-    return not bool(ProcessGroup.current().all_reduce_mean(restoration) > config.threshold)
+def gate_opens(restoration: Tensor, clean: Tensor, config: TrainingConfig, unit: Tensor | float = 1.0) -> bool:
+    """Return whether the restoration loss, averaged over all ranks, is at most the threshold.
+
+    With `threshold_unit: constant_image` the threshold is a fraction of the restoration loss of the best constant image
+    of the batch `clean`, N×C×H×W: its mean, with a loss of the variance of the pixels in each channel.
+    """
+    group = ProcessGroup.current()
+    threshold = torch.as_tensor(config.threshold)
+    if config.threshold_unit == "constant_image":
+        variance = (clean / unit).var(dim=(0, 2, 3), correction=0).mean()
+        threshold = config.threshold * group.all_reduce_mean(variance)
+    return not bool(group.all_reduce_mean(restoration) > threshold)
 
 
 class Update(Protocol):

@@ -98,8 +98,8 @@ def swap_activations(net: nn.Module) -> int:
 
 
 def keep_inputs(net: nn.Module) -> bool:
-    """Make in-place ELUs keep their inputs; return whether there were any."""
-    in_place = [m for m in net.modules() if isinstance(m, ELU) and m.inplace]
+    """Make in-place activations keep their inputs; return whether there were any."""
+    in_place = [m for m in net.modules() if isinstance(m, (nn.ELU, *_ACTIVATIONS)) and getattr(m, "inplace", False)]
     for m in in_place:
         m.inplace = False
     return bool(in_place)

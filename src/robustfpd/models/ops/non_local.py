@@ -21,6 +21,16 @@ def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
     return _map(means + rows if residual else means, x)
 
 
+def normalised(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Compute `(X Xᵀ) X / |X Xᵀ|` by the dot product's means, whose gradient takes fewer products."""
+    rows = _rows(x)
+    n, p, c = rows.shape
+    small = rows.transpose(1, 2) if c <= p else rows
+    norm = torch.bmm(small, small.transpose(1, 2)).flatten(1).square().sum(dim=1)  # |X Xᵀ| = |Xᵀ X|
+    means = dot_product(x) * (p / norm.clamp_min(torch.finfo(torch.float32).tiny).sqrt()).reshape(n, 1, 1, 1)
+    return means + x if residual else means
+
+
 class _GramProduct(torch.autograd.Function):
     """Rows R (P×C) ↦ R G, or R G + R with `residual`, where G = Rᵀ R / P.
 
