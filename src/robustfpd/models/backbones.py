@@ -59,7 +59,8 @@ def from_timm(
 ) -> BackboneSpec:  # fmt: skip
     """Create a timm network, or one of our own: `resnet_mini`, or a published one by its blocks per stage.
 
-    timm adapts pretrained first layers to `in_channels`. Without `num_classes` the network has no classifier. `stages` are module names that override its `feature_info`.
+    timm adapts pretrained first layers to `in_channels`. Without `num_classes` the network has no classifier. `stages`
+    are module names that override its `feature_info`.
 
     Raises:
         InputError: timm has no such model, or it lists no stages (it is not a convolutional family).
