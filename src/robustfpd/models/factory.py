@@ -166,6 +166,8 @@ def load(folder: str | Path, *, net: nn.Module | None = None, trust_code: bool =
     weights = read_weights(path)
     # The saved weights follow, so that timm's pretrained ones need not be downloaded.
     changes: dict[str, Any] = {"pretrained": False, "mean": config.mean or (0.0,), "std": config.std or (1.0,)}
+    if config.pretrained and config.small_stem == "new":
+        changes["small_stem"] = False  # as it was built: with weights of its own
     if net is not None and is_import_path(config.backbone):
         changes["backbone"] = CUSTOM_BACKBONE
     model = assemble(task, config.model_copy(update=changes), net, from_cwd=trust_code)

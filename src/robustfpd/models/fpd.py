@@ -138,9 +138,9 @@ class BaseClassifier(
         images = images.to(self.mean.dtype)  # numpy's float64 images go through a float32 model
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
-    def _features(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
-        """Run the backbone: the stages' feature maps, finest first; `raw` before denoising."""
-        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw)
+    def _features(self, images: Tensor, *, raw: bool = False, whole: bool = False) -> list[Tensor]:
+        """Run the front stages, or all with `whole`: their feature maps, finest first; `raw` before denoising."""
+        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw, whole=whole)
         return features
 
     def _pooled(self, images: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class BaseClassifier(
         if self.config.tail == "own":
             features = self.backbone.classify(self._normalised(images))
         else:
-            features = self._features(images)[-1]
+            features = self._features(images, whole=True)[-1]
         pooled: Tensor = self.dropout(features.mean(dim=(2, 3)) if features.ndim == 4 else features)
         return pooled
 
@@ -221,7 +221,7 @@ class FPD(BaseClassifier):
         self._check(images)
         height, width = images.shape[-2:]
         features = self._features(images, raw=self.config.pyramid_reads == "raw")
-        c2_to_c5 = features[: self.backbone.front][-len(self.decoder.laterals) :]
+        c2_to_c5 = features[-len(self.decoder.laterals) :]
         restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
         restored = restored[:, :, :height, :width]
         if self.config.normalise == "once":  # R is in units of std

@@ -142,15 +142,32 @@ def take_classifier(net: nn.Module, run: Callable[[], Tensor], num_classes: int)
     channels = output.shape[1]
     if output.ndim != 2 or not ran:
         return OwnClassifier(channels, None)
-    layer, linear = ran[-1], _as_linear(ran[-1])
-    name = next(n for n, m in net.named_modules() if m is layer)
-    net.set_submodule(name, nn.Identity())
-    with suppress(RuntimeError):  # what follows may not take the layer's input
-        features = run()
-        if features.ndim == 2 and torch.allclose(linear(features), output, rtol=1e-5):
-            return OwnClassifier(linear.in_features, linear if channels == num_classes else None)
-    net.set_submodule(name, layer)
+    layer = ran[-1]
+    if _returns_output_of(layer, run):
+        name, linear = next(n for n, m in net.named_modules() if m is layer), _as_linear(layer)
+        net.set_submodule(name, nn.Identity())
+        with suppress(Exception):  # the user's code may not take the layer's input, or may read the layer's weight
+            features, slack = run(), 1e-5 * float(output.abs().max())
+            if features.ndim == 2 and torch.allclose(linear(features), output, rtol=0, atol=slack):
+                return OwnClassifier(linear.in_features, linear if channels == num_classes else None)
+        net.set_submodule(name, layer)
     return OwnClassifier(channels, None, logits=channels == num_classes)
+
+
+def _returns_output_of(layer: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Return whether `run` returns the layer's output unchanged, whatever it is: a ReLU keeps some outputs too."""
+    probes: list[Tensor] = []
+
+    def probe(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        probes.append(torch.linspace(-100, 100, out.numel()).reshape(out.shape))
+        return probes[-1]
+
+    hook = layer.register_forward_hook(probe)
+    try:
+        output = run()
+    finally:
+        hook.remove()
+    return torch.equal(output.flatten(), probes[-1].flatten())
 
 
 def first_output(output: Any) -> Tensor:

@@ -65,7 +65,7 @@ class StagedBackbone(nn.Module):
         """Images are padded to a multiple of this many pixels a side."""
         self.image_size = image_size
         self.leaves_early = True
-        """Whether `forward` leaves the network in the last stage that it runs."""
+        """Whether `forward` leaves the network in its last stage; it always leaves in an earlier one."""
         self.front = len(self.stage_names)
         """Number of stages that `forward` runs."""
         self.tail = tail
@@ -103,11 +103,16 @@ class StagedBackbone(nn.Module):
         except Exception:  # the user's code may raise anything here; leaving early skips it
             self.leaves_early = True
 
-    def forward(self, images: Tensor, *, raw: bool = False) -> list[Tensor]:
-        """Return the feature maps of the first stages, finest first; with `raw` before the inserted layers."""
+    def forward(self, images: Tensor, *, raw: bool = False, whole: bool = False) -> list[Tensor]:
+        """Return the feature maps of the first `front` stages, finest first; of all with `whole`.
+
+        With `raw` they are those before the inserted layers.
+        """
         features: list[Tensor] = []
+        stages = len(self.stage_names) if whole else self.front
+        leaves = self.leaves_early or stages < len(self.stage_names)
         with suppress(_LastStageReached):
-            self._call(images, _Collecting(features, raw, self.front - 1 if self.leaves_early else None))
+            self._call(images, _Collecting(features, raw, stages - 1 if leaves else None))
         return features
 
     def classify(self, images: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class StagedBackbone(nn.Module):
                 warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
                 if whole:
                     self.classify(image)
-                features: list[Tensor] = self(image)
+                features: list[Tensor] = self(image, whole=True)
                 return features
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if isinstance(error, InputError):
@@ -239,7 +244,7 @@ class StagedBackbone(nn.Module):
             for p in frozen:
                 p.requires_grad_(True)
             with evaluating(self.net), torch.enable_grad():
-                total = sum((f.sum() for f in self(image)), torch.zeros(()))
+                total = sum((f.sum() for f in self(image, whole=True)), torch.zeros(()))
                 grads = torch.autograd.grad(total, params, allow_unused=True) if total.requires_grad else ()
         finally:
             for p in frozen:
