@@ -8,25 +8,32 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fpds import as_trained, corrected
 from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.io import readable_folder, replace_folder
-from robustfpd.models.checkpoint import CONFIG, FORMAT, WEIGHTS
+from robustfpd.models.backbones import resnet_mini
+from robustfpd.models.checkpoint import CONFIG, EARLIER, FORMAT, WEIGHTS
 
 TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
 
 
 def trained(**options: Any) -> rf.FPD | rf.Baseline:
-    """A model whose running statistics are no longer those of a fresh one."""
-    model = rf.build(TASK, rf.ModelConfig(**options), seed=1)
-    model.train()(torch.rand(4, 1, 12, 16))
+    """A model whose running statistics, gates and restoration are no longer those of a fresh one."""
+    return seasoned(rf.build(TASK, rf.ModelConfig(**options), seed=1))
+
+
+def seasoned(model: rf.FPD | rf.Baseline) -> rf.FPD | rf.Baseline:
+    if isinstance(model, rf.FPD):
+        as_trained(model)
+    model.train()(torch.rand(4, model.task.in_channels, *model.task.image_size))
     return model.eval()
 
 
-def logits(model: nn.Module, channels: int = 1) -> Tensor:
-    x = torch.rand(3, channels, 12, 16, generator=torch.Generator().manual_seed(0))
+def logits(model: nn.Module, channels: int = 1, size: tuple[int, int] = (12, 16)) -> Tensor:
+    x = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out: Tensor = model(x)
     return out
@@ -35,7 +42,8 @@ def logits(model: nn.Module, channels: int = 1) -> Tensor:
 def assert_same(first: rf.FPD | rf.Baseline, second: rf.FPD | rf.Baseline, channels: int = 1) -> None:
     assert first.state_dict().keys() == second.state_dict().keys()
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in second.state_dict().items())
-    assert torch.equal(logits(first.classifier(), channels), logits(second.classifier(), channels))
+    size = first.task.image_size
+    assert torch.equal(logits(first.classifier(), channels, size), logits(second.classifier(), channels, size))
 
 
 @pytest.fixture
@@ -49,6 +57,10 @@ def saved(tmp_path: Path) -> Path:
     [
         {},
         {"defence": "none", "activation": "keep"},
+        {"front_stages": None, "pyramid_channels": None, "denoise": "softmax"},
+        {"restoration": "image", "denoise_gate": False, "front_stages": 4},
+        corrected().model_dump(),
+        {**corrected().model_dump(), "head": "spectral", "activation": "keep"},
         {"head": "orthogonal", "denoise": "bottleneck", "mean": (0.3,), "std": (0.7,)},
         {"head": "spectral", "lipschitz": 2.0, "small_stem": False, "pyramid_channels": 5},
         {"stages": ("act1", "layer2", "layer3"), "denoise_after": (2,), "middle": "restored"},
@@ -129,6 +141,56 @@ def test_a_pretrained_model_is_loaded_without_a_download(tmp_path: Path, monkeyp
     assert_same(model, rf.load(tmp_path / "again"), channels=3)
 
 
+def earlier(folder: Path) -> None:
+    """Rewrite a model's settings as the version before `improved` wrote them."""
+    path = folder / CONFIG
+    settings = json.loads(path.read_text())
+    assert settings["format"] == FORMAT == 2
+    for field in ("tail", "denoise_gate", "front_stages", "restoration"):
+        del settings["model"][field]
+    path.write_text(json.dumps({**settings, "format": EARLIER}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pyramid_channels": 8, "head": "spectral"}, {"activation": "keep", "small_stem": False}]
+)
+def test_a_model_of_an_earlier_version_is_the_papers_network(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = seasoned(rf.build(TASK, corrected(**options), seed=1))
+    model.save(tmp_path / "model")
+    earlier(tmp_path / "model")
+    loaded = rf.load(tmp_path / "model")
+    assert loaded.config == model.config
+    assert_same(model, loaded)
+
+
+def test_a_baseline_of_an_earlier_version_has_a_new_head_on_the_pooled_maps(tmp_path: Path) -> None:
+    model = seasoned(rf.build(TASK, corrected().baseline(), seed=1))
+    model.save(tmp_path / "model")
+    earlier(tmp_path / "model")
+    loaded = rf.load(tmp_path / "model")
+    assert loaded.config.tail == "pooling"
+    assert_same(model, loaded)
+
+
+def test_improved_models_come_back_around_each_kind_of_network(tmp_path: Path) -> None:
+    """One by timm's name, one by a factory of torchvision's and one around a module, with new classes and their own."""
+    task = rf.TaskConfig(num_classes=4, in_channels=3, image_size=(32, 32))
+    for index, backbone in enumerate(
+        ("regnetx_002", "torchvision.models:resnet18", "torchvision.models:squeezenet1_1")
+    ):
+        stages = ("features.1", "features.4", "features.7") if "squeezenet" in backbone else None
+        model = seasoned(rf.build(task, rf.ModelConfig(backbone=backbone, stages=stages)))
+        model.save(tmp_path / str(index))
+        assert_same(model, rf.load(tmp_path / str(index)), channels=3)
+    for classes in (4, 10):
+        model = seasoned(rf.build(task, rf.ModelConfig(backbone="custom"), net=resnet_mini(3, num_classes=classes)))
+        model.save(tmp_path / f"custom{classes}")
+        like = resnet_mini(3, num_classes=classes)
+        for parameter in like.parameters():
+            nn.init.zeros_(parameter)
+        assert_same(model, rf.load(tmp_path / f"custom{classes}", net=like), channels=3)
+
+
 def test_no_pickle_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("pickle")
@@ -179,7 +241,7 @@ def test_settings_that_are_not_text_are_an_input_error(saved: Path) -> None:
 @pytest.mark.parametrize("rest", [{"task": {}, "model": {}}, {"networks": []}])
 def test_another_format_is_named(saved: Path, rest: dict[str, Any]) -> None:
     (saved / CONFIG).write_text(json.dumps({"format": FORMAT + 1, **rest}))
-    with pytest.raises(InputError, match=f"has format {FORMAT + 1}, this robustfpd reads {FORMAT}"):
+    with pytest.raises(InputError, match=f"has format {FORMAT + 1}, this robustfpd reads {EARLIER} and {FORMAT}"):
         rf.load(saved)
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.fpds import as_trained
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -20,13 +21,13 @@ from robustfpd.provenance import weights_sha256
 FORMATS: tuple[Format, ...] = ("onnx", "torch")
 HEADS = ("tanh", "linear", "spectral", "orthogonal")
 ON_MNIST = ("mnist/mini-fpd", "mnist/mini-fpd-adversarial")
-DENOISE = ("dot", "softmax", "gaussian", "bottleneck", "none")
+DENOISE = ("normalised", "dot", "softmax", "gaussian", "bottleneck", "none")
 
 
 def tiny(peeks: bool = False, **options: Any) -> FPD:
     """One convolution a stage, four channels wide."""
     values = {"num_classes": 4, "in_channels": 1, "image_size": 8, **options}
-    return rf.enhance(Net(values["in_channels"], peeks), stages=["a", "b", "c", "d"], **values).eval()
+    return as_trained(rf.enhance(Net(values["in_channels"], peeks), stages=["a", "b", "c", "d"], **values)).eval()
 
 
 class Net(nn.Module):
@@ -119,16 +120,25 @@ def test_constrained_weights_become_plain_in_the_file_only(tmp_path: Path) -> No
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("denoise", DENOISE)
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_head_and_denoising(head: str, denoise: str, format: Format, tmp_path: Path) -> None:
-    made = check(tiny(head=head, denoise=denoise), format, tmp_path / "file", (8, 8))
+@pytest.mark.parametrize("protocol", ["improved", "corrected"])
+def test_every_head_and_denoising(head: str, denoise: str, format: Format, protocol: str, tmp_path: Path) -> None:
+    made = check(tiny(head=head, denoise=denoise, protocol=protocol), format, tmp_path / "file", (8, 8))
     assert made.difference < 1e-4
 
 
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_networks_that_are_left_early(format: Format, tmp_path: Path) -> None:
-    model = tiny(peeks=True, head="orthogonal", image_size=(9, 13))
+    model = tiny(peeks=True, tail="pooling", head="orthogonal", image_size=(9, 13))
     assert model.backbone.leaves_early
     check(model, format, tmp_path / "file", (9, 13))
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
+@pytest.mark.parametrize("front_stages", [1, None])
+def test_networks_with_their_own_tail_of_which_the_front_pass_runs_a_part(
+    format: Format, front_stages: int | None, tmp_path: Path
+) -> None:
+    check(tiny(front_stages=front_stages, image_size=(9, 13)), format, tmp_path / "file", (9, 13))
 
 
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])

@@ -7,17 +7,26 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tests.fpds import as_trained, corrected
 from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
-from robustfpd.models.denoise import dot_product
+from robustfpd.models.backbones import resnet_mini
+from robustfpd.models.denoise import dot_product, normalised
 
 MINI: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "image_size": 16}
+PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
+
+
+def fresh(**options: Any) -> rf.FPD:
+    """A new FPD, which under the protocol `improved` computes what its backbone computes."""
+    return rf.enhance("resnet_mini", **{**MINI, **options})
 
 
 def mini(**options: Any) -> rf.FPD:
-    return rf.enhance("resnet_mini", **{**MINI, **options})
+    """An FPD whose gates are open and whose restoration changes the images."""
+    return as_trained(fresh(**options))
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -27,7 +36,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_forward_is_front_restoration_middle_back_and_head(middle: Any, mode: str) -> None:
-    model = mini(middle=middle, mean=(0.2,), std=(0.5,)).train(mode == "train")
+    model = mini(protocol="corrected", middle=middle, mean=(0.2,), std=(0.5,)).train(mode == "train")
     x = torch.rand(3, 1, 16, 16)
     out = model(x)
     front = model.backbone((x - 0.2) / 0.5)
@@ -41,26 +50,65 @@ def test_forward_is_front_restoration_middle_back_and_head(middle: Any, mode: st
     assert torch.allclose(out.logits, logits, atol=1e-6)
 
 
-def test_the_middle_uses_the_denoising_layers_affinity() -> None:
+@pytest.mark.parametrize("middle", ["input", "restored", "none"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("noise", [None, 0.2])
+def test_improved_adds_restoration_and_gated_means_and_ends_with_the_networks_own_layers(
+    middle: Any, mode: str, noise: float | None
+) -> None:
+    model = mini(middle=middle, mean=(0.2,), std=(0.5,)).train(mode == "train")
+    x = torch.rand(3, 1, 16, 16)
+    between = None if noise is None else noise * torch.rand_like(x)
+    out = model(x, between)
+    front = model.backbone((x - 0.2) / 0.5)
+    restored = x + model.decoder(front, (16, 16))
+    added = {"input": normalised(x), "restored": normalised(restored), "none": torch.zeros_like(x)}[middle]
+    seen = restored + 0.3 * added + (0 if between is None else between)
+    features = model.backbone.classify((seen - 0.2) / 0.5)
+    linear = model.head.linear
+    assert isinstance(linear, nn.Linear)
+    assert len(front) == 2
+    assert features.shape == (3, 128)
+    assert torch.allclose(out.restored, restored, atol=1e-6)
+    assert torch.allclose(out.logits, F.linear(features, linear.weight, linear.bias), atol=1e-6)
+    assert float((restored - x).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("protocol", "kinds"),
+    [("corrected", ("dot", "softmax", "gaussian")), ("improved", ("dot", "softmax", "gaussian", "normalised"))],
+)
+def test_the_middle_uses_the_denoising_layers_affinity(protocol: str, kinds: tuple[str, ...]) -> None:
     x = torch.rand(2, 1, 16, 16)
-    outs = [mini(denoise=kind, denoise_after=()).eval()(x).logits for kind in ("dot", "softmax", "gaussian")]
-    assert not torch.allclose(outs[0], outs[1])
-    assert not torch.allclose(outs[1], outs[2])
-    assert torch.equal(outs[0], mini(denoise="none", denoise_after=()).eval()(x).logits)
+    outs = [mini(protocol=protocol, denoise=kind, denoise_after=()).eval()(x).logits for kind in kinds]
+    for i, first in enumerate(outs):
+        assert all(not torch.allclose(first, other) for other in outs[:i])
+    assert torch.equal(outs[0], mini(protocol=protocol, denoise="none", denoise_after=()).eval()(x).logits)
 
 
-def test_both_passes_run_through_the_same_modules() -> None:
-    model = mini()
+@pytest.mark.parametrize("front_stages", [None, 1, 2, 4, 5, 9])
+def test_the_front_pass_runs_the_first_stages_and_the_back_pass_the_whole_network(front_stages: int | None) -> None:
+    model = mini(front_stages=front_stages)
     calls: dict[str, int] = {}
 
     def count(name: str) -> Any:
         return lambda *_: calls.update({name: calls.get(name, 0) + 1})
 
-    layers = [n for n, m in model.backbone.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    layers = [n for n, m in model.backbone.net.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     for name in layers:
-        model.backbone.get_submodule(name).register_forward_hook(count(name))
+        model.backbone.net.get_submodule(name).register_forward_hook(count(name))
     model(torch.rand(2, 1, 16, 16))
-    assert calls == dict.fromkeys(layers, 2)
+    ends = ["bn1", "layer1", "layer2", "layer3", "layer4"][: front_stages or 5]
+    twice = ("conv1", *ends)
+    assert calls == {name: 2 if name.startswith(twice) else 1 for name in layers}
+    assert len(model.decoder.laterals) == min(4, len(ends))
+    assert set(calls.values()) == ({2} if len(ends) == 5 else {1, 2})
+    calls.clear()
+    pooling = mini(front_stages=front_stages, tail="pooling")
+    for name in layers:
+        pooling.backbone.net.get_submodule(name).register_forward_hook(count(name))
+    pooling(torch.rand(2, 1, 16, 16))
+    assert calls == {name: 2 if name.startswith(twice) else 1 for name in layers}
 
 
 def test_inner_denoising_follows_the_chosen_stages() -> None:
@@ -121,14 +169,17 @@ def test_taking_the_classifier_leaves_frozen_layers_frozen() -> None:
     assert model.training
 
 
-def test_in_training_both_passes_feed_the_running_averages_front_first() -> None:
-    model = mini(denoise="none")
+@PROTOCOLS
+def test_in_training_both_passes_feed_the_running_averages_front_first(protocol: str) -> None:
+    model = mini(protocol=protocol, denoise="none")
     first = batch_norms(model)[0]
     seen: list[Tensor] = []
     first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     x = torch.rand(4, 1, 16, 16)
     out = model(x)
-    assert all(int(m.num_batches_tracked) == 2 for m in batch_norms(model))  # type: ignore[arg-type]
+    counts = [int(m.num_batches_tracked) for m in batch_norms(model)]  # type: ignore[arg-type]
+    assert set(counts[:5]) == {2}  # those of the stem and of layer1
+    assert set(counts[5:]) == {1 if protocol == "improved" else 2}
     means = [inputs.mean(dim=(0, 2, 3)) for inputs in seen]
     momentum = first.momentum
     assert momentum is not None
@@ -173,8 +224,10 @@ def test_the_seed_decides_the_weights_and_global_randomness_is_left_alone(net: s
     again = rf.enhance(net, **MINI, seed=3).state_dict()
     other = rf.enhance(net, **MINI, seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    drawn = [name for name, tensor in first.items() if name.endswith("weight") and tensor.ndim == 4]
-    assert all(not torch.equal(first[name], other[name]) for name in drawn)
+    weights = {name: tensor for name, tensor in first.items() if name.endswith("weight") and tensor.ndim == 4}
+    same = [name for name in weights if torch.equal(weights[name], other[name])]
+    assert same == [name for name, tensor in weights.items() if not tensor.any()]
+    assert same == [f"decoder.upscale.{len(rf.enhance(net, **MINI).decoder.upscale) - 1}.weight"]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +250,18 @@ def test_images_of_another_shape_or_type_are_refused(images: Tensor, defence: An
         model.classifier()(images)
 
 
-def test_images_are_normalised_inside_the_model() -> None:
-    plain = mini(in_channels=3, denoise="none", middle="none").eval()
+@PROTOCOLS
+def test_images_are_normalised_inside_the_model(protocol: str) -> None:
+    options: dict[str, Any] = {"in_channels": 3, "denoise": "none", "middle": "none", "protocol": protocol}
+    plain = mini(**options).eval()
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    normalised = mini(in_channels=3, denoise="none", middle="none", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
+    normalising = mini(**options, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
     x = torch.rand(2, 3, 16, 16)
     before = (x - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
-    assert torch.allclose(normalised.restore(x), plain.restore(before), atol=1e-6)
+    found, expected = normalising.restore(x), plain.restore(before)
+    if protocol == "improved":  # the residual is added to the image as it is
+        found, expected = found - x, expected - before
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +292,9 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(dropping.eval()(x).logits, dropping(x).logits)
 
 
-def test_gradients_reach_every_parameter_and_the_image() -> None:
-    model = mini(denoise="bottleneck", head="orthogonal")
+@PROTOCOLS
+def test_gradients_reach_every_parameter_and_the_image(protocol: str) -> None:
+    model = mini(denoise="bottleneck", head="orthogonal", protocol=protocol)
     x = torch.rand(4, 1, 16, 16, requires_grad=True)
     out = model(x)
     (out.logits.square().sum() + out.restored.square().sum()).backward()
@@ -258,7 +317,7 @@ def test_the_pyramids_width(channels: int | None, width: int) -> None:
 
 def test_the_baseline_is_pooling_and_a_linear_layer() -> None:
     task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
-    model = rf.build(task, rf.ModelConfig(denoise="bottleneck", dropout=0.5).baseline()).eval()
+    model = rf.build(task, corrected(denoise="bottleneck", dropout=0.5).baseline()).eval()
     assert isinstance(model, rf.Baseline)
     assert not model.backbone.inserted
     assert not any(isinstance(m, nn.ELU) for m in model.modules())
@@ -268,6 +327,17 @@ def test_the_baseline_is_pooling_and_a_linear_layer() -> None:
     expected = F.linear(model.backbone(x)[-1].mean(dim=(2, 3)), linear.weight, linear.bias)
     assert torch.allclose(model(x), expected, atol=1e-6)
     assert model.classifier() is model
+
+
+def test_improveds_baseline_is_the_network_itself() -> None:
+    net = resnet_mini(1, num_classes=4).eval()
+    task = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(16, 16))
+    config = rf.ModelConfig(backbone="custom", denoise="bottleneck", mean=(0.2,), std=(0.5,))
+    baseline = rf.build(task, config.baseline(), net=net).eval()
+    assert isinstance(baseline, rf.Baseline)
+    assert not baseline.backbone.inserted
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.allclose(baseline(x), net((x - 0.2) / 0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_the_baseline_starts_with_the_same_backbone() -> None:
@@ -326,14 +396,15 @@ def test_resnet_mini_has_no_pretrained_weights() -> None:
 
 
 def test_pretrained_weights_and_constants_reach_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    donor = timm.create_model("resnet18", num_classes=0).state_dict()
+    donor = timm.create_model("resnet18", num_classes=4).state_dict()
 
     def fetch(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         model.load_state_dict(donor)
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", fetch)
     model = rf.enhance("resnet18", num_classes=4, image_size=64, pretrained=True)
-    found = model.backbone.net.state_dict()
+    head = {f"fc.{name}": tensor for name, tensor in model.head.linear.state_dict().items()}
+    found = {**model.backbone.net.state_dict(), **head}
     assert found.keys() == donor.keys()
     assert all(torch.equal(found[name], donor[name]) for name in donor)
     cfg: Any = timm.create_model("resnet18").pretrained_cfg
@@ -351,9 +422,12 @@ def test_weights_of_a_timm_network_fit_under_their_own_names() -> None:
 
 
 def test_a_users_module_keeps_its_weights(chain: nn.Module, chain_stages: tuple[str, ...]) -> None:
-    model = rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=(16, 20))
+    model = rf.enhance(chain, stages=chain_stages, num_classes=5, image_size=(16, 20), front_stages=None)
     expected = chain.state_dict()
-    assert all(torch.equal(expected[name], tensor) for name, tensor in model.backbone.net.state_dict().items())
+    found = model.backbone.net.state_dict()
+    found |= {f"head.{name}": tensor for name, tensor in model.head.linear.state_dict().items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
     out = model(torch.rand(2, 3, 16, 20))
     assert out.restored.shape == (2, 3, 16, 20)
     assert len(model.decoder.laterals) == 3
@@ -366,7 +440,7 @@ def test_a_network_of_one_stage() -> None:
 
 
 def test_images_in_double_precision_go_through_a_float32_model() -> None:
-    model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    model = mini(image_size=8, pyramid_channels=8).eval()
     images = torch.rand(3, 1, 8, 8)
     with torch.no_grad():
         expected, found = model(images), model(images.double())
@@ -382,13 +456,18 @@ def test_a_numpy_array_is_refused() -> None:
 
 def test_a_network_that_is_nan_until_its_norms_are_trained_says_so() -> None:
     with pytest.warns(UserWarning, match="in evaluation mode until its batch norms have seen training images"):
-        model = rf.enhance("densenet121", num_classes=4, in_channels=1, image_size=28, pyramid_channels=8)
+        model = rf.enhance(
+            "densenet121", num_classes=4, in_channels=1, image_size=28, pyramid_channels=8, protocol="corrected"
+        )
     assert bool(model.train()(torch.rand(4, 1, 28, 28)).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("denoise", ["dot", "softmax", "gaussian", "bottleneck"])
-def test_autocast_changes_the_outputs_little(denoise: str) -> None:
-    model = rf.enhance("resnet_mini", num_classes=4, in_channels=1, image_size=16, denoise=denoise).train()
+@pytest.mark.parametrize(
+    ("protocol", "denoise"),
+    [("improved", "normalised"), *(("corrected", kind) for kind in ("dot", "softmax", "gaussian", "bottleneck"))],
+)
+def test_autocast_changes_the_outputs_little(protocol: str, denoise: str) -> None:
+    model = mini(protocol=protocol, denoise=denoise).train()
     images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     model(images)
     model.eval()
@@ -400,3 +479,95 @@ def test_autocast_changes_the_outputs_little(denoise: str) -> None:
     assert torch.allclose(found.logits.float(), expected.logits, atol=0.05)
     found.restored.square().sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+# Improved at its start
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"front_stages": None, "pyramid_channels": None}, {"denoise": "softmax", "middle": "restored"},
+        {"denoise": "bottleneck", "denoise_after": (0, 1, 2, 3, 4)}, {"denoise": "none", "middle": "none"},
+        {"pyramid_reads": "raw", "denoise": "dot"},
+    ],
+)  # fmt: skip
+def test_a_new_fpd_computes_what_its_network_computes(mode: str, channels: int, options: dict[str, Any]) -> None:
+    net = resnet_mini(channels, num_classes=4).train(mode == "train")
+    model = rf.enhance(net, num_classes=4, in_channels=channels, image_size=16, **options).train(mode == "train")
+    x = torch.rand(4, channels, 16, 16)
+    out = model(x)
+    assert relative(out.logits, net(x)) < 1e-5
+    assert torch.equal(out.restored, x)
+
+
+@pytest.mark.parametrize("normalise", ["each_pass", "once"])
+def test_a_new_fpd_computes_what_its_network_computes_on_normalised_images(normalise: Any) -> None:
+    net = resnet_mini(1, num_classes=4).eval()
+    model = rf.enhance(net, **MINI, normalise=normalise, mean=(0.2,), std=(0.5,)).eval()
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    assert relative(out.logits, net((x - 0.2) / 0.5)) < 1e-5
+    assert torch.equal(out.restored, x)
+
+
+def gates(model: rf.FPD) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("gate", "middle_gate")}
+
+
+@pytest.mark.parametrize("denoise", ["normalised", "dot", "softmax", "gaussian", "bottleneck"])
+def test_gates_and_the_restorations_last_layer_start_at_zero(denoise: str) -> None:
+    model = fresh(denoise=denoise)
+    assert set(gates(model)) == {"backbone.inserted.0.gate", "backbone.inserted.1.gate", "middle_gate"}
+    assert not any(bool(gate) for gate in gates(model).values())
+    assert not any(bool(p.any()) for p in model.decoder.upscale[-1].parameters())
+    assert all(bool(p.any()) for layer in model.decoder.upscale[:-1] for p in layer.parameters())
+
+
+def test_gates_exist_where_something_is_denoised() -> None:
+    assert set(gates(fresh(middle="none"))) == {"backbone.inserted.0.gate", "backbone.inserted.1.gate"}
+    assert set(gates(fresh(denoise="none"))) == {"middle_gate"}
+    assert not gates(fresh(denoise_gate=False))
+    assert not gates(fresh(protocol="corrected"))
+
+
+def test_each_gate_and_the_restoration_change_the_output() -> None:
+    x = torch.rand(2, 1, 16, 16)
+    model = fresh().eval()
+    with torch.no_grad():
+        start = model(x)
+        for gate in gates(model).values():
+            gate.fill_(0.3)
+            out = model(x)
+            gate.zero_()
+            assert relative(out.logits, start.logits) > 1e-3
+            assert torch.equal(out.restored, x)
+        trained = as_trained(model, gate=0.0)(x)
+    assert relative(trained.logits, start.logits) > 1e-3
+    assert float((trained.restored - x).abs().max()) > 0.01
+
+
+def test_the_first_gradient_reaches_gates_and_the_restorations_last_layer() -> None:
+    model = fresh()
+    labels = torch.tensor([0, 1, 2, 3])
+    F.cross_entropy(model(torch.rand(4, 1, 16, 16)).logits, labels).backward()
+    found = {**gates(model), **dict(model.decoder.upscale[-1].named_parameters())}
+    assert len(found) == 5
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in found.values())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("normalise", ["each_pass", "once"])
+def test_the_residual_is_added_to_the_images_in_units_of_the_decoder(normalise: Any) -> None:
+    model = mini(normalise=normalise, mean=(0.2,), std=(0.5,)).eval()
+    x = torch.rand(2, 1, 16, 16)
+    residual = model.decoder(model.backbone((x - 0.2) / 0.5), (16, 16))
+    expected = x + (0.5 * residual if normalise == "once" else residual)
+    assert torch.allclose(model.restore(x), expected, atol=1e-6)

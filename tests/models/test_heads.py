@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfpd.errors import InputError
 from robustfpd.models.heads import ClassificationLayer, Spectral, classification_layer, spectral_norm
@@ -83,7 +83,7 @@ def test_the_bound_holds_after_training_steps_that_pull_against_it(
 
 
 def test_weights_under_the_bound_stay_as_they_are() -> None:
-    head = Spectral(6, 3, bound=2.0)
+    head = Spectral(nn.Linear(6, 3), bound=2.0)
     weight = torch.randn(3, 6)
     weight = weight / torch.linalg.svdvals(weight)[0]
     (raw,) = (p for p in head.parameters() if p.shape == weight.shape)
@@ -127,7 +127,7 @@ def test_the_spectral_norm_and_its_gradient_are_those_of_torch(rows: int, column
 
 
 def test_a_zero_matrix_gives_finite_gradients() -> None:
-    head = Spectral(6, 3, bound=1.0)
+    head = Spectral(nn.Linear(6, 3), bound=1.0)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()

@@ -213,11 +213,62 @@ def test_a_stage_that_never_runs_is_refused(chain: nn.Module) -> None:
         backbone(chain, ("stem", "idle", "first"))
 
 
+class AddsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+
 def test_a_stage_overwritten_by_the_next_layer_is_refused() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), AddsInPlace(), nn.Conv2d(4, 4, 1))
     with pytest.raises(InputError, match="'0' is overwritten in place"):
         backbone(copy.deepcopy(net), ("0", "2"))
-    assert backbone(net, ("1", "2")).channels == (4, 4)
+    assert backbone(copy.deepcopy(net), ("1", "2")).channels == (4, 4)
+    assert backbone(net, ("1", "2"), front_stages=1).channels == (4, 4)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Hardswish])
+def test_an_activation_after_a_stage_keeps_the_stages_map(activation: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), activation(inplace=True), nn.Conv2d(4, 4, 1))
+    convolution = copy.deepcopy(net[0])
+    made, x = backbone(net, ("0", "2")), torch.rand(2, 3, 8, 8)
+    assert torch.equal(made(x)[0], convolution(x))
+
+
+def test_a_later_stage_than_the_front_passs_may_be_overwritten() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), AddsInPlace(), nn.Conv2d(4, 5, 1))
+    expected, x = copy.deepcopy(net), torch.rand(2, 3, 8, 8)
+    with pytest.raises(InputError, match="'1' is overwritten in place"):
+        backbone(copy.deepcopy(net), ("0", "1", "3"))
+    made = backbone(net, ("0", "1", "3"), front_stages=1, tail=True)
+    assert made.channels == (4, 4, 5)
+    assert [f.shape[1] for f in made(x)] == [4]
+    assert torch.equal(made.classify(x), expected(x))
+
+
+def test_with_its_tail_the_network_stays_whole(chain: Any, chain_stages: tuple[str, ...]) -> None:
+    original, x = copy.deepcopy(chain).eval(), torch.rand(2, 3, 16, 16)
+    made = backbone(chain, chain_stages, tail=True)
+    assert isinstance(chain.head, nn.Linear)
+    assert torch.equal(made.classify(x), original(x))
+    assert [f.shape[1] for f in made(x)] == [4, 6, 8]
+    doubled = backbone(copy.deepcopy(original), chain_stages, tail=True, insert=lambda *_: Doubling())
+    maps = 2 * original.second(2 * original.first(2 * original.stem(x)))
+    assert torch.allclose(doubled.classify(x), original.head(maps.mean(dim=(2, 3))), atol=1e-6)
+
+
+@pytest.mark.parametrize(("front_stages", "channels"), [(1, [4]), (2, [4, 6]), (3, [4, 6, 8]), (9, [4, 6, 8])])
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_forward_pass_leaves_after_the_front_stages(
+    chain: Any, chain_stages: tuple[str, ...], front_stages: int, channels: list[int], tail: bool
+) -> None:
+    made = backbone(chain, chain_stages, front_stages=front_stages, tail=tail)
+    ran: list[str] = []
+    for name in (*chain_stages, "head") if tail else chain_stages:
+        chain.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    assert [f.shape[1] for f in made(torch.rand(2, 3, 16, 16))] == channels
+    assert made.channels == (4, 6, 8)
+    assert ran == list(chain_stages[: len(channels)])
+    assert [f.shape[1] for f in made(torch.rand(2, 3, 16, 16), whole=True)] == [4, 6, 8]
 
 
 def test_a_stage_without_a_map_is_refused() -> None:

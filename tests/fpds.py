@@ -1,0 +1,31 @@
+"""FPDs that the tests of several folders share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustfpd.config import ModelConfig, parse, protocol_defaults
+from robustfpd.models import FPD
+
+
+def as_trained(model: FPD, gate: float = 0.3) -> FPD:
+    """Set gates and a residual restoration to values other than 0, as training does; the paper's FPD has neither."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in ("gate", "middle_gate"):
+                parameter.fill_(gate)
+        if model.config.restoration == "residual":
+            last = model.decoder.upscale[-1]
+            assert isinstance(last, nn.ConvTranspose2d)
+            for parameter in last.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draws))
+    return model
+
+
+def corrected(**options: Any) -> ModelConfig:
+    """Return settings of the paper's network."""
+    return parse(ModelConfig, {**protocol_defaults("corrected", "model"), **options})
