@@ -32,6 +32,7 @@ CORRECTED: dict[str, Any] = {
     "model.front_stages": None,
     "model.restoration": "image",
     "model.pyramid_channels": None,
+    "model.unstrided_kernel": 3,
     "model.head": "tanh",
     "training.middle_noise": 0.0,
     "training.threshold": 3.0,

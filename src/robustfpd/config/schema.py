@@ -268,8 +268,9 @@ class ModelConfig(Config):
     """The decoder's output R(c2…c5): `x′ = x + R` with R = 0 at initialisation, or (published) `x′ = R`."""
     pyramid_channels: int | None = Field(default=16, ge=1)
     """Width P of the pyramid; None takes a quarter of the last front stage's channels, within 32 and 256."""
-    unstrided_kernel: Literal[2, 3] = 3
-    """Kernel of the decoder's transposed convolutions that keep the size; 2 (published ResNeXt) takes two of them."""
+    unstrided_kernel: Literal[2, 3, None] = None
+    """Kernel of the decoder's transposed convolutions that keep the size: 3, or 2 (published ResNeXt), which takes two
+    of them; None leaves them out: layers in a row without a nonlinearity compute no more than one."""
     head: Head = "linear"
     """Classification layer; `tanh` is the published one. With `tail: own`, the network's own last linear layer,
     unchanged or bounded."""

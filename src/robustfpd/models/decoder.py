@@ -24,15 +24,16 @@ class RestorationDecoder(nn.Module):
         width: channels of the pyramid.
         out_channels: channels of the image.
         start_at_zero: initialise the last layer to 0, so that the output is 0.
-        unstrided_kernel: kernel of the transposed convolutions that keep the size, 3, or 2 as in the published ResNeXt.
+        unstrided_kernel: kernel of the transposed convolutions that keep the size, 3, or 2 as in the published ResNeXt;
+            None leaves them out.
 
     Raises:
         InputError: `unstrided_kernel=2` where only one layer keeps the size.
     """
 
     def __init__(
-        self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *, unstrided_kernel: int = 3,
-        start_at_zero: bool = False,
+        self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *,
+        unstrided_kernel: int | None = 3,        start_at_zero: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
@@ -72,15 +73,19 @@ def _resize(p: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(p, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _transposed_convolutions(reduction: int, width: int, out_channels: int, unstrided_kernel: int) -> list[nn.Module]:
+def _transposed_convolutions(
+    reduction: int, width: int, out_channels: int, unstrided_kernel: int | None
+) -> list[nn.Module]:
     """Return the transposed convolutions width → 64 → 16 → out_channels that enlarge a map `reduction` times.
 
     Published ResNets have reduction 4: two layers that double the side, then a 1×1. For a smaller reduction, layers of
-    stride 1 replace the last doublings; for a larger one, doublings 16 → 16 are added. Published ResNeXts have
-    reduction 1 and two 2×2 layers of stride 1: the first shrinks each side by a pixel, the second enlarges it again.
+    stride 1 replace the last doublings, unless `unstrided_kernel` is None; for a larger one, doublings 16 → 16 are
+    added. Published ResNeXts have reduction 1 and two 2×2 layers of stride 1: the first shrinks each side by a pixel,
+    the second enlarges it again.
     """
     doublings = max(0, (max(reduction, 1) - 1).bit_length())
-    widths = [width, min(64, width), min(16, width)] + [min(16, width)] * (doublings - 2)
+    count = doublings if unstrided_kernel is None else max(2, doublings)
+    widths = [width, min(64, width), *[min(16, width)] * count][: count + 1]
     if unstrided_kernel == 2 and doublings == 1:
         raise InputError(
             f"unstrided_kernel=2 keeps the size in pairs only, and a reduction of {reduction} needs one such layer; "

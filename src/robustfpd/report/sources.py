@@ -168,10 +168,11 @@ def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
     if not path.is_file():
         return (), [f"{path} is missing: no training curves"]
     history: list[EpochMetrics] = []
-    names = [f.name for f in dataclasses.fields(EpochMetrics)]
+    fields = dataclasses.fields(EpochMetrics)
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
     for line in csv.DictReader(text.splitlines()):
         try:
+            names = [f.name for f in fields if f.name in line or f.default is dataclasses.MISSING]
             values: dict[str, Any] = {name: float(line[name]) if line[name] else None for name in names}
             complete = None not in (values["gate_open"], values["validation_accuracy"])
         except (KeyError, ValueError, TypeError):
