@@ -291,7 +291,7 @@ def _training_batch(
                 return
             noisy = add_uniform_noise(clean, config.noise, draws, training.restoration_unit(model, config))
             if isinstance(model, FPD):
-                training.two_phase_step(model, clean, noisy, labels, update, config)
+                training.two_phase_step(model, clean, noisy, labels, update, config, generator=draws)
             else:
                 training.baseline_step(model, noisy, labels, update, config)
 
