@@ -289,7 +289,7 @@ def _training_batch(
                 adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
                 training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
                 return
-            noisy = add_uniform_noise(clean, config.noise, draws, training.restoration_unit(model, config))
+            noisy = add_uniform_noise(clean, config.noise, draws, training.noise_unit(model, config))
             if isinstance(model, FPD):
                 training.two_phase_step(model, clean, noisy, labels, update, config, generator=draws)
             else:

@@ -129,14 +129,17 @@ class TrainingConfig(ProcedureConfig):
     """T: while the restoration loss is above it, the gate is shut and only the modules of `gate_trains` learn."""
     threshold_unit: Literal["constant_image", "absolute"] = "constant_image"
     """Unit of `threshold`: the restoration loss of the best constant image of the batch, or (published) 1."""
+    restoration_unit: Literal["noise", "space"] = "noise"
+    """Unit of the restoration loss: the root mean square of `noise`, so that images that keep the noise have a loss of
+    1, or (published) that of `space`."""
     gate_trains: Literal["front_and_restoration", "upscaling"] = "front_and_restoration"
     """Modules that learn while the gate is shut: FPD_FD and FPD_R as in the paper, or (published code) only the
     transposed convolutions."""
     alpha_ce: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy in both phases."""
-    alpha_restore: float = Field(default=1.0, ge=0)
+    alpha_restore: float = Field(default=0.2, ge=0)
     """Weight of the restoration loss in phase 1."""
-    alpha_restore_second: float = Field(default=1.0, ge=0)
+    alpha_restore_second: float = Field(default=0.2, ge=0)
     """Weight of the restoration loss in phase 2."""
     second_pass: Literal["detached", "joint", "through"] = "detached"
     """`detached`: phase 2 is a separate step whose gradient stops at the restored image; `joint`: both phases in one

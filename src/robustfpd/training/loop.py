@@ -45,6 +45,7 @@ from robustfpd.training.steps import (
     StepResult,
     adversarial_step,
     baseline_step,
+    noise_unit,
     parameter_groups,
     restoration_unit,
     two_phase_step,
@@ -191,7 +192,7 @@ class _Training:
             return adversarial_step(
                 model, clean, adversarial, labels, update, config.training, config.adversarial, index
             )
-        unit = restoration_unit(raw_model, config.training)
+        unit = noise_unit(raw_model, config.training)
         noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
         if isinstance(raw_model, FPD):
             return two_phase_step(model, clean, noisy, labels, update, config.training, index, draws)

@@ -22,6 +22,7 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -89,12 +90,22 @@ def phase_two_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
     return config.alpha_ce * losses.ce + config.alpha_restore_second * losses.restoration
 
 
-def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
-    """Return the unit of noise and restoration loss: 1 pixel of [0, 1], or the model's std 1×C×1×1 (`space`)."""
+def noise_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
+    """Return the unit of the training noise: 1 pixel of [0, 1], or the model's std 1×C×1×1 (`space`)."""
     if config.space == "pixels":
         return 1.0
     assert isinstance(model.std, Tensor)
     return model.std
+
+
+def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
+    """Return the unit of the restoration loss: the root mean square of the training noise, or the noise's own unit.
+
+    In units of uniform noise of half-width ε, ε/√3, a restoration that returns x_noisy has a loss of 1.
+    """
+    unit = noise_unit(model, config)
+    by_noise = config.restoration_unit == "noise" and config.noise > 0
+    return unit * config.noise / math.sqrt(3) if by_noise else unit
 
 
 # Steps
@@ -134,7 +145,7 @@ def two_phase_step(
     Raises:
         InputError: the model is not an FPD, or there is noise between the passes and no generator.
     """
-    noise = MiddleNoise(config.back_pass_noise, restoration_unit(model, config), generator)
+    noise = MiddleNoise(config.back_pass_noise, noise_unit(model, config), generator)
     logits, restored = _forward(model, noisy, noise.like(noisy))
     first, second = pass_losses(logits, restored, clean, labels, restoration_unit(model, config)), None
     if restored is None or first.restoration is None:
