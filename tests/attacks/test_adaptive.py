@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.fpds import as_trained
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -17,15 +18,23 @@ from robustfpd.models.denoise import Bottleneck, NonLocal
 GRADIENT_VIEWS = ["bpda-restoration", "front-pass", "back-pass", "bpda-denoising", "joint", "joint-hidden"]
 
 
-def _model(**options: Any) -> rf.FPD:
+PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
+
+
+def _new(**options: Any) -> rf.FPD:
+    """An FPD whose batch norms have seen images and whose head squashes, gates and restoration as they start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = rf.enhance(
-            "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, mean=(0.4,), std=(0.3,),
-            **options,
+            "resnet_mini", num_classes=3, in_channels=1, image_size=8, mean=(0.4,), std=(0.3,),
+            **{"pyramid_channels": 8, "head": "tanh", **options},
         )  # fmt: skip
         model.train()(torch.rand(16, 1, 8, 8))
     return model.double().eval()
+
+
+def _model(**options: Any) -> rf.FPD:
+    return as_trained(_new(**options))
 
 
 @pytest.fixture
@@ -52,10 +61,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("head", ["tanh", "spectral", "orthogonal", "linear"])
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
 @pytest.mark.parametrize("denoise_after", [(), (0, 1)])
+@PROTOCOLS
 def test_every_view_returns_pre_squash_logits(
-    images: Tensor, head: str, middle: str, denoise_after: tuple[int, ...]
+    images: Tensor, head: str, middle: str, denoise_after: tuple[int, ...], protocol: str
 ) -> None:
-    model = _model(head=head, middle=middle, denoise_after=denoise_after)
+    model = _model(head=head, middle=middle, denoise_after=denoise_after, protocol=protocol)
     views = adaptive_views(model.classifier(), images)
     expected = [LOGITS, *([PRE_SQUASH] if head == "tanh" else []), "bpda-restoration", "front-pass"]
     expected += ["back-pass"] if middle == "input" else []
@@ -70,10 +80,13 @@ def test_every_view_returns_pre_squash_logits(
     assert [n for n, v in views.items() if v.loss is not None] == ["joint", "joint-hidden"]
 
 
-@pytest.mark.parametrize("denoise", ["dot", "softmax", "gaussian", "bottleneck", "none"])
+@pytest.mark.parametrize("denoise", ["normalised", "dot", "softmax", "gaussian", "bottleneck", "none"])
 @pytest.mark.parametrize("normalise", ["each_pass", "once"])
-def test_every_kind_of_denoising_has_views_with_gradients(images: Tensor, denoise: str, normalise: str) -> None:
-    model = _model(denoise=denoise, normalise=normalise)
+@PROTOCOLS
+def test_every_kind_of_denoising_has_views_with_gradients(
+    images: Tensor, denoise: str, normalise: str, protocol: str
+) -> None:
+    model = _model(denoise=denoise, normalise=normalise, protocol=protocol)
     exact = _gradient(model.classifier(squash=False), images)
     with torch.no_grad():
         before = model.classifier(squash=False)(images)
@@ -87,8 +100,9 @@ def test_every_kind_of_denoising_has_views_with_gradients(images: Tensor, denois
 
 
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
-def test_straight_through_restoration_equals_the_identity(images: Tensor, middle: str) -> None:
-    model = _model(middle=middle)
+@PROTOCOLS
+def test_straight_through_restoration_equals_the_identity(images: Tensor, middle: str, protocol: str) -> None:
+    model = _model(middle=middle, protocol=protocol)
     restored = model.restore(images).detach()
 
     def by_hand(x: Tensor) -> Tensor:
@@ -111,9 +125,10 @@ class _Function(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("denoise", ["dot", "bottleneck", "none"])
-def test_front_and_back_pass_add_up_to_the_full_gradient(images: Tensor, denoise: str) -> None:
-    model = _model(denoise=denoise)
+@pytest.mark.parametrize("denoise", ["normalised", "dot", "bottleneck", "none"])
+@PROTOCOLS
+def test_front_and_back_pass_add_up_to_the_full_gradient(images: Tensor, denoise: str, protocol: str) -> None:
+    model = _model(denoise=denoise, protocol=protocol)
     views = adaptive_views(model.classifier(), images)
     front, back = (_gradient(views[name].module, images) for name in ("front-pass", "back-pass"))
     assert _close(front + back, _gradient(model.classifier(squash=False), images))
@@ -126,8 +141,9 @@ def test_the_front_pass_has_the_full_gradient_where_the_back_pass_sees_no_input(
     assert _close(front, _gradient(model.classifier(squash=False), images))
 
 
-def test_straight_through_denoising_equals_a_network_without_denoising(images: Tensor) -> None:
-    model = _model(denoise="dot")
+@PROTOCOLS
+def test_straight_through_denoising_equals_a_network_without_denoising(images: Tensor, protocol: str) -> None:
+    model = _model(denoise="dot", protocol=protocol)
     view = adaptive_views(model.classifier(), images)["bpda-denoising"].module
     gradient = _gradient(view, images)
     layers = [m for m in model.modules() if isinstance(m, (NonLocal, Bottleneck))]
@@ -141,6 +157,54 @@ def test_straight_through_denoising_equals_a_network_without_denoising(images: T
         hook.remove()
     assert _close(gradient, expected)
     assert not _close(gradient, _gradient(adaptive_views(model.classifier(), images)["front-pass"].module, images))
+
+
+@pytest.mark.parametrize("middle", ["input", "restored", "none"])
+def test_views_of_denoising_exist_once_a_gate_is_open(images: Tensor, middle: str) -> None:
+    model = _new(middle=middle)
+    always = [LOGITS, PRE_SQUASH, "bpda-restoration", "front-pass", "joint", "joint-hidden"]
+    assert list(adaptive_views(model.classifier(), images)) == always
+    layer = model.backbone.inserted["0"]
+    assert isinstance(layer, NonLocal)
+    assert layer.gate is not None
+    for gate, views in (
+        (layer.gate, {"bpda-denoising"}),
+        (model.middle_gate, {"bpda-denoising"} | ({"back-pass"} if middle == "input" else set())),
+    ):
+        if gate is None:
+            assert middle == "none"
+            continue
+        with torch.no_grad():
+            gate.fill_(1e-6)
+        assert set(adaptive_views(model.classifier(), images)) == {*always, *views}
+        with torch.no_grad():
+            gate.zero_()
+
+
+def test_at_the_start_the_straight_through_restoration_passes_the_networks_own_gradient(images: Tensor) -> None:
+    """A new FPD restores x' = x, so that nothing is hidden; a trained one has the identity's gradient all the same."""
+    model = _new(middle="none")
+    own = _gradient(model.classifier(squash=False), images)
+    views = adaptive_views(model.classifier(), images)
+    for name in ("bpda-restoration", "front-pass"):
+        assert _close(_gradient(views[name].module, images), own)
+    trained = as_trained(model)
+    restored = trained.restore(images).detach().requires_grad_()
+    logits = trained.head.pre_squash(trained.back(restored, images))
+    mixture = torch.linspace(-1, 2, logits.numel()).double().reshape(logits.shape)
+    (identity,) = torch.autograd.grad((logits * mixture).sum(), restored)
+    straight = _gradient(adaptive_views(trained.classifier(), images)["bpda-restoration"].module, images)
+    assert _close(straight, identity)
+    assert not _close(straight, _gradient(trained.classifier(squash=False), images))
+
+
+@pytest.mark.parametrize("front_stages", [1, None])
+def test_the_front_passs_views_reach_as_many_stages_as_it_runs(images: Tensor, front_stages: int | None) -> None:
+    model = _model(front_stages=front_stages)
+    views = adaptive_views(model.classifier(), images)
+    front, back = (_gradient(views[name].module, images) for name in ("front-pass", "back-pass"))
+    assert _close(front + back, _gradient(model.classifier(squash=False), images))
+    assert bool((front != 0).flatten(1).any(1).all())
 
 
 @pytest.mark.parametrize(("name", "sign"), [("joint", 1), ("joint-hidden", -1)])
@@ -162,8 +226,9 @@ def test_joint_losses_are_cross_entropy_and_ten_times_the_squared_error(images: 
     assert losses.shape == (5,)
 
 
-def test_joint_attacks_raise_and_lower_the_restoration_loss(images: Tensor) -> None:
-    model = _model()
+@PROTOCOLS
+def test_joint_attacks_raise_and_lower_the_restoration_loss(images: Tensor, protocol: str) -> None:
+    model = _model(protocol=protocol)
     views, error = adaptive_views(model.classifier(), images), {}
     for name in ("joint", "joint-hidden"):
         view = views[name]
@@ -233,7 +298,7 @@ def test_as_classifier(net: nn.Module) -> None:
 
 
 def test_views_of_an_fpd_add_its_pre_squash_logits(corners: Tensor) -> None:
-    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    model = _model().float()
     views = adaptive.views(model.classifier())
     assert list(views) == [LOGITS, PRE_SQUASH]
     with torch.no_grad():

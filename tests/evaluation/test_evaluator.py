@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.evaluation.conftest import install_suite, make_data, make_linear
+from tests.fpds import as_trained
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -43,7 +44,8 @@ def _attacked(record: EvaluationRecord) -> list[LedgerRow]:
 
 @pytest.fixture
 def fpd() -> rf.FPD:
-    return rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).train()
+    options: dict[str, Any] = {"num_classes": 3, "in_channels": 1, "image_size": 8, "pyramid_channels": 8}
+    return as_trained(rf.enhance("resnet_mini", head="tanh", **options)).train()
 
 
 @pytest.fixture
@@ -383,7 +385,9 @@ def test_a_plain_module_has_no_pre_squash_view(small: Data) -> None:
 
 
 def test_a_saturated_tanh_hides_the_gradient_but_not_from_the_suite(small: Data) -> None:
-    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8).eval()
+    model = rf.enhance(
+        "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, protocol="corrected"
+    ).eval()
     images, _ = small
     with torch.no_grad():
         linear = model.head.linear

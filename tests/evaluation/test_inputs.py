@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.fpds import as_trained
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -90,8 +91,10 @@ def test_batch_sizes_that_are_none_are_refused(digits: Digits, batch_size: Any) 
 
 
 def _model(plain: bool) -> FPD | Baseline:
-    fpd = rf.enhance(
-        "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, mean=(0.4,), std=(0.2,)
+    fpd = as_trained(
+        rf.enhance(
+            "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, mean=(0.4,), std=(0.2,)
+        )
     ).eval()
     return build(fpd.task, fpd.config.baseline()).eval() if plain else fpd
 

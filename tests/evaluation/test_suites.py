@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.fpds import as_trained
 from torch import nn
 
 import robustfpd as rf
@@ -26,7 +27,8 @@ PUBLISHED: dict[Norm, list[str]] = {
 
 
 def _views(head: str = "tanh") -> tuple[str, ...]:
-    model = rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, head=head).eval()
+    options: dict[str, Any] = {"num_classes": 3, "in_channels": 1, "image_size": 8, "pyramid_channels": 8}
+    model = as_trained(rf.enhance("resnet_mini", head=head, **options)).eval()
     return tuple(adaptive.adaptive_views(model.classifier(), torch.rand(2, 1, 8, 8)))
 
 
