@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustfpd.config import ModelConfig, parse, protocol_defaults
+from robustfpd.config import ModelConfig, TrainingConfig, parse, protocol_defaults
 from robustfpd.models import FPD
 
 
@@ -29,3 +29,8 @@ def as_trained(model: FPD, gate: float = 0.3) -> FPD:
 def corrected(**options: Any) -> ModelConfig:
     """Return settings of the paper's network."""
     return parse(ModelConfig, {**protocol_defaults("corrected", "model"), **options})
+
+
+def corrected_training(**options: Any) -> TrainingConfig:
+    """Return settings of the paper's training: no noise between the passes, losses in pixels, an absolute threshold."""
+    return parse(TrainingConfig, {**protocol_defaults("corrected", "training"), **options})

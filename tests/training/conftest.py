@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.fpds import as_trained
 from torch import Tensor
 
 from robustfpd.models import FPD, Baseline, build, enhance
@@ -14,23 +15,33 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="session")
-def _built() -> tuple[FPD, Baseline]:
-    fpd = enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8).train()
-    baseline = build(fpd.task, fpd.config.baseline()).train()
-    assert isinstance(baseline, Baseline)
-    return fpd, baseline
+def _built() -> dict[str, tuple[FPD, Baseline]]:
+    made = {}
+    for protocol in ("improved", "corrected"):
+        options = {"num_classes": 4, "in_channels": 1, "image_size": 8, "protocol": protocol, "pyramid_channels": 8}
+        fpd = as_trained(enhance("resnet_mini", **options)).train()
+        baseline = build(fpd.task, fpd.config.baseline()).train()
+        assert isinstance(baseline, Baseline)
+        made[protocol] = fpd, baseline
+    return made
+
+
+@pytest.fixture(params=["improved", "corrected"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    """The protocol of `fpd` and `baseline`."""
+    return str(request.param)
 
 
 @pytest.fixture
-def fpd(_built: tuple[FPD, Baseline]) -> FPD:
-    """An FPD of 8×8 images of 4 classes in training mode."""
-    return copy.deepcopy(_built[0])
+def fpd(_built: dict[str, tuple[FPD, Baseline]], protocol: str) -> FPD:
+    """An FPD of 8×8 images of 4 classes in training mode, with open gates and a restoration that changes images."""
+    return copy.deepcopy(_built[protocol][0])
 
 
 @pytest.fixture
-def baseline(_built: tuple[FPD, Baseline]) -> Baseline:
+def baseline(_built: dict[str, tuple[FPD, Baseline]], protocol: str) -> Baseline:
     """The baseline of `fpd`."""
-    return copy.deepcopy(_built[1])
+    return copy.deepcopy(_built[protocol][1])
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,10 @@ def test_losses_are_those_of_one_process(folder: Path, tmp_path: Path, name: str
 
 
 def test_some_steps_have_a_shut_gate_and_some_an_open_one(folder: Path) -> None:
+    history = _observed(folder, "curves")[0]["detached"]["history"]
+    assert 0 < sum(row["gate_open"] for row in history) < len(history)
+    assert history[0]["gate_opened"] is None
+    assert history[-1]["gate_opened"] == 1
     losses = _observed(folder, "curves")[0]["detached"]["losses"]
     assert {len(step) for step in losses} == {2, 4}
 

@@ -222,7 +222,7 @@ def test_each_step_gets_augmented_images_and_the_same_with_noise(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def recorded(model: nn.Module, clean: Tensor, noisy: Tensor, *rest: Any) -> StepResult:
-        assert rest[-1] == len(seen)
+        assert rest[-2] == len(seen)
         seen.append((clean, noisy))
         return two_phase_step(model, clean, noisy, *rest)
 

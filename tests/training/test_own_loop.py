@@ -32,6 +32,7 @@ class Defended(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.config = TrainingConfig(noise=0.1, threshold=0.5)
+        self.draws = torch.Generator().manual_seed(0)
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -43,7 +44,7 @@ class Defended(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         clean, labels = batch
         noisy = clean + self.config.noise * (2 * torch.rand_like(clean) - 1)
-        result = two_phase_step(self.model, clean, noisy, labels, self.update, self.config, index)
+        result = two_phase_step(self.model, clean, noisy, labels, self.update, self.config, index, self.draws)
         self.log("ce", result.first.ce)
 
 
@@ -53,10 +54,11 @@ def test_a_lightning_module_ends_with_the_weights_of_a_plain_loop(fpd: FPD, batc
     loader: Any = DataLoader(TensorDataset(clean, labels), batch_size=3)
     module, plain = Defended(copy.deepcopy(fpd)), fpd
     update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(plain), lr=1e-3), clip_grad_norm=10.0)
+    draws = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     for index, (images, targets) in enumerate(loader):
         noisy = images + 0.1 * (2 * torch.rand_like(images) - 1)
-        two_phase_step(plain, images, noisy, targets, update, module.config, index)
+        two_phase_step(plain, images, noisy, targets, update, module.config, index, draws)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,

@@ -6,24 +6,38 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.fpds import corrected_training
 from torch import Tensor
 
-from robustfpd.config import AdversarialConfig, OptimizerConfig, RunConfig, TrainingConfig, parse
+from robustfpd import data
+from robustfpd.config import (
+    AdversarialConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+    parse,
+    recipe,
+    recipe_names,
+)
+from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Baseline
+from robustfpd.models import FPD, Baseline, build, enhance
 from robustfpd.training.optim import make_optimizer
 from robustfpd.training.steps import (
     GROUPS,
     OptimizerUpdate,
     adversarial_step,
     baseline_step,
+    gate_opens,
+    noise_unit,
     parameter_groups,
     two_phase_step,
 )
 
 Batch = tuple[Tensor, Tensor, Tensor]
-OPEN = TrainingConfig(threshold=1e9)
-SHUT = TrainingConfig(threshold=0.0)
+OPEN = corrected_training(threshold=1e9)
+SHUT = corrected_training(threshold=0.0)
 
 
 class Recorded:
@@ -51,8 +65,8 @@ def _approx(*losses: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamax", "adamw", "sgd"])
-def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_everything_else(
-    fpd: FPD, batch: Batch, name: str
+def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_front_and_restoration(
+    fpd: FPD, batch: Batch, name: str, protocol: str
 ) -> None:
     optimizer = make_optimizer(parameter_groups(fpd), parse(OptimizerConfig, {"name": name, "weight_decay": 0.1}))
     update = OptimizerUpdate(optimizer)
@@ -63,14 +77,19 @@ def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_everything_else(
     moved = {k for k, v in fpd.named_parameters() if not torch.equal(v, before[k])}
     head = {k for k in before if k.startswith("head.")}
     assert head
-    assert moved == set(before) - head
+    if protocol == "improved":  # the front pass runs the stem and one stage
+        front = ("backbone.net.conv1.", "backbone.net.bn1.", "backbone.net.layer1.", "backbone.inserted.", "decoder.")
+        assert moved == {k for k in before if k.startswith(front)}
+        assert not moved & head
+    else:
+        assert moved == set(before) - head
 
 
 def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone(fpd: FPD, batch: Batch) -> None:
     clean, noisy, _ = batch
     expected = 0.5 * F.mse_loss(copy.deepcopy(fpd)(noisy).restored, clean)
     update = Recorded()
-    result = two_phase_step(fpd, *batch, update, TrainingConfig(threshold=0.0, alpha_restore=0.5))
+    result = two_phase_step(fpd, *batch, update, corrected_training(threshold=0.0, alpha_restore=0.5))
     assert update.losses == _approx(expected)
     assert update.only == [frozenset({"front_and_pyramid", "upscaling"})]
     assert result.second is None
@@ -78,7 +97,7 @@ def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone(fpd: FPD, batc
 
 def test_an_open_gate_steps_on_both_phases_in_turn(fpd: FPD, batch: Batch) -> None:
     clean, noisy, labels = batch
-    config = TrainingConfig(threshold=1e9, alpha_ce=0.7, alpha_restore=0.3, alpha_restore_second=0.2)
+    config = corrected_training(threshold=1e9, alpha_ce=0.7, alpha_restore=0.3, alpha_restore_second=0.2)
     reference = copy.deepcopy(fpd)
     first = reference(noisy)
     loss1 = 0.7 * F.cross_entropy(first.logits, labels) + 0.3 * F.mse_loss(first.restored, clean)
@@ -105,7 +124,7 @@ def test_the_second_phase_stops_at_the_restored_image_unless_joint(fpd: FPD, bat
             assert weight.grad is not None
             collected.append(weight.grad.clone())
 
-        two_phase_step(model, *batch, backward, parse(TrainingConfig, {"threshold": 1e9, "second_pass": mode}))
+        two_phase_step(model, *batch, backward, corrected_training(threshold=1e9, second_pass=mode))
         gradients[mode] = collected
     assert [len(gradients[m]) for m in ("detached", "joint")] == [2, 1]
     # Without the cut phase 2 has a gradient in the first restoration too; the sum of both phases differs.
@@ -119,7 +138,7 @@ def test_joint_is_the_sum_of_both_phases(fpd: FPD, batch: Batch) -> None:
     outputs = (first, reference(first.restored))
     losses = [F.cross_entropy(o.logits, labels) + F.mse_loss(o.restored, clean) for o in outputs]
     update = Recorded()
-    two_phase_step(fpd, *batch, update, TrainingConfig(threshold=1e9, second_pass="joint"))
+    two_phase_step(fpd, *batch, update, corrected_training(threshold=1e9, second_pass="joint"))
     assert update.losses == _approx(losses[0] + losses[1])
 
 
@@ -127,7 +146,7 @@ def test_phase_two_runs_in_every_second_pass_interval_th_batch(fpd: FPD, batch: 
     steps = []
     for index in range(5):
         update = Recorded()
-        result = two_phase_step(fpd, *batch, update, TrainingConfig(threshold=1e9, second_pass_interval=3), index)
+        result = two_phase_step(fpd, *batch, update, corrected_training(threshold=1e9, second_pass_interval=3), index)
         steps.append(len(update.losses))
         assert (result.second is None) == (len(update.losses) == 1)
     assert steps == [2, 1, 1, 2, 1]
@@ -137,18 +156,187 @@ def test_the_baseline_takes_as_many_steps_as_the_fpd() -> None:
     def epochs(**training: Any) -> int:
         return parse(RunConfig, {"training": {"epochs": 12, **training}}).baseline().training.epochs
 
-    assert [epochs(), epochs(second_pass_interval=3), epochs(second_pass="joint")] == [24, 16, 12]
+    assert [epochs(), epochs(second_pass_interval=3), epochs(second_pass="joint")] == [18, 16, 12]
+    assert epochs(second_pass_interval=1) == 24
 
 
 def test_the_baseline_steps_once_on_the_cross_entropy_of_noisy_images(baseline: Baseline, batch: Batch) -> None:
     _, noisy, labels = batch
     expected = F.cross_entropy(copy.deepcopy(baseline)(noisy), labels)
     update = Recorded()
-    result = baseline_step(baseline, noisy, labels, update, TrainingConfig(alpha_ce=0.5))
+    result = baseline_step(baseline, noisy, labels, update, corrected_training(alpha_ce=0.5))
     assert update.losses == _approx(0.5 * expected)
     assert result.first.restoration is None
     with pytest.raises(InputError, match="use baseline_step"):
         two_phase_step(baseline, *batch, update, OPEN)
+
+
+# Noise between the passes
+
+
+def _between(model: FPD, batch: Batch, config: TrainingConfig, seed: int | None = 0) -> list[Tensor | None]:
+    """Return the noise that each forward pass of a step gets."""
+    seen: list[Tensor | None] = []
+
+    def record(module: object, args: tuple[Any, ...]) -> None:
+        seen.append(args[1] if len(args) > 1 else None)
+
+    draws = None if seed is None else torch.Generator().manual_seed(seed)
+    with model.register_forward_pre_hook(record):
+        two_phase_step(model, *batch, Recorded(), config, generator=draws)
+    return seen
+
+
+def test_each_phase_gets_noise_of_its_own_from_the_generator(fpd: FPD, batch: Batch) -> None:
+    config = TrainingConfig(noise=0.1, middle_noise=0.3, threshold=1e9)
+    first, second = _between(fpd, batch, config)
+    again, other = _between(fpd, batch, config), _between(fpd, batch, config, seed=1)
+    assert first is not None
+    assert second is not None
+    assert first.shape == batch[0].shape
+    for noise in (first, second):
+        assert 0.27 < float(noise.abs().max()) <= 0.3
+        assert abs(float(noise.mean())) < 0.05
+    assert not torch.equal(first, second)
+    assert again[0] is not None
+    assert again[1] is not None
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert other[0] is not None
+    assert not torch.equal(first, other[0])
+
+
+def test_noise_between_the_passes_enters_the_back_pass_alone(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
+    config = corrected_training(middle_noise=0.3, threshold=1e9)
+    noise = 0.3 * (2 * torch.rand(noisy.shape, generator=torch.Generator().manual_seed(0)) - 1)
+    reference, update = copy.deepcopy(fpd), Recorded()
+    restored = reference.restore(noisy)
+    logits = reference.head(reference.back(restored, noisy, noise))
+    expected = F.cross_entropy(logits, labels) + F.mse_loss(restored, clean)
+    result = two_phase_step(fpd, *batch, update, config, 1, torch.Generator().manual_seed(0))
+    assert update.losses[:1] == _approx(expected)
+    assert result.first.restoration is not None
+
+
+def test_by_default_there_is_as_much_noise_between_the_passes_as_before_them(fpd: FPD, batch: Batch) -> None:
+    assert (TrainingConfig(noise=0.2).back_pass_noise, corrected_training(noise=0.2).back_pass_noise) == (0.2, 0)
+    given, default = (
+        _between(fpd, batch, TrainingConfig(noise=0.2, threshold=1e9, middle_noise=eps)) for eps in (0.2, None)
+    )
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(given, default, strict=True))
+
+
+def test_without_noise_between_the_passes_no_generator_is_needed(fpd: FPD, batch: Batch) -> None:
+    config = TrainingConfig(middle_noise=0, threshold=1e9)
+    with_generator, without = Recorded(), Recorded()
+    two_phase_step(copy.deepcopy(fpd), *batch, with_generator, config, generator=torch.Generator())
+    two_phase_step(copy.deepcopy(fpd), *batch, without, config)
+    assert with_generator.losses == without.losses
+    assert len(without.losses) == 2
+    assert _between(fpd, batch, config, seed=None) == [None, None]
+    with pytest.raises(InputError, match=r"±0\.1, is drawn from a generator, found None; .*set middle_noise=0"):
+        two_phase_step(fpd, *batch, without, TrainingConfig(noise=0.1, threshold=1e9))
+
+
+def test_noise_between_the_passes_is_in_the_units_of_the_images_noise(fpd: FPD, batch: Batch) -> None:
+    pixels, normalised = (
+        parse(TrainingConfig, {"noise": 0.1, "threshold": 1e9, "space": space}) for space in ("pixels", "normalised")
+    )
+    fpd.std = torch.full_like(fpd.std, 0.25)
+    for a, b in zip(_between(fpd, batch, pixels), _between(fpd, batch, normalised), strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.allclose(b, 0.25 * a)
+
+
+# Gate and units
+
+
+def test_a_relative_threshold_is_a_fraction_of_the_loss_of_the_best_constant_image() -> None:
+    draws = torch.Generator().manual_seed(0)
+    clean = torch.rand(5, 3, 4, 4, generator=draws) * torch.tensor([1.0, 0.5, 0.1]).reshape(3, 1, 1)
+    constant = clean.mean(dim=(0, 2, 3), keepdim=True).expand_as(clean)
+    for unit in (1.0, 0.2, torch.tensor([0.2, 0.3, 0.4]).reshape(1, 3, 1, 1)):
+        loss = F.mse_loss(constant / unit, clean / unit)
+        for threshold in (0.1, 0.5, 1.0):
+            config = TrainingConfig(threshold=threshold)
+            assert gate_opens(0.999 * threshold * loss, clean, config, unit)
+            assert not gate_opens(1.001 * threshold * loss, clean, config, unit)
+    others = [F.mse_loss(constant + shift, clean) for shift in (-0.01, 0.01)]
+    assert all(other > F.mse_loss(constant, clean) for other in others)
+
+
+def test_an_absolute_threshold_does_not_depend_on_the_images() -> None:
+    config = corrected_training(threshold=0.5)
+    for clean in (torch.zeros(2, 1, 4, 4), torch.rand(2, 1, 4, 4)):
+        assert gate_opens(torch.tensor(0.5), clean, config)
+        assert not gate_opens(torch.tensor(0.501), clean, config)
+
+
+def test_the_gate_of_a_batch_of_equal_images_opens_for_a_perfect_restoration_alone() -> None:
+    clean = torch.full((2, 1, 4, 4), 0.3)
+    assert gate_opens(torch.tensor(0.0), clean, TrainingConfig())
+    assert not gate_opens(torch.tensor(1e-3), clean, TrainingConfig())
+
+
+def test_images_that_keep_the_noise_have_a_restoration_loss_of_one() -> None:
+    model = enhance("resnet_mini", num_classes=4, in_channels=1, image_size=16, std=(0.5,)).train()
+    draws = torch.Generator().manual_seed(0)
+    clean, labels = torch.rand(32, 1, 16, 16, generator=draws), torch.arange(32) % 4
+    for space in ("pixels", "normalised"):
+        config = parse(TrainingConfig, {"noise": 0.2, "space": space})
+        noisy = add_uniform_noise(clean, config.noise, draws, noise_unit(model, config))
+        result = two_phase_step(model, clean, noisy, labels, Recorded(), config, 0, draws)
+        assert result.first.restoration is not None
+        assert float(result.first.restoration) == pytest.approx(1, rel=0.03)
+
+
+STAND_INS = {"resnet50": "published_resnet_1_1_1_1", "resnet101": "published_resnet_1_1_1_1",
+             "published_resnext_3_4_6_3": "published_resnext_1_1_1_1"}  # fmt: skip
+
+
+def _first_losses(name: str, backbone: str, images: int, size: tuple[int, int] | None = None) -> list[float]:
+    """Return the losses of both phases of a recipe's first step on random images."""
+    run = recipe(name, [f"model.backbone={backbone}"])
+    described = data.info(run.data.dataset)
+    values = {
+        "num_classes": described.num_classes or 4, "in_channels": run.data.channels or described.in_channels,
+        "image_size": size or run.data.image_size or described.image_size,
+    }  # fmt: skip
+    task = parse(TaskConfig, values)
+    model = build(task, run.model).train()
+    assert isinstance(model, FPD)
+    draws = torch.Generator().manual_seed(0)
+    clean = torch.rand(images, task.in_channels, *task.image_size, generator=draws)
+    noisy = add_uniform_noise(clean, run.training.noise, draws, noise_unit(model, run.training))
+    update = OptimizerUpdate(make_optimizer(parameter_groups(model), run.training.optimizer), 10.0)
+    result = two_phase_step(model, clean, noisy, torch.arange(images) % 2, update, run.training, 0, draws)
+    assert result.gate_open
+    assert result.second is not None
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    losses = (result.first.restoration, result.second.restoration, result.first.ce, result.second.ce)
+    return [float(loss) for loss in losses if loss is not None]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipes_first_losses_are_small(name: str) -> None:
+    """Networks of one block a stage stand for the deep ones; the restoration starts as the noise, of loss 1."""
+    backbone = recipe(name).model.backbone
+    size = None if backbone == "resnet_mini" else (64, 64)
+    first, second, *entropies = _first_losses(name, STAND_INS.get(backbone, backbone), 2, size)
+    assert first == pytest.approx(1, rel=0.1)
+    assert 0 < second < 10
+    assert all(0 < entropy < 30 for entropy in entropies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.endswith("/mini")])
+def test_every_deep_recipes_first_losses_are_small(name: str) -> None:
+    first, second, *entropies = _first_losses(name, recipe(name).model.backbone, 2)
+    assert first == pytest.approx(1, rel=0.1)
+    assert 0 < second < 10
+    assert all(0 < entropy < 30 for entropy in entropies)
 
 
 # Adversarial step
@@ -188,7 +376,7 @@ def test_the_second_pass_starts_from_the_restored_adversarial_images(fpd: FPD, b
     reference, update = copy.deepcopy(fpd), Recorded()
     reference(clean)  # batch norm sees the passes in this order
     second = reference(reference(adversarial).restored.detach())
-    config = TrainingConfig(threshold=1e9, alpha_restore_second=0.3)
+    config = corrected_training(threshold=1e9, alpha_restore_second=0.3)
     expected = F.cross_entropy(second.logits, labels) + 0.3 * F.mse_loss(second.restored, clean)
     result = adversarial_step(fpd, *batch, update, config, AdversarialConfig())
     assert update.losses[1:] == _approx(expected)
@@ -200,12 +388,12 @@ def test_restored_scale_enters_gate_and_clean_loss_alone(fpd: FPD, batch: Batch)
     scaled = F.mse_loss(255 * copy.deepcopy(fpd)(clean).restored, clean).detach()
     settings = AdversarialConfig(restored_scale=255, second_pass=False)
     shut, opened = Recorded(), Recorded()
-    adversarial_step(copy.deepcopy(fpd), *batch, shut, TrainingConfig(threshold=float(scaled) * 0.99), settings)
+    adversarial_step(copy.deepcopy(fpd), *batch, shut, corrected_training(threshold=float(scaled) * 0.99), settings)
     assert shut.losses == _approx(scaled)
     assert shut.only == [frozenset({"front_and_pyramid", "upscaling"})]
     reference = copy.deepcopy(fpd)
     expected = _loss(reference, clean, clean, labels, 255) + _loss(reference, adversarial, clean, labels)
-    adversarial_step(fpd, *batch, opened, TrainingConfig(threshold=float(scaled) * 1.1), settings)
+    adversarial_step(fpd, *batch, opened, corrected_training(threshold=float(scaled) * 1.1), settings)
     assert opened.losses == _approx(expected / 2)
     assert opened.only == [None]
 

@@ -66,7 +66,7 @@ def test_every_full_size_recipe_has_the_published_rule() -> None:
     full = [name for name in recipe_names() if not name.endswith("/mini")]
     assert len(full) == 6
     for name in full:
-        corrected, published = recipe(name), recipe(name, protocol="published")
+        corrected, published = recipe(name, protocol="corrected"), recipe(name, protocol="published")
         rule = (published.training.gate_trains, published.training.second_pass, published.data.selection)
         assert rule == ("upscaling", "through", "test")
         assert published.training.schedule.follows == "loss"
