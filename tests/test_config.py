@@ -15,8 +15,10 @@ from robustfpd.config import (
     ModelConfig,
     RunConfig,
     TaskConfig,
+    TrainingConfig,
     load_run,
     parse,
+    protocol_defaults,
     recipe,
     recipe_names,
 )
@@ -194,6 +196,64 @@ def test_a_run_survives_yaml(tmp_path: Path, name: str) -> None:
     assert load_run(tmp_path / "config.yaml") == run
 
 
+def test_a_recipe_is_improved_unless_another_protocol_is_asked_for() -> None:
+    run = recipe("digits/mini")
+    assert run.protocol == "improved"
+    defaults = ModelConfig(), TrainingConfig()
+    assert (run.model.restoration, run.model.tail, run.model.front_stages) == ("residual", "own", 2)
+    for section, values, own in zip(("model", "training"), (run.model, run.training), defaults, strict=True):
+        for field in protocol_defaults("corrected", section):
+            assert getattr(values, field) == getattr(own, field), field
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "published"])
+@pytest.mark.parametrize("name", ["mnist/mini", "svhn/resnet50"])
+def test_the_papers_protocols_have_the_papers_network_and_training(name: str, protocol: str) -> None:
+    run = recipe(name, protocol=protocol)
+    assert run.protocol == protocol
+    given = {"model.pyramid_channels", "training.threshold"}  # by the recipes themselves
+    for section, values in (("model", run.model), ("training", run.training)):
+        for field, value in protocol_defaults(protocol, section).items():
+            if f"{section}.{field}" not in given:
+                assert getattr(values, field) == value, field
+    assert run.model.pyramid_channels is not None
+    assert run.training.threshold == 3
+
+
+def test_protocol_defaults_are_those_that_differ_and_fields_of_their_section() -> None:
+    assert protocol_defaults("improved") == protocol_defaults("improved", "model") == {}
+    both = protocol_defaults("corrected")
+    assert both == protocol_defaults("published")
+    assert both == {section: protocol_defaults("corrected", section) for section in ("model", "training")}
+    run = parse(RunConfig, both)
+    for section, fields in both.items():
+        for field, value in fields.items():
+            assert getattr(getattr(run, section), field) == value
+            assert getattr(getattr(RunConfig(), section), field) != value or field.startswith("unstrided"), field
+    with pytest.raises(InputError, match="unknown protocol 'improve'; did you mean 'improved'"):
+        protocol_defaults("improve")
+
+
+NEW_FIELDS = {
+    "model": ("tail", "denoise_gate", "front_stages", "restoration"),
+    "training": ("middle_noise", "threshold_unit", "restoration_unit", "second_pass_interval"),
+}
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "published"])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_run_of_an_earlier_version_keeps_the_papers_settings(tmp_path: Path, protocol: str, baseline: bool) -> None:
+    run = recipe("mnist/mini", ["training.noise=0.1"], protocol=protocol)
+    run = run.baseline() if baseline else run
+    run.save(tmp_path / "config.yaml")
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for section, fields in NEW_FIELDS.items():
+        for field in fields:
+            del values[section][field]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_run(tmp_path / "config.yaml") == run
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(
     seed=st.integers(-(2**31), 2**31),
@@ -248,8 +308,12 @@ def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, s
     assert baseline.data == run.data
     assert baseline.evaluation == run.evaluation
     assert (baseline.seed, baseline.recipe) == (run.seed, run.recipe)
-    steps_an_epoch = 2 if second_pass == "detached" else 1
-    assert baseline.training.epochs == run.training.epochs * steps_an_epoch
+    assert run.training.second_pass_interval == 2
+    steps_a_batch = 1.5 if second_pass == "detached" else 1
+    assert baseline.training.epochs == round(run.training.epochs * steps_a_batch)
+    corrected = recipe(name, [f"training.second_pass={second_pass}"], protocol="corrected")
+    steps_a_batch = 2 if second_pass == "detached" else 1
+    assert corrected.baseline().training.epochs == corrected.training.epochs * steps_a_batch
     kept = {"epochs", "early_stop_patience", "schedule"}
     assert baseline.training.model_dump(exclude=kept) == run.training.model_dump(exclude=kept)
     assert baseline.training.schedule.name == run.training.schedule.name
@@ -257,16 +321,20 @@ def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, s
 
 def test_the_baseline_has_the_same_patience_in_steps() -> None:
     training = {"early_stop_patience": 7, "schedule": {"name": "plateau", "patience": 3}}
-    baseline = parse(RunConfig, {"training": training}).baseline()
-    assert (baseline.training.early_stop_patience, baseline.training.schedule.patience) == (14, 6)
+    for interval, patience in ((1, (14, 6)), (2, (10, 4))):
+        run = parse(RunConfig, {"training": {**training, "second_pass_interval": interval}})
+        baseline = run.baseline()
+        assert (baseline.training.early_stop_patience, baseline.training.schedule.patience) == patience
     assert parse(RunConfig, {"training": {"early_stop_patience": None}}).baseline().training.early_stop_patience is None
 
 
 def test_the_baseline_model_differs_in_the_defence_only() -> None:
-    model = ModelConfig(backbone="resnet18", small_stem=True, dropout=0.5, pyramid_channels=8)
-    baseline = model.baseline()
-    assert (baseline.defence, baseline.activation) == ("none", "keep")
-    assert baseline.model_copy(update={"defence": "fpd", "activation": "elu"}) == model
+    for activation in ("elu", "keep"):
+        values = {"backbone": "resnet18", "small_stem": True, "dropout": 0.5, "activation": activation}
+        model = parse(ModelConfig, values)
+        baseline = model.baseline()
+        assert (baseline.defence, baseline.activation) == ("none", "keep")
+        assert baseline.model_copy(update={"defence": "fpd", "activation": activation}) == model
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _accepted(words: list[str]) -> None:
     name, call = words[0], parse(words)
     given = inspect.signature(function(name)).bind(*call.args, **call.keywords).arguments  # type: ignore[attr-defined]
     if name == "train":
-        recipe(given["recipe"], given.get("settings", ()), protocol=given.get("protocol", "corrected"))
+        recipe(given["recipe"], given.get("settings", ()), protocol=given.get("protocol", "improved"))
     if given.get("suite") is not None:
         assert given["suite"] in suite_names(), words
 

@@ -21,7 +21,7 @@ from robustfpd.models import zoo
 from robustfpd.provenance import weights_sha256
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["model.pyramid_channels=4", "training.epochs=2", "adversarial.epochs=2"]
+SMALL = ["model.pyramid_channels=4", "model.head=tanh", "training.epochs=2", "adversarial.epochs=2"]
 Add = Callable[..., None]
 MakeRun = Callable[..., Path]
 

@@ -1,4 +1,4 @@
-"""The two protocols of every recipe, and the page that explains and measures them."""
+"""The three protocols of every recipe, and the page that explains and measures them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from robustfpd.config import RECIPES, parse, recipe, recipe_names
+from robustfpd.config import RECIPES, load_run, parse, recipe, recipe_names
+from robustfpd.config.load import CORRECTED
 from robustfpd.config.schema import RunConfig
 from robustfpd.errors import InputError
 
@@ -26,9 +28,25 @@ FULL = [
 ]  # fmt: skip
 
 
-def _published(name: str) -> dict[str, Any]:
-    section: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text()).get("published", {})
+def _section(name: str, protocol: str) -> dict[str, Any]:
+    section: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text()).get(protocol, {})
     return section
+
+
+def _published(name: str) -> dict[str, Any]:
+    return _section(name, "published")
+
+
+def _changed(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
+    """Return settings with dotted fields set."""
+    values = config.model_dump()
+    for field, value in fields.items():
+        *parents, leaf = field.split(".")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return parse(RunConfig, values)
 
 
 def _leaf(config: RunConfig, field: str) -> Any:
@@ -57,7 +75,7 @@ def test_full_size_recipes_and_a_mini_of_each_data_set_exist() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_both_protocols_differ_in_exactly_the_fields_listed(name: str) -> None:
-    corrected, section = recipe(name), _published(name)
+    corrected, section = recipe(name, protocol="corrected"), _published(name)
     assert corrected.protocol == "corrected"
     if not section:
         with pytest.raises(InputError, match="has no section `published`"):
@@ -67,14 +85,39 @@ def test_both_protocols_differ_in_exactly_the_fields_listed(name: str) -> None:
     assert published.protocol == "published"
     for field in section:
         assert _leaf(corrected, field) != _leaf(published, field), field
-    values = corrected.model_dump()
-    for field in ("protocol", *section):
-        *parents, leaf = field.split(".")
-        node = values
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = _leaf(published, field)
-    assert parse(RunConfig, values) == published
+    changes = {field: _leaf(published, field) for field in ("protocol", *section)}
+    assert _changed(corrected, changes) == published
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_corrected_differs_from_improved_in_the_papers_settings_and_the_recipes_section(name: str) -> None:
+    improved, corrected = recipe(name), recipe(name, protocol="corrected")
+    assert (improved.protocol, corrected.protocol) == ("improved", "corrected")
+    given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    paper = {field: value for field, value in CORRECTED.items() if not _holds(given, field)}
+    assert _changed(improved, {**paper, **_section(name, "corrected"), "protocol": "corrected"}) == corrected
+
+
+def _holds(values: dict[str, Any], field: str) -> bool:
+    """Return whether a recipe sets a dotted field under every protocol."""
+    section, leaf = field.split(".")
+    return leaf in values.get(section, {})
+
+
+def test_overrides_apply_after_the_corrected_section() -> None:
+    found = recipe("mnist/mini", ["model.pyramid_channels=5", "model.head=linear"], protocol="corrected")
+    assert (found.model.pyramid_channels, found.model.head, found.model.activation) == (5, "linear", "elu")
+
+
+def test_the_sections_of_a_recipe_file_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("corrected: [1]\n")
+    assert recipe(str(path)).protocol == "improved"
+    with pytest.raises(InputError, match=r"section `corrected` of recipe .* must map fields to values, found \[1\]"):
+        recipe(str(path), protocol="corrected")
+    path.write_text("corrected: {model.hed: tanh}\n")
+    with pytest.raises(InputError, match=r"unknown field 'model.hed'"):
+        recipe(str(path), protocol="corrected")
 
 
 def test_overrides_apply_after_the_published_section() -> None:
@@ -99,7 +142,7 @@ def test_an_unknown_protocol_is_named() -> None:
 def test_the_full_size_recipes_hold_the_published_numbers(
     name: str, backbone: str, size: int, pyramid: int, optimiser: str, lr: float, batch: int, noise: float, clip: float
 ) -> None:
-    run = recipe(name)
+    run = recipe(name, protocol="corrected")
     caltech = name.startswith("caltech")
     training = run.training
     assert run.model.backbone == backbone
@@ -134,13 +177,14 @@ def test_the_pages_tables_are_those_of_the_committed_results(tmp_path: Path) -> 
     assert "| nothing | first-look | 0.5 % [0.0, 1.0] |" in benchmark.table(tmp_path)
 
 
-def test_the_results_have_the_settings_of_the_recipe() -> None:
+def test_the_results_have_the_settings_of_the_recipe(tmp_path: Path) -> None:
     benchmark = _benchmark("protocols")
     for variant in benchmark.VARIANTS:
         saved = json.loads((ROOT / "results" / "protocols" / f"{variant.stage}-{variant.name}.json").read_text())
-        # Fields that came later have their defaults in what was measured before.
-        measured, current = (parse(RunConfig, values) for values in (saved["config"], benchmark.settings(variant)))
-        assert measured == current, variant.name
+        # Fields that came later have their protocol's defaults in what was measured before.
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved["config"]))
+        measured = load_run(tmp_path / "config.yaml")
+        assert measured == parse(RunConfig, benchmark.settings(variant)), variant.name
         assert saved["record"]["clean"]["total"] == benchmark.NUM_IMAGES
 
 

@@ -137,7 +137,7 @@ def test_settings_among_the_flags_are_applied(tmp_path: Path, capsys: pytest.Cap
     config = json.loads((run / "checkpoints" / "best" / "config.json").read_text())
     assert config["model"]["defence"] == "none"
     rows = (run / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2
+    assert len(rows) == 1 + 3  # one and a half steps a batch, in two epochs
 
 
 def test_a_saved_model_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

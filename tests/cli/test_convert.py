@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fpds import corrected
 from torch import Tensor
 
 import robustfpd as rf
 from robustfpd.cli import main
-from robustfpd.config import ModelConfig, TaskConfig
+from robustfpd.config import TaskConfig
 from robustfpd.models.factory import assemble
 
 RENAMED = {"decoder.laterals.0": "latlayer3", "decoder.laterals.1": "latlayer2", "decoder.laterals.2": "latlayer1",
@@ -20,7 +21,7 @@ RENAMED = {"decoder.laterals.0": "latlayer3", "decoder.laterals.1": "latlayer2",
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A ResNeXt as the authors save theirs, every number 0.01."""
-    config = ModelConfig(backbone="published_resnext_1_1_1_1", pyramid_channels=64, unstrided_kernel=2)
+    config = corrected(backbone="published_resnext_1_1_1_1", pyramid_channels=64, unstrided_kernel=2)
     with torch.device("meta"):
         model = assemble(TaskConfig(num_classes=10, image_size=(64, 64)), config)
     state: dict[str, Tensor] = {}

@@ -50,10 +50,11 @@ def test_the_settings_lead_back_to_the_run(overrides: list[str], baseline: bool)
 
 
 def test_settings_without_overrides_are_an_error() -> None:
-    run = recipe("digits/mini").baseline()
-    odd = run.model_copy(update={"training": run.training.model_copy(update={"epochs": 3})})
-    with pytest.raises(InputError, match=r"training\.epochs is 3, .*training\.epochs=2.* gives 4"):
-        training_command(odd, "runs/x")
+    for interval, epochs, nearest, gives in ((1, 3, 2, 4), (2, 5, 3, 4)):
+        run = recipe("digits/mini", [f"training.second_pass_interval={interval}"]).baseline()
+        odd = run.model_copy(update={"training": run.training.model_copy(update={"epochs": epochs})})
+        with pytest.raises(InputError, match=rf"epochs is {epochs}, .*training\.epochs={nearest}.* gives {gives}"):
+            training_command(odd, "runs/x")
     with pytest.raises(InputError, match=r"recipe 'mine\.yaml' is not a packaged one"):
         training_command(run.model_copy(update={"recipe": "mine.yaml"}), "runs/x")
 

@@ -36,6 +36,20 @@ def _page(source: Source) -> str:
     return render(report_on([source]))
 
 
+def test_metrics_of_this_version_hold_the_batch_in_which_the_gate_opened(run: Path) -> None:
+    lines = (run / "metrics.csv").read_text().splitlines()
+    rows = [f"{line},{opened}" for line, opened in zip(lines, ("gate_opened", "", "7", "1"), strict=True)]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    source = read(run)
+    assert source.problems == ()
+    assert [m.gate_opened for m in source.history] == [None, 7, 1]
+
+
+def test_metrics_of_an_earlier_version_are_read(run: Path) -> None:
+    assert "gate_opened" not in (run / "metrics.csv").read_text()
+    assert [m.gate_opened for m in read(run).history] == [None] * 3
+
+
 def test_a_complete_run_has_no_problems(run: Path) -> None:
     source = read(run)
     assert source.problems == ()

@@ -66,7 +66,7 @@ def test_some_steps_have_a_shut_gate_and_some_an_open_one(folder: Path) -> None:
     history = _observed(folder, "curves")[0]["detached"]["history"]
     assert 0 < sum(row["gate_open"] for row in history) < len(history)
     assert history[0]["gate_opened"] is None
-    assert history[-1]["gate_opened"] == 1
+    assert history[-1]["gate_opened"] is not None
     losses = _observed(folder, "curves")[0]["detached"]["losses"]
     assert {len(step) for step in losses} == {2, 4}
 
