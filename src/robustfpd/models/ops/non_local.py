@@ -10,8 +10,8 @@ from torch import Tensor
 
 from robustfpd.models.ops import as_autocast
 
-NORM_FLOOR = torch.finfo(torch.float32).tiny
-"""Smallest squared norm of an affinity: the means of a map of zeros are zeros."""
+NORM_FLOOR = 1e-24
+"""Smallest squared norm of an affinity: the means of a map of zeros are zeros, and gradients stay within float32."""
 
 
 def dot_product(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
@@ -31,7 +31,8 @@ def normalised(x: Tensor, *, residual: bool = False, gate: Tensor | None = None)
     rows = _rows(x)
     p, c = rows.shape[1:]
     small = torch.bmm(rows.transpose(1, 2), rows) if c <= p else torch.bmm(rows, rows.transpose(1, 2))
-    squares = small.float().square().sum(dim=(1, 2), keepdim=True)  # |Xᵀ X| = |X Xᵀ|
+    precise = small.to(torch.promote_types(small.dtype, torch.float32))
+    squares = precise.square().sum(dim=(1, 2), keepdim=True)  # |Xᵀ X| = |X Xᵀ|
     factor = squares.clamp_min(NORM_FLOOR).rsqrt()
     small = small * (factor if gate is None else factor * gate).to(small.dtype)
     if residual:
