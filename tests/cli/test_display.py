@@ -28,13 +28,13 @@ def _progress(step: StepResult) -> Progress:
     )  # fmt: skip
 
 
-def _metrics(plain: bool) -> EpochMetrics:
+def _metrics(plain: bool, gate_open: float = 1.0, gate_opened: int | None = 1) -> EpochMetrics:
     second = None if plain else 0.000123
     return EpochMetrics(
-        epoch=98, ce=0.000123, restoration=second, second_ce=second, second_restoration=second, gate_open=1.0,
+        epoch=98, ce=0.000123, restoration=second, second_ce=second, second_restoration=second, gate_open=gate_open,
         adversarial_ce=None, train_accuracy=1.0, train_adversarial_accuracy=None, validation_accuracy=1.0,
         validation_robust_accuracy=None, validation_ce=0.1, validation_restoration=second, lr=0.1,
-        images_per_second=12345.6, seconds=1.0,
+        images_per_second=12345.6, seconds=1.0, gate_opened=gate_opened,
     )  # fmt: skip
 
 
@@ -67,6 +67,31 @@ def test_epoch_lines_stand_under_their_headings_within_80_columns(plain: bool) -
     assert ("gate open" in heading) is not plain
     assert heading.split()[0] == "epoch"
     assert second.split()[0] == "99"
+
+
+@pytest.mark.parametrize(
+    ("gate_open", "gate_opened", "said"),
+    [
+        (0.37, 210, "37 % from batch 210  "), (0.0, None, "0 %  "), (1.0, 1, "100 %  "),
+        (0.996, 4, "100 % from batch 4  "),
+        (0.5, None, "50 %  "),  # metrics of an earlier version
+    ],
+)  # fmt: skip
+def test_an_epochs_line_says_when_the_gate_opened(gate_open: float, gate_opened: int | None, said: str) -> None:
+    file = io.StringIO()
+    with training_display(Console(file=file, width=WIDTH, soft_wrap=True), "digits", "FPD") as observer:
+        observer.on_epoch(_metrics(False, gate_open, gate_opened), False)
+    heading, line = file.getvalue().strip("\n").split("\n")
+    assert "gate open" in heading
+    assert f" {said}" in line
+    assert ("from batch" in line) is ("from batch" in said)
+
+
+def test_a_baselines_line_names_no_gate() -> None:
+    file = io.StringIO()
+    with training_display(Console(file=file, width=WIDTH, soft_wrap=True), "digits", "baseline") as observer:
+        observer.on_epoch(_metrics(True, 0.5, 7), False)
+    assert "from batch" not in file.getvalue()
 
 
 def test_durations() -> None:

@@ -95,6 +95,36 @@ def test_without_layers_that_keep_the_size_their_kernel_does_not_matter(reductio
     assert [t.shape for t in two.state_dict().values()] == [t.shape for t in three.state_dict().values()]
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("unstrided_kernel", [3, None])
+def test_a_decoder_that_starts_at_zero_restores_zeros_and_its_last_layer_learns_first(
+    reduction: int, unstrided_kernel: int | None
+) -> None:
+    decoder = RestorationDecoder(
+        CHANNELS, reduction, width=8, out_channels=3, unstrided_kernel=unstrided_kernel, start_at_zero=True
+    )
+    restored = decoder(pyramid((27, 33), reduction), (27, 33))
+    assert restored.shape == (2, 3, 27, 33)
+    assert not bool(restored.any())
+    (restored - 1).square().sum().backward()
+    moving = {n for n, p in decoder.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moving == {f"upscale.{len(decoder.upscale) - 1}.{n}" for n in ("weight", "bias")}
+
+
+def test_without_a_kernel_layers_that_keep_the_size_are_left_out() -> None:
+    kernels = {}
+    for reduction in (1, 2, 4, 8):
+        decoder = RestorationDecoder(CHANNELS, reduction, width=100, out_channels=3, unstrided_kernel=None)
+        kernels[reduction] = [tuple(layer.weight.shape) for layer in decoder.upscale]  # type: ignore[arg-type]
+        assert decoder.upscale(torch.zeros(1, 100, 3, 5)).shape == (1, 3, 3 * reduction, 5 * reduction)
+    assert kernels == {
+        1: [(100, 3, 1, 1)],
+        2: [(100, 64, 2, 2), (64, 3, 1, 1)],
+        4: [(100, 64, 2, 2), (64, 16, 2, 2), (16, 3, 1, 1)],
+        8: [(100, 64, 2, 2), (64, 16, 2, 2), (16, 16, 2, 2), (16, 3, 1, 1)],
+    }
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_every_level_and_parameter_takes_part(levels: int) -> None:
     decoder = RestorationDecoder(CHANNELS[:levels], 2, width=8, out_channels=1)

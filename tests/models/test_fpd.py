@@ -557,7 +557,7 @@ def test_each_gate_and_the_restoration_change_the_output() -> None:
 def test_the_first_gradient_reaches_gates_and_the_restorations_last_layer() -> None:
     model = fresh()
     labels = torch.tensor([0, 1, 2, 3])
-    F.cross_entropy(model(torch.rand(4, 1, 16, 16)).logits, labels).backward()
+    F.cross_entropy(model(torch.rand(4, 1, 16, 16)).logits, labels).backward()  # type: ignore[no-untyped-call]
     found = {**gates(model), **dict(model.decoder.upscale[-1].named_parameters())}
     assert len(found) == 5
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in found.values())

@@ -327,6 +327,7 @@ def test_the_spectral_head_bounds_the_networks_own_weights(lipschitz: float) -> 
 def test_the_orthogonal_head_keeps_the_networks_own_rows_and_bias(lipschitz: float) -> None:
     net, model = own_head("orthogonal", lipschitz=lipschitz)
     raw = model.head.linear.parametrizations.weight.original  # type: ignore[union-attr]
+    assert isinstance(raw, Tensor)
     assert torch.equal(raw, own_weight(net))
     assert torch.equal(model.head.bias, net.get_submodule("tail.2").bias)  # type: ignore[arg-type]
     weight = effective_weight(model.head)

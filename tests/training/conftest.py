@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,13 @@ Batch = tuple[Tensor, Tensor, Tensor]
 def _built() -> dict[str, tuple[FPD, Baseline]]:
     made = {}
     for protocol in ("improved", "corrected"):
-        options = {"num_classes": 4, "in_channels": 1, "image_size": 8, "protocol": protocol, "pyramid_channels": 8}
+        options: dict[str, Any] = {
+            "num_classes": 4,
+            "in_channels": 1,
+            "image_size": 8,
+            "protocol": protocol,
+            "pyramid_channels": 8,
+        }
         fpd = as_trained(enhance("resnet_mini", **options)).train()
         baseline = build(fpd.task, fpd.config.baseline()).train()
         assert isinstance(baseline, Baseline)
