@@ -134,7 +134,7 @@ def test_networks_that_are_left_early(format: Format, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
-@pytest.mark.parametrize("front_stages", [1, None])
+@pytest.mark.parametrize("front_stages", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_networks_with_their_own_tail_of_which_the_front_pass_runs_a_part(
     format: Format, front_stages: int | None, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ ALL = [
     "legacy_seresnet18",
 ]  # fmt: skip
 SIZES = [(3, (64, 64)), (1, (27, 33))]
+PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
 
 
 def assert_defended(name: str, channels: int, size: tuple[int, int], **options: Any) -> None:
@@ -46,27 +47,37 @@ def assert_defended(name: str, channels: int, size: tuple[int, int], **options: 
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [(name, *SIZES[i % 2]) for i, name in enumerate(FAST)])
-def test_a_family_can_be_defended(name: str, channels: int, size: tuple[int, int]) -> None:
+@PROTOCOLS
+def test_a_family_can_be_defended(name: str, channels: int, size: tuple[int, int], protocol: str) -> None:
+    assert_defended(name, channels, size, protocol=protocol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "size"), SIZES)
+@pytest.mark.parametrize("name", ALL)
+def test_every_family_can_be_defended(name: str, channels: int, size: tuple[int, int]) -> None:
     assert_defended(name, channels, size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("channels", "size"), SIZES)
 @pytest.mark.parametrize("name", [name for name in ALL if name != "eca_nfnet_l0"])
-def test_every_family_can_be_defended(name: str, channels: int, size: tuple[int, int]) -> None:
-    assert_defended(name, channels, size)
+def test_every_family_with_norms_can_be_defended_as_in_the_paper(
+    name: str, channels: int, size: tuple[int, int]
+) -> None:
+    assert_defended(name, channels, size, protocol="corrected")
 
 
 @pytest.mark.slow
-def test_a_family_without_norms_can_be_defended() -> None:
-    assert_defended("eca_nfnet_l0", *SIZES[0])
+def test_a_family_without_norms_can_be_defended_as_in_the_paper() -> None:
+    assert_defended("eca_nfnet_l0", *SIZES[0], protocol="corrected")
 
 
 @pytest.mark.slow
 def test_cubic_denoising_that_overflows_is_refused_with_a_way_out() -> None:
     channels, size = SIZES[1]
     with pytest.raises(InputError, match=r"NaN or infinite logits .* denoise='dot'; use denoise='softmax'"):
-        rf.enhance("eca_nfnet_l0", num_classes=5, in_channels=channels, image_size=size)
+        rf.enhance("eca_nfnet_l0", num_classes=5, in_channels=channels, image_size=size, protocol="corrected")
 
 
 @pytest.mark.slow
@@ -75,4 +86,4 @@ def test_cubic_denoising_that_overflows_is_refused_with_a_way_out() -> None:
 def test_bounded_denoising_keeps_a_family_without_norms_finite(
     denoise: str, channels: int, size: tuple[int, int]
 ) -> None:
-    assert_defended("eca_nfnet_l0", channels, size, denoise=denoise)
+    assert_defended("eca_nfnet_l0", channels, size, denoise=denoise, protocol="corrected")
