@@ -93,10 +93,15 @@ TORCHVISION: dict[str, Sequence[str] | None] = {
 """Where the networks' stages end. torchvision's ResNets have the names that are known."""
 
 
+def torchvision_network(name: str) -> nn.Module:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    net: nn.Module = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES, **options)
+    return net
+
+
 def assert_torchvision(name: str) -> None:
     size = 128 if name == "inception_v3" else 96
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    net = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES, **options).eval()
+    net = torchvision_network(name).eval()
     x = torch.rand(2, 3, size, size)
     assert_identity(enhance(net, size, stages=TORCHVISION[name]), net, x)
     other = enhance(net, size, stages=TORCHVISION[name], num_classes=4)
@@ -123,7 +128,7 @@ def test_every_network_of_torchvision_starts_as_itself(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TORCHVISION if name != "inception_v3"])
 def test_every_network_of_torchvision_trains(name: str) -> None:
     """Inception's auxiliary classifier needs larger images in training."""
-    net = getattr(torchvision.models, name)(weights=None, num_classes=CLASSES)
+    net = torchvision_network(name)
     model = enhance(net, 96, stages=TORCHVISION[name]).train()
     out = model(torch.rand(2, 3, 96, 96))
     (out.logits.square().sum() + out.restored.square().sum()).backward()
