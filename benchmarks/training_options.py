@@ -39,7 +39,7 @@ def measure(option: str, seed: int, root: str, attacked: int) -> dict[str, Any]:
     """Train once; return accuracies as fractions and seconds of training."""
     precision, settings = OPTIONS[option]
     short = [*settings, f"seed={seed}", "training.epochs=2", "data.train_limit=20000", f"data.root={root}"]
-    config = recipe("mnist/mini", short)
+    config = recipe("mnist/mini", short, protocol="corrected")
     with tempfile.TemporaryDirectory() as folder:
         result = rf.train(config, Path(folder) / "run", device="cpu", precision=precision)
     images, labels = data.load(config.data).test.floats()

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,14 +227,23 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     optimizer = f"{procedure.optimizer.name} {procedure.optimizer.lr:g}, {procedure.schedule.name}"
     lines = [f"  epochs    {procedure.epochs} of batches of {procedure.batch_size}, {optimizer}"]
     if stage.run.stage == "two-phase":
-        gate = f", gate at {stage.run.training.threshold:g}" if stage.run.model.defence == "fpd" else ""
-        return [*lines, f"  noise     {stage.run.training.noise:g}{gate}"]
+        return [*lines, f"  noise     {stage.run.training.noise:g}{_gate(stage.run)}"]
     steps = f"-{settings.steps}" if settings.attack == "pgd" else ""
     return [
         *lines,
         f"  start     {'new weights' if stage.start is None else f'the best checkpoint in {stage.start}'}",
         f"  attack    {settings.attack.upper()}{steps}, {settings.norm}, eps {settings.eps:.4g}",
     ]
+
+
+def _gate(run: RunConfig) -> str:
+    """Return the noise between the passes and the gate's threshold; nothing for a baseline."""
+    training = run.training
+    if run.model.defence != "fpd":
+        return ""
+    between = f", {training.back_pass_noise:g} between the passes" if training.back_pass_noise else ""
+    unit = " of a constant image's loss" if training.threshold_unit == "constant_image" else ""
+    return f"{between}, gate at {training.threshold:g}{unit}"
 
 
 def _stage_seconds(
@@ -252,23 +262,35 @@ def _stage_seconds(
     shape = (size, task.in_channels, *task.image_size)
     images = ImageSet(torch.randint(256, shape, dtype=torch.uint8), torch.randint(task.num_classes, (size,)))
     train_batch = _training_batch(model.to(device).train(), run, images, device, precision)
-    adversarial = run.stage == "adversarial"
-    clean_epochs = settings.start_epoch if adversarial else 0
-    step = timed(lambda: train_batch(procedure.epochs), device)
-    train = step * (procedure.epochs - clean_epochs)
-    if clean_epochs:
-        train += timed(lambda: train_batch(0), device) * clean_epochs
+    step, train = 0.0, 0.0
+    for epoch, index, share in _batch_kinds(run):
+        seconds = timed(partial(train_batch, epoch, index), device)
+        step, train = max(step, seconds), train + seconds * share * procedure.epochs
     validation = timed(lambda: validate(model, images, size, device), device) * math.ceil(counts.validation / size)
-    if adversarial and settings.select_by == "robust":
+    if run.stage == "adversarial" and settings.select_by == "robust":
         seconds = timed(lambda: robust_accuracy(model, images, settings, size, device, run.seed), device)
         validation += seconds * math.ceil(min(settings.select_images, counts.validation) / size)
     return step, train * batches_per_epoch(counts.train, procedure.batch_size) + validation * procedure.epochs
 
 
+def _batch_kinds(run: RunConfig) -> list[tuple[int, int, float]]:
+    """Return the kinds of batches of different cost: an epoch and index of such a batch, and their share of all."""
+    epochs, training = run.procedure.epochs, run.training
+    if run.stage == "adversarial":
+        clean = run.adversarial.start_epoch / epochs
+        kinds = [(epochs, 0, 1 - clean), (0, 0, clean)]
+    elif run.model.defence == "fpd":
+        alone, second = training.restoration_start, 1 / training.second_pass_interval
+        kinds = [(epochs, 0, (1 - alone) * second), (epochs, 1, (1 - alone) * (1 - second)), (0, 0, alone)]
+    else:
+        kinds = [(0, 0, 1.0)]
+    return [kind for kind in kinds if kind[2] > 0]
+
+
 def _training_batch(
     model: FPD | Baseline, run: RunConfig, images: ImageSet, device: torch.device, precision: str
-) -> Callable[[int], None]:
-    """Return a function that trains on the first batch of an epoch."""
+) -> Callable[[int, int], None]:
+    """Return a function of an epoch and the index of a batch, which trains on that batch."""
     import torch
 
     from robustfpd import training
@@ -283,15 +305,17 @@ def _training_batch(
     clean, labels = next(batches(images, run.procedure.batch_size, device))
     draws = torch.Generator(device=device)
 
-    def train_batch(epoch: int) -> None:
+    def train_batch(epoch: int, index: int) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             if run.stage == "adversarial":
                 adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
                 training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
                 return
             noisy = add_uniform_noise(clean, config.noise, draws, training.noise_unit(model, config))
-            if isinstance(model, FPD):
-                training.two_phase_step(model, clean, noisy, labels, update, config, generator=draws)
+            if isinstance(model, FPD) and epoch < config.restoration_start * run.training.epochs:
+                training.backbone_step(model, clean, noisy, labels, update, config)
+            elif isinstance(model, FPD):
+                training.two_phase_step(model, clean, noisy, labels, update, config, index, draws)
             else:
                 training.baseline_step(model, noisy, labels, update, config)
 

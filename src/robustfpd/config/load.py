@@ -40,6 +40,7 @@ CORRECTED: dict[str, Any] = {
     "training.restoration_unit": "space",
     "training.alpha_restore": 1.0,
     "training.alpha_restore_second": 1.0,
+    "training.restoration_start": 0.0,
     "training.second_pass_interval": 1,
 }
 """Defaults of the protocols `corrected` and `published`, where they differ from those of `improved`."""

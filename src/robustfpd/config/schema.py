@@ -141,6 +141,9 @@ class TrainingConfig(ProcedureConfig):
     """Weight of the restoration loss in phase 1."""
     alpha_restore_second: float = Field(default=0.2, ge=0)
     """Weight of the restoration loss in phase 2."""
+    restoration_start: float = Field(default=0.5, ge=0, lt=1)
+    """Fraction of the epochs after which the restoration joins. Before, the backbone is trained alone on noisy images,
+    at the cost of the baseline."""
     second_pass: Literal["detached", "joint", "through"] = "detached"
     """`detached`: phase 2 is a separate step whose gradient stops at the restored image; `joint`: both phases in one
     backward pass and one step; `through` (published code): a separate step whose gradient continues into phase 1's
@@ -155,8 +158,9 @@ class TrainingConfig(ProcedureConfig):
 
     @property
     def steps_per_batch(self) -> float:
-        """Mean number of optimizer steps per batch while the gate is open."""
-        return 1.0 if self.second_pass == "joint" else 1 + 1 / self.second_pass_interval
+        """Mean number of optimizer steps per batch, with an open gate once the restoration has joined."""
+        second = 0.0 if self.second_pass == "joint" else 1 / self.second_pass_interval
+        return 1 + (1 - self.restoration_start) * second
 
 
 class AdversarialConfig(ProcedureConfig):

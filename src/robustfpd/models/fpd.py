@@ -199,17 +199,18 @@ class FPD(BaseClassifier):
         self.middle_gate = nn.Parameter(torch.zeros(())) if gated else None
         self.head = self._head(config.head)
 
-    def forward(self, images: Tensor, middle_noise: Tensor | None = None) -> FPDOutput:
+    def forward(self, images: Tensor, middle_noise: Tensor | None = None, *, restore: bool = True) -> FPDOutput:
         """Classify and restore images.
 
         Args:
             images: N×C×H×W in [0, 1]. Training noise may exceed this range, so it is not checked here.
             middle_noise: N×C×H×W, added to the input of the back pass, in training.
+            restore: run the front pass and the restoration; else x′ = x, and the backbone classifies alone.
 
         Raises:
             InputError: images of another shape or type.
         """
-        restored = self.restore(images)  # FPD_FD, FPD_R
+        restored = self.restore(images) if restore else images  # FPD_FD, FPD_R
         features = self.back(restored, images, middle_noise)  # FPD_BD
         return FPDOutput(self.head(features), restored)  # FPD_LCC
 

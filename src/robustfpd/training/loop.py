@@ -44,6 +44,7 @@ from robustfpd.training.run_folder import RunFolder, build_model, check_ranks, l
 from robustfpd.training.steps import (
     StepResult,
     adversarial_step,
+    backbone_step,
     baseline_step,
     noise_unit,
     parameter_groups,
@@ -151,7 +152,7 @@ class _Training:
             )  # fmt: skip
             accuracy = validation.accuracy if robust is None else robust
             loss = validation.loss if self.settings.schedule.follows == "loss" else validation.ce
-            best = self.stopping.better(epoch, accuracy, loss)
+            best = not self._restores(epoch + 1) or self.stopping.better(epoch, accuracy, loss)
             self.schedule.after_epoch(accuracy, loss)
             self.history.append(metrics)
             self._save(best)
@@ -195,8 +196,16 @@ class _Training:
         unit = noise_unit(raw_model, config.training)
         noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
         if isinstance(raw_model, FPD):
+            if not self._restores(epoch + index / self.batches_per_epoch):
+                return backbone_step(model, clean, noisy, labels, update, config.training)
             return two_phase_step(model, clean, noisy, labels, update, config.training, index, draws)
         return baseline_step(model, noisy, labels, update, config.training)
+
+    def _restores(self, done: float) -> bool:
+        """Return whether the restoration has joined after `done` epochs of two-phase training."""
+        if self.config.stage == "adversarial" or not isinstance(self.raw_model, FPD):
+            return True
+        return done >= self.config.training.restoration_start * self.settings.epochs
 
     def _validate(self) -> tuple[Validation, float | None]:
         """Return clean metrics, and the robust accuracy where adversarial training selects its epoch by it."""

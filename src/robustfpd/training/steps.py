@@ -7,7 +7,8 @@ The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labe
                otherwise (open):    step on α₁·CE(ŷ¹, y) + α₂·L2
     Phase 2    ŷ², x'² = FPD(x'¹)          step on α₁·CE(ŷ², y) + α₂'·MSE(x'², x)
 
-With `middle_noise`, in both phases, uniform noise of its own is added between the passes: the restoration removes that
+Before, for the fraction `restoration_start` of the epochs, `backbone_step` trains the backbone alone. With
+`middle_noise`, in both phases, uniform noise of its own is added between the passes: the restoration removes that
 of x_noisy, and a back pass trained on clean images is as fragile as any network trained on clean images.
 
 The functions take any loop's model, batch and optimizer; `robustfpd.training.train` calls the same ones::
@@ -184,6 +185,20 @@ class MiddleNoise(NamedTuple):
                 "pass generator=torch.Generator(), or set middle_noise=0"
             )
         return self.eps * self.unit * uniform_like(images, self.generator, ProcessGroup.current())
+
+
+def backbone_step(
+    model: nn.Module, clean: Tensor, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig
+) -> StepResult:
+    """Train the backbone of an FPD alone on one batch: one step on α₁·CE, with x' = x_noisy.
+
+    Arguments are those of `two_phase_step`. `restoration_start` says for how long: an FPD that starts as the network it
+    wraps can first be trained as that network, at half the cost. The gate counts as shut.
+    """
+    logits, restored = model(noisy, restore=False)
+    losses = pass_losses(logits, restored, clean, labels, restoration_unit(model, config))
+    update(config.alpha_ce * losses.ce)
+    return StepResult(losses.detach(), gate_open=False)
 
 
 def _both_phases(
