@@ -11,13 +11,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPl
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig
 
-# Fused where torch has a fused form: one pass over the memory of each parameter, on CPUs as on GPUs.
+# Fused where torch has a fused form: one pass over the memory of each parameter, on CPUs as on GPUs. Its SGD cannot
+# start the momentum of some parameters of a group later than that of others, as a shut gate does.
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], Optimizer]] = {
     "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
     "adamax": lambda groups, c: torch.optim.Adamax(groups, lr=c.lr, weight_decay=c.weight_decay),
     "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True),
     "sgd": lambda groups, c: torch.optim.SGD(
-        groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=True
+        groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, fused=c.momentum == 0
     ),
 }
 
