@@ -236,7 +236,7 @@ def test_protocol_defaults_are_those_that_differ_and_fields_of_their_section() -
 
 NEW_FIELDS = {
     "model": ("tail", "denoise_gate", "front_stages", "restoration"),
-    "training": ("middle_noise", "threshold_unit", "restoration_unit", "second_pass_interval"),
+    "training": ("middle_noise", "threshold_unit", "restoration_unit", "second_pass_interval", "restoration_start"),
 }
 
 
@@ -308,8 +308,9 @@ def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, s
     assert baseline.data == run.data
     assert baseline.evaluation == run.evaluation
     assert (baseline.seed, baseline.recipe) == (run.seed, run.recipe)
-    assert run.training.second_pass_interval == 2
-    steps_a_batch = 1.5 if second_pass == "detached" else 1
+    alone, interval = run.training.restoration_start, run.training.second_pass_interval
+    assert interval > 1
+    steps_a_batch = 1 + (1 - alone) / interval if second_pass == "detached" else 1
     assert baseline.training.epochs == round(run.training.epochs * steps_a_batch)
     corrected = recipe(name, [f"training.second_pass={second_pass}"], protocol="corrected")
     steps_a_batch = 2 if second_pass == "detached" else 1
@@ -322,7 +323,8 @@ def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, s
 def test_the_baseline_has_the_same_patience_in_steps() -> None:
     training = {"early_stop_patience": 7, "schedule": {"name": "plateau", "patience": 3}}
     for interval, patience in ((1, (14, 6)), (2, (10, 4))):
-        run = parse(RunConfig, {"training": {**training, "second_pass_interval": interval}})
+        steps = {"second_pass_interval": interval, "restoration_start": 0}
+        run = parse(RunConfig, {"training": {**training, **steps}})
         baseline = run.baseline()
         assert (baseline.training.early_stop_patience, baseline.training.schedule.patience) == patience
     assert parse(RunConfig, {"training": {"early_stop_patience": None}}).baseline().training.early_stop_patience is None

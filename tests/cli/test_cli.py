@@ -128,7 +128,19 @@ def test_evaluations_of_a_run_are_kept_beside_each_other(run: Path, capsys: pyte
 def test_settings_among_the_flags_are_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     first, *others = FAST
-    main(["train", "digits/mini", first, "--baseline", *others, "--out", str(run), "training.noise=0.25"])
+    main(
+        [
+            "train",
+            "digits/mini",
+            first,
+            "--baseline",
+            *others,
+            "--out",
+            str(run),
+            "training.noise=0.25",
+            "training.restoration_start=0",
+        ]
+    )
     assert f"robustfpd evaluate {run}" in capsys.readouterr().out
     settings = load_run(run / "config.yaml")
     assert settings.training.noise == 0.25

@@ -25,7 +25,8 @@ def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 def test_a_dry_run_of_train_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "digits/mini", *FAST, "--stages", "two-phase,adversarial", "--dry-run"]
+    alike = ["training.restoration_start=0", "training.second_pass_interval=1"]
+    words = ["train", "digits/mini", *FAST, *alike, "--stages", "two-phase,adversarial", "--dry-run"]
     main(words)
     out = capsys.readouterr().out
     for said in ("stage two-phase, into runs/digits-mini\n", "stage adversarial, into runs/digits-mini/adversarial",

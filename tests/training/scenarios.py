@@ -40,7 +40,8 @@ def config(images: int = 96, **training: Any) -> RunConfig:
     """A small run; three steps an epoch."""
     values = {
         "epochs": 2, "batch_size": 32, "noise": 0.1, "schedule": {"name": "one_cycle"}, "optimizer": {"lr": 0.003},
-        "threshold": 0.9, "threshold_unit": "absolute", "early_stop_patience": None, **training,
+        "threshold": 0.9, "threshold_unit": "absolute", "restoration_start": 0, "early_stop_patience": None,
+        **training,
     }  # fmt: skip
     data = {"train_limit": images, "augment": {"rotation": 10, "brightness": 0.1}}
     model = {"backbone": "custom", "stages": ["first", "middle", "last"], "pyramid_channels": 8}
@@ -55,7 +56,13 @@ def adversarial() -> RunConfig:
 
 CURVES: dict[str, dict[str, Any]] = {
     "detached": {"images": 320, "epochs": 5},
-    "joint": {"images": 320, "epochs": 2, "second_pass": "joint", "activation_checkpointing": True},
+    "joint": {
+        "images": 320,
+        "epochs": 2,
+        "second_pass": "joint",
+        "activation_checkpointing": True,
+        "restoration_start": 0.5,
+    },
     "through": {"second_pass": "through", "threshold": 10.0},
 }
 """Trainings whose losses must be those of one process."""

@@ -18,7 +18,7 @@ from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import EpochMetrics, Observer, Progress, RunFolder, TrainResult, train
-from robustfpd.training.steps import StepResult, two_phase_step
+from robustfpd.training.steps import StepResult, backbone_step, two_phase_step
 
 
 def _config(**training: object) -> RunConfig:
@@ -76,6 +76,29 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(short: Path, tmp_path: Path) -> Path:
     """A copy of `short`."""
     return Path(shutil.copytree(short, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 0.5, 0.75])
+def test_the_backbone_is_trained_alone_before_the_restoration_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float
+) -> None:
+    kinds = list[str]()
+
+    def recorded(kind: str, step: Callable[..., StepResult]) -> Callable[..., StepResult]:
+        def run(*given: Any) -> StepResult:
+            kinds.append(kind)
+            return step(*given)
+
+        return run
+
+    for kind, step in (("alone", backbone_step), ("both", two_phase_step)):
+        monkeypatch.setattr(f"robustfpd.training.loop.{step.__name__}", recorded(kind, step))
+    result = train(_config(epochs=2, batch_size=96, restoration_start=start), tmp_path / "run", device="cpu")
+    alone = int(4 * start)
+    assert kinds == ["alone"] * alone + ["both"] * (4 - alone)
+    assert result.best_epoch >= alone // 2
+    assert [m.gate_opened for m in result.history] == [max(0, alone - 2 * i) + 1 if alone < 2 * i + 2 else None
+                                                       for i in range(2)]  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", ["one_cycle", "plateau", "cosine"])
@@ -227,7 +250,7 @@ def test_each_step_gets_augmented_images_and_the_same_with_noise(
         return two_phase_step(model, clean, noisy, *rest)
 
     monkeypatch.setattr("robustfpd.training.loop.two_phase_step", recorded)
-    config = _config(epochs=1, noise=0.1)
+    config = _config(epochs=1, noise=0.1, restoration_start=0)
     train(config, tmp_path / "run", device="cpu")
     clean, noisy = (torch.cat(parts) for parts in zip(*seen, strict=True))
     change = noisy - clean

@@ -28,6 +28,7 @@ from robustfpd.training.steps import (
     GROUPS,
     OptimizerUpdate,
     adversarial_step,
+    backbone_step,
     baseline_step,
     gate_opens,
     noise_unit,
@@ -83,6 +84,35 @@ def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_front_and_restorat
         assert not moved & head
     else:
         assert moved == set(before) - head
+
+
+@pytest.mark.parametrize("name", ["adam", "adamax", "adamw", "sgd"])
+def test_parameters_that_learn_later_than_others_of_their_group_start_then(fpd: FPD, batch: Batch, name: str) -> None:
+    """The backbone alone, then behind the shut gate the front pass and the restoration, then everything."""
+    optimizer = make_optimizer(parameter_groups(fpd), parse(OptimizerConfig, {"name": name}))
+    update, before = OptimizerUpdate(optimizer), {k: v.clone() for k, v in fpd.named_parameters()}
+    backbone_step(fpd, *batch, update, OPEN)
+    unreached = {k for k, v in fpd.named_parameters() if v.grad is None}
+    assert unreached == {k for k in before if k.startswith("decoder.")}
+    assert all(torch.equal(v, before[k]) for k, v in fpd.named_parameters() if k in unreached)
+    for config in (SHUT, OPEN):
+        two_phase_step(fpd, *batch, update, config)
+    moved = {k for k, v in fpd.named_parameters() if not torch.equal(v, before[k])}
+    assert moved >= unreached | {"head.linear.weight", "backbone.net.conv1.0.weight"}
+
+
+def test_a_step_of_the_backbone_alone_is_on_the_cross_entropy_of_noisy_images(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
+    reference = copy.deepcopy(fpd)
+    logits = reference.head(reference.back(noisy, noisy))
+    update = Recorded()
+    result = backbone_step(fpd, *batch, update, corrected_training(alpha_ce=0.5))
+    assert update.losses == _approx(0.5 * F.cross_entropy(logits, labels))
+    assert update.only == [None]
+    assert result.second is None
+    assert not result.gate_open
+    assert result.first.restoration is not None
+    assert [float(result.first.restoration)] == _approx(F.mse_loss(noisy, clean))
 
 
 def test_a_shut_gate_steps_on_the_weighted_restoration_loss_alone(fpd: FPD, batch: Batch) -> None:
@@ -156,8 +186,10 @@ def test_the_baseline_takes_as_many_steps_as_the_fpd() -> None:
     def epochs(**training: Any) -> int:
         return parse(RunConfig, {"training": {"epochs": 12, **training}}).baseline().training.epochs
 
-    assert [epochs(), epochs(second_pass_interval=3), epochs(second_pass="joint")] == [18, 16, 12]
-    assert epochs(second_pass_interval=1) == 24
+    whole = {"restoration_start": 0}
+    assert [epochs(**whole, second_pass_interval=k) for k in (1, 2, 3)] == [24, 18, 16]
+    assert [epochs(restoration_start=0.5, second_pass_interval=k) for k in (1, 2, 3)] == [18, 15, 14]
+    assert epochs(second_pass="joint") == 12
 
 
 def test_the_baseline_steps_once_on_the_cross_entropy_of_noisy_images(baseline: Baseline, batch: Batch) -> None:
