@@ -571,3 +571,14 @@ def test_the_residual_is_added_to_the_images_in_units_of_the_decoder(normalise: 
     residual = model.decoder(model.backbone((x - 0.2) / 0.5), (16, 16))
     expected = x + (0.5 * residual if normalise == "once" else residual)
     assert torch.allclose(model.restore(x), expected, atol=1e-6)
+
+
+def test_without_restoration_the_back_pass_alone_classifies_the_images() -> None:
+    model = mini().eval()
+    x = torch.rand(2, 1, 16, 16)
+    with torch.no_grad():
+        out = model(x, restore=False)
+        assert torch.equal(out.restored, x)
+        assert torch.equal(out.logits, model.head(model.back(x, x)))
+        assert not torch.equal(out.logits, model(x).logits)
+        assert relative(fresh().eval()(x, restore=False).logits, fresh().eval()(x).logits) < 1e-5
