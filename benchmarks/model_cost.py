@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -13,96 +14,121 @@ from benchmarks import peak_memory
 from benchmarks.results import Bar, ImplementationResult, Measure, Quartiles, Workload
 from benchmarks.sizes import BenchmarkSizes, NetworkSize
 from benchmarks.timing import Implementation, RoundLimits, Timing, interleave, quartiles, synchronizer
-from benchmarks.training_step import JOINT, OPEN, VARIANTS, TrainableNetwork
+from benchmarks.training_step import Kind, TrainableNetwork
 from robustfpd.device import evaluating, supports_bf16
 from robustfpd.rng import generator
 
-BASELINE, TWO_PHASE, JOINED, BF16 = "baseline", "FPD", "FPD, joint", "FPD, bf16"
-INFERENCE_BAR, MEMORY_BAR, JOINT_BAR, PRECISION_BAR = 2.2, 2.4, 1.0, 1.7
+BASELINE: Kind = "baseline"
+IMPROVED: Kind = "improved"
+FULL_FRONT: Kind = "improved, full front"
+CORRECTED: Kind = "corrected"
+JOINT: Kind = "corrected, joint"
+PHASE_ONE, BF16 = "improved, phase 1 alone", "improved, bf16"
+INFERENCE_BARS = {IMPROVED: 1.5, FULL_FRONT: 2.2}
+STEP_BAR, MEMORY_BAR, PRECISION_BAR = 2.5, 2.4, 1.7
 MATMUL = "matmul"
 
 
 def model_workloads(sizes: BenchmarkSizes, limits: RoundLimits, device: torch.device) -> Iterator[Workload]:
     """Yield the workloads of each network."""
     for size in sizes.networks:
-        baseline, fpd = TrainableNetwork(size, "none", device), TrainableNetwork(size, "fpd", device)
-        yield training_step(size, baseline, fpd, sizes.matmul, limits)
-        yield inference(size, baseline, fpd, limits)
-        del baseline, fpd
+        kinds: tuple[Kind, ...] = (BASELINE, IMPROVED, FULL_FRONT, CORRECTED, JOINT)
+        networks = {kind: TrainableNetwork(size, kind, device) for kind in kinds}
+        yield training_step(size, networks, sizes.matmul, limits)
+        yield inference(size, networks, limits)
+        del networks
         yield memory(size, device)
 
 
 def training_step(
-    size: NetworkSize, baseline: TrainableNetwork, fpd: TrainableNetwork, side: int, limits: RoundLimits
-) -> Workload:
+    size: NetworkSize, networks: dict[Kind, TrainableNetwork], side: int, limits: RoundLimits
+) -> Workload:  # fmt: skip
     """Time training steps in turns with a large matmul, which measures the device's peak."""
-    device = baseline.images.device
+    improved, device = networks[IMPROVED], networks[IMPROVED].images.device
     bf16 = supports_bf16(device)
     implementations = [
-        Implementation(BASELINE, baseline.step),
-        Implementation(TWO_PHASE, fpd.step),
-        Implementation(JOINED, lambda: fpd.step(JOINT)),
+        *(Implementation(kind, network.step) for kind, network in networks.items()),
+        Implementation(PHASE_ONE, lambda: improved.step(index=1)),
         Implementation(f"{MATMUL}, fp32", matmul(side, torch.float32, device)),
     ]
     if bf16:
         implementations += [
-            Implementation(BF16, lambda: fpd.step(OPEN, torch.bfloat16)),
+            Implementation(BF16, lambda: improved.step(dtype=torch.bfloat16)),
             Implementation(f"{MATMUL}, bf16", matmul(side, torch.bfloat16, device)),
         ]
     timing = interleave(implementations, limits, synchronize=synchronizer(device))
-    assert timing.returned[TWO_PHASE].second is not None, "the gate was shut"
+    assert timing.returned[IMPROVED].second is not None, "the gate was shut"
     with FlopCounterMode(display=False) as counter:
-        fpd.step()
+        improved.step()
     relative_work = counter.get_total_flops() / (2 * side**3)
-    step_bar = Bar(at_most=size.step_bar)
-    measures = [
-        Measure(what="two-phase step / baseline step", value=timing.ratio(TWO_PHASE, BASELINE), bar=step_bar),
-        Measure(what="joint step / baseline step", value=timing.ratio(JOINED, BASELINE), bar=step_bar),
-        Measure(what="joint step / two-phase step", value=timing.ratio(JOINED, TWO_PHASE), bar=Bar(at_most=JOINT_BAR)),
-        _peak_fraction(timing, TWO_PHASE, "fp32", relative_work),
+    interval = improved.config.second_pass_interval
+    timing.seconds["mean"] = [
+        (both + (interval - 1) * one) / interval
+        for both, one in zip(timing.seconds[IMPROVED], timing.seconds[PHASE_ONE], strict=True)
     ]
+    measures = [
+        Measure(
+            what=f"improved, mean step (phase 2 in one of {interval} batches) / baseline step",
+            value=timing.ratio("mean", BASELINE), bar=Bar(at_most=STEP_BAR),
+        ),
+        Measure(what="improved, step with both phases / baseline step", value=timing.ratio(IMPROVED, BASELINE)),
+        Measure(
+            what="corrected, two-phase step / baseline step", value=timing.ratio(CORRECTED, BASELINE),
+            bar=Bar(at_most=size.step_bar),
+        ),
+        Measure(what="corrected, joint step / two-phase step", value=timing.ratio(JOINT, CORRECTED)),
+        _peak_fraction(timing, IMPROVED, "fp32", relative_work),
+    ]  # fmt: skip
     if bf16:
-        speedup = timing.ratio(TWO_PHASE, BF16)
+        speedup = timing.ratio(IMPROVED, BF16)
         measures += [
-            Measure(what="fp32 step / bf16 step", value=speedup, bar=Bar(at_least=PRECISION_BAR)),
+            Measure(what="improved, fp32 step / bf16 step", value=speedup, bar=Bar(at_least=PRECISION_BAR)),
             _peak_fraction(timing, BF16, "bf16", relative_work),
         ]
+    del timing.seconds["mean"]
     notes = () if bf16 else ("this machine has no bfloat16 instructions: the bf16 step was not measured",)
     return _workload(size, "training step", timing, measures, notes)
 
 
-def inference(
-    size: NetworkSize, baseline: TrainableNetwork, fpd: TrainableNetwork, limits: RoundLimits
-) -> Workload:  # fmt: skip
+def inference(size: NetworkSize, networks: dict[Kind, TrainableNetwork], limits: RoundLimits) -> Workload:
     """Time the classification of one batch."""
-    baseline.calibrate_batch_norms()
-    fpd.calibrate_batch_norms()
-    with torch.inference_mode(), evaluating(baseline.module), evaluating(fpd.module):
+    kinds: tuple[Kind, ...] = (BASELINE, IMPROVED, FULL_FRONT, CORRECTED)
+    modules = {kind: networks[kind].module for kind in kinds}
+    for kind in kinds:
+        networks[kind].calibrate_batch_norms()
+    images = networks[BASELINE].images
+    modes = [evaluating(module) for module in modules.values()]
+    with torch.inference_mode(), ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
         implementations = [
-            Implementation(name, partial(network.module.classifier(), network.images))
-            for name, network in ((BASELINE, baseline), (TWO_PHASE, fpd))
+            Implementation(kind, partial(module.classifier(), images)) for kind, module in modules.items()
         ]
-        timing = interleave(implementations, limits, synchronize=synchronizer(baseline.images.device))
-    ratio = timing.ratio(TWO_PHASE, BASELINE)
-    return _workload(
-        size, "inference", timing, [Measure(what="FPD / baseline", value=ratio, bar=Bar(at_most=INFERENCE_BAR))]
-    )
+        timing = interleave(implementations, limits, synchronize=synchronizer(images.device))
+    measures = [
+        Measure(
+            what=f"{kind} / baseline", value=timing.ratio(kind, BASELINE),
+            bar=Bar(at_most=INFERENCE_BARS[kind]) if kind in INFERENCE_BARS else None,
+        )
+        for kind in kinds[1:]
+    ]  # fmt: skip
+    return _workload(size, "inference", timing, measures)
 
 
 def memory(size: NetworkSize, device: torch.device) -> Workload:
     """Measure the peak memory of training steps."""
-    found = {name: peak_memory.measure(size, name, device) for name in VARIANTS}
+    kinds: tuple[Kind, ...] = (BASELINE, IMPROVED, CORRECTED, JOINT)
+    found = {kind: peak_memory.measure(size, kind, device) for kind in kinds}
 
-    def ratio(name: str, field: str) -> Quartiles:
-        return quartiles([getattr(found[name], field) / max(1, getattr(found["baseline"], field))])
+    def ratio(kind: Kind, field: str) -> Quartiles:
+        return quartiles([getattr(found[kind], field) / max(1, getattr(found[BASELINE], field))])
 
     bar = Bar(at_most=MEMORY_BAR)
     measures = (
-        Measure(what="two-phase step / baseline step", value=ratio("two-phase", "peak"), bar=bar),
-        Measure(what="joint step / baseline step", value=ratio("joint", "peak"), bar=bar),
-        Measure(what="the same without weights, two-phase step", value=ratio("two-phase", "growth")),
+        *(Measure(what=f"{kind} step / baseline step", value=ratio(kind, "peak"), bar=bar) for kind in kinds[1:]),
+        Measure(what="the same without weights, improved step", value=ratio(IMPROVED, "growth")),
     )
-    notes = tuple(f"{name}: peak {m.peak} bytes, of it {m.growth} above the weights" for name, m in found.items())
+    notes = tuple(f"{kind}: peak {m.peak} bytes, of it {m.growth} above the weights" for kind, m in found.items())
     return Workload(group=size.name, variant="peak memory", measures=measures, notes=notes)
 
 
@@ -116,7 +142,7 @@ def matmul(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], 
 def _peak_fraction(timing: Timing, name: str, precision: str, relative_work: float) -> Measure:
     """A step's operations per second over the matmul's; `relative_work` is the ratio of their operations."""
     value = timing.ratio(f"{MATMUL}, {precision}", name, scale=relative_work)
-    return Measure(what=f"two-phase step, {precision}: fraction of the matmul peak", value=value, unit="%")
+    return Measure(what=f"improved, both phases, {precision}: fraction of the matmul peak", value=value, unit="%")
 
 
 def _workload(

@@ -14,11 +14,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from benchmarks.sizes import NetworkSize
-from benchmarks.training_step import VARIANTS, TrainableNetwork
+from benchmarks.training_step import Kind, TrainableNetwork
 
 STEPS = 3
 """Adam's state exists from the first step on, and meets the activations of the next from the second on."""
@@ -36,33 +37,32 @@ class PeakMemory:
     """Above a process that holds the network and the batch."""
 
 
-def measure(size: NetworkSize, variant: str, device: torch.device) -> PeakMemory:
-    """Run training steps of a variant of `VARIANTS` in a new process.
+def measure(size: NetworkSize, kind: Kind, device: torch.device) -> PeakMemory:
+    """Run training steps of a kind in a new process.
 
     Raises:
         RuntimeError: the process failed.
     """
-    arguments = [json.dumps(asdict(size)), variant, str(device), str(torch.get_num_threads())]
+    arguments = [json.dumps(asdict(size)), kind, str(device), str(torch.get_num_threads())]
     command = [sys.executable, "-m", "benchmarks.peak_memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(f"{size.name}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"{size.name}, {kind}: {done.stderr.strip().splitlines()[-1:]}")
     return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def main(size: str, variant: str, place: str, threads: str) -> PeakMemory:
+def main(size: str, kind: str, place: str, threads: str) -> PeakMemory:
     """Measure in this process."""
     torch.set_num_threads(int(threads))
     device = torch.device(place)
     wake = torch.nn.Conv2d(8, 8, 3).to(device)
     wake(torch.zeros(2, 8, 16, 16, device=device)).sum().backward()
     before = _allocated(device)
-    defence, config = VARIANTS[variant]
-    network = TrainableNetwork(NetworkSize(**json.loads(size)), defence, device)
+    network = TrainableNetwork(NetworkSize(**json.loads(size)), cast("Kind", kind), device)
     built = _allocated(device)
     _reset_peak(device)
     for _ in range(STEPS):
-        network.step(config)
+        network.step()
     peak = _peak(device)
     return PeakMemory(peak - before, peak - built)
 

@@ -64,12 +64,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pyramid", type=int, default=None)
+    parser.add_argument("--front", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     task = TaskConfig(num_classes=10, in_channels=given.channels, image_size=(given.size, given.size))
-    config = ModelConfig(backbone=given.backbone, pyramid_channels=given.pyramid)
+    config = ModelConfig(backbone=given.backbone, front_stages=given.front)
     training = TrainingConfig(threshold=1e30)
     draws = torch.Generator().manual_seed(0)
     images = torch.rand(given.batch, given.channels, given.size, given.size, generator=draws)
@@ -82,7 +82,7 @@ def main() -> None:
         def once(model: Any = model, update: OptimizerUpdate = update) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
                 if isinstance(model, FPD):
-                    two_phase_step(model, images, images, labels, update, training)
+                    two_phase_step(model, images, images, labels, update, training, generator=draws)
                 else:
                     baseline_step(model, images, labels, update, training)
 

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from benchmarks.sizes import NetworkSize
-from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig
+from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig, parse, protocol_defaults
 from robustfpd.models import FPD, build
 from robustfpd.rng import generator
 from robustfpd.training.fabric import FabricUpdate
 from robustfpd.training.optim import make_optimizer
 from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
 
-OPEN = TrainingConfig.model_validate({"threshold": 1e30, "optimizer": {"name": "adam", "lr": 1e-4}})
-"""The gate is always open: both phases run in every step."""
-JOINT = OPEN.model_copy(update={"second_pass": "joint"})
-VARIANTS = {"baseline": ("none", OPEN), "two-phase": ("fpd", OPEN), "joint": ("fpd", JOINT)}
-"""Kinds of training steps: defence and settings."""
+Kind = Literal["baseline", "improved", "improved, full front", "corrected", "corrected, joint"]
+
+
+def training_config(kind: Kind) -> TrainingConfig:
+    """Return the settings of a kind of training steps, with the gate always open."""
+    values = {**protocol_defaults(protocol(kind), "training"), "threshold": 1e30, "noise": 0.1}
+    second_pass = "joint" if kind == "corrected, joint" else "detached"
+    return parse(TrainingConfig, {**values, "second_pass": second_pass, "optimizer": {"name": "adam", "lr": 1e-4}})
+
+
+def protocol(kind: Kind) -> str:
+    """Return the protocol of a kind of training steps; a baseline has that of `improved`."""
+    return "corrected" if kind.startswith("corrected") else "improved"
 
 
 class TrainableNetwork:
     """A network with its optimizer, and one batch that it is trained on repeatedly."""
 
-    def __init__(self, size: NetworkSize, defence: str, device: torch.device) -> None:
-        """Build an FPD (`defence="fpd"`) or its baseline (`"none"`)."""
+    def __init__(self, size: NetworkSize, kind: Kind, device: torch.device) -> None:
+        """Build an FPD of a protocol, or the baseline."""
         task = TaskConfig(num_classes=10, in_channels=size.channels, image_size=(size.size, size.size))
-        config = ModelConfig(backbone=size.backbone, pyramid_channels=size.pyramid_channels)
+        values = {**protocol_defaults(protocol(kind), "model"), "backbone": size.backbone}
+        if protocol(kind) == "corrected":
+            values["pyramid_channels"] = size.pyramid_channels
+        if kind == "improved, full front":
+            values["front_stages"] = None
+        config = parse(ModelConfig, values)
+        self.config, self.draws = training_config(kind), generator(0, "noise", device=device)
         fabric = Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index])
-        self.module = build(task, config if defence == "fpd" else config.baseline())
-        self.model, optimizer = fabric.setup(self.module, make_optimizer(parameter_groups(self.module), OPEN.optimizer))
-        self.update = FabricUpdate(fabric, self.model, optimizer, OPEN.clip_grad_norm)
+        self.module = build(task, config.baseline() if kind == "baseline" else config)
+        self.model, optimizer = fabric.setup(
+            self.module, make_optimizer(parameter_groups(self.module), self.config.optimizer)
+        )
+        self.update = FabricUpdate(fabric, self.model, optimizer, self.config.clip_grad_norm)
         self.images, self.noisy, self.labels = (t.to(device) for t in random_batch(size))
 
-    def step(self, config: TrainingConfig = OPEN, dtype: torch.dtype = torch.float32) -> StepResult:
-        """Run one training step; `dtype` other than float32 runs it under autocast."""
+    def step(self, index: int = 0, dtype: torch.dtype = torch.float32) -> StepResult:
+        """Train on batch `index` of an epoch: phase 2 follows in the first of `second_pass_interval` batches.
+
+        A `dtype` other than float32 runs the step under autocast.
+        """
+        batch = (self.images, self.noisy, self.labels)
         with torch.autocast(self.images.device.type, dtype, enabled=dtype != torch.float32):
             if isinstance(self.module, FPD):
-                return two_phase_step(self.model, self.images, self.noisy, self.labels, self.update, config)
-            return baseline_step(self.model, self.noisy, self.labels, self.update, config)
+                return two_phase_step(self.model, *batch, self.update, self.config, index, self.draws)
+            return baseline_step(self.model, *batch[1:], self.update, self.config)
 
     def calibrate_batch_norms(self) -> None:
         """Set the running statistics to the batch's: with the initial ones, denoising overflows."""
@@ -59,5 +81,5 @@ def random_batch(size: NetworkSize) -> tuple[Tensor, Tensor, Tensor]:
     """Return random images N×C×H×W in [0, 1], the same with noise, and labels N."""
     draws, shape = generator(0, "benchmark"), (size.batch, size.channels, size.size, size.size)
     images = torch.rand(shape, generator=draws)
-    noisy = images + OPEN.noise * (2 * torch.rand(shape, generator=draws) - 1)
+    noisy = images + 0.1 * (2 * torch.rand(shape, generator=draws) - 1)
     return images, noisy, torch.randint(0, 10, (size.batch,), generator=draws)

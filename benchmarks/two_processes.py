@@ -41,7 +41,7 @@ def steps(workload: str, count: int) -> list[float]:
     torch.set_num_threads(1)
     backbone, side, size = WORKLOADS[workload]
     group, device = init_process_group("cpu"), torch.device("cpu")
-    config = TrainingConfig(threshold=1e9, noise=0.01)
+    config = TrainingConfig(threshold=1e9, noise=0.01, second_pass_interval=1)
     fabric = launch(RunConfig(training=config), "cpu", "fp32", Path("unused"))
     raw = enhance(backbone, num_classes=10, in_channels=1, image_size=side, seed=0)
     model = fabric.setup_module(raw.train())
@@ -55,7 +55,7 @@ def steps(workload: str, count: int) -> list[float]:
     for clean, labels in batches(data, size, device, generator(0, "order"), group=group):
         clean = augment(clean, AugmentConfig(rotation=10), draws, group=group)
         noisy = add_uniform_noise(clean, config.noise, draws, group=group)
-        two_phase_step(model, clean, noisy, labels, update, config)
+        two_phase_step(model, clean, noisy, labels, update, config, generator=draws)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     return seconds

@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 import robustfpd as rf
 from robustfpd.config import TrainingConfig
+from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.training import OptimizerUpdate, parameter_groups, two_phase_step
 
 torch.manual_seed(0)
@@ -16,17 +17,18 @@ labels = torch.tensor(classes)
 loader = DataLoader(TensorDataset(images[:1500], labels[:1500]), batch_size=50, shuffle=True)
 augment = v2.RandomAffine(degrees=10, translate=(0.05, 0.05))
 
-model = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8, pyramid_channels=8).train()
+model = rf.enhance("resnet_mini", num_classes=10, in_channels=1, image_size=8).train()
 optimizer = torch.optim.AdamW(parameter_groups(model))
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=4 * len(loader))
-config = TrainingConfig(noise=0.1, threshold=0.5)
+config = TrainingConfig(noise=0.1)
+generator = torch.Generator().manual_seed(0)
 update = OptimizerUpdate(optimizer, clip_grad_norm=10.0)
 
 for epoch in range(4):
-    for batch, target in loader:
+    for index, (batch, target) in enumerate(loader):
         clean = augment(batch)
-        noisy = clean + config.noise * (2 * torch.rand_like(clean) - 1)
-        losses = two_phase_step(model, clean, noisy, target, update, config).first
+        noisy = add_uniform_noise(clean, config.noise, generator)
+        losses = two_phase_step(model, clean, noisy, target, update, config, index, generator).first
         schedule.step()
     print(f"epoch {epoch + 1}: cross-entropy {losses.ce:.3f}, restoration {losses.restoration:.3f}")
 

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.peak_memory import PeakMemory
 from robustfpd.errors import InputError
 
-MEMORY = {"baseline": (100, 50), "two-phase": (300, 200), "joint": (400, 300)}
+MEMORY = {"baseline": (100, 50), "improved": (200, 120), "corrected": (300, 200), "corrected, joint": (400, 300)}
 
 
 def test_a_smoke_run_measures_and_writes_json_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,9 +28,11 @@ def test_a_smoke_run_measures_and_writes_json_and_page(tmp_path: Path, monkeypat
     values = json.loads((tmp_path / "cpu.json").read_text())
     assert values["sections"].keys() == {"attacks", "model", "scaling"}
     measures = {m["what"]: m["value"] for w in values["sections"]["model"]["workloads"] for m in w["measures"]}
-    assert measures["two-phase step / baseline step"]["median"] == 3.0  # of the memory, which comes last
-    assert measures["FPD / baseline"]["median"] > 1
-    assert 0 < measures["two-phase step, fp32: fraction of the matmul peak"]["median"] < 10
+    assert measures["corrected step / baseline step"]["median"] == 3.0
+    assert measures["improved, full front / baseline"]["median"] > 1
+    mean = "improved, mean step (phase 2 in one of 8 batches) / baseline step"
+    assert measures[mean]["median"] < measures["improved, step with both phases / baseline step"]["median"]
+    assert 0 < measures["improved, both phases, fp32: fraction of the matmul peak"]["median"] < 10
     text = (tmp_path / "page.md").read_text()
     for part in ("A smoke run", "| resnet_mini@8, peak memory |", "import robustfpd", "at most 4 rounds", "50.0 %; 20"):
         assert part in text

@@ -137,9 +137,9 @@ class TrainingConfig(ProcedureConfig):
     transposed convolutions."""
     alpha_ce: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy in both phases."""
-    alpha_restore: float = Field(default=0.2, ge=0)
+    alpha_restore: float = Field(default=0.6, ge=0)
     """Weight of the restoration loss in phase 1."""
-    alpha_restore_second: float = Field(default=0.2, ge=0)
+    alpha_restore_second: float = Field(default=0.6, ge=0)
     """Weight of the restoration loss in phase 2."""
     restoration_start: float = Field(default=0.5, ge=0, lt=1)
     """Fraction of the epochs after which the restoration joins. Before, the backbone is trained alone on noisy images,
@@ -148,7 +148,7 @@ class TrainingConfig(ProcedureConfig):
     """`detached`: phase 2 is a separate step whose gradient stops at the restored image; `joint`: both phases in one
     backward pass and one step; `through` (published code): a separate step whose gradient continues into phase 1's
     graph, although its weights have been updated."""
-    second_pass_interval: int = Field(default=2, ge=1)
+    second_pass_interval: int = Field(default=8, ge=1)
     """Phase 2 follows in the first of this many batches."""
 
     @property
@@ -269,7 +269,7 @@ class ModelConfig(Config):
     pyramid_reads: Literal["denoised", "raw"] = "denoised"
     """Input of the pyramid from a stage with a denoising layer: the denoised map, or (published code) the map before
     it. The next stage always reads the denoised map."""
-    front_stages: int | None = Field(default=2, ge=1)
+    front_stages: int | None = Field(default=1, ge=1)
     """Number of stages that the front pass runs; the pyramid reads the last four of them. None (published) runs all."""
     restoration: Literal["residual", "image"] = "residual"
     """The decoder's output R(c2…c5): `x′ = x + R` with R = 0 at initialisation, or (published) `x′ = R`."""
