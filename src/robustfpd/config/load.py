@@ -29,6 +29,7 @@ CORRECTED: dict[str, Any] = {
     "model.tail": "pooling",
     "model.denoise": "dot",
     "model.denoise_gate": False,
+    "model.middle": "input",
     "model.front_stages": None,
     "model.restoration": "image",
     "model.pyramid_channels": None,

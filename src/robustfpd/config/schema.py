@@ -264,7 +264,7 @@ class ModelConfig(Config):
     denoise_after: tuple[int, ...] = (0, 1)
     """Indices of the stages after which a denoising layer is inserted. 0 is the stem and 1 the published A₁ where timm
     lists a stem (ResNets: before the max pool); families with four stages, such as ConvNeXt, list none, and 0 is A₁."""
-    middle: Middle = "input"
+    middle: Middle = "none"
     """Between the passes: add the denoised input (published code), the denoised restoration, or nothing."""
     pyramid_reads: Literal["denoised", "raw"] = "denoised"
     """Input of the pyramid from a stage with a denoising layer: the denoised map, or (published code) the map before
