@@ -186,7 +186,7 @@ def pooled() -> list[nn.Module]:
 
 def taken(net: nn.Module, num_classes: int) -> OwnClassifier:
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return take_classifier(net.eval(), lambda: net(image), num_classes)
+    return take_classifier(net.eval(), net.get_submodule("stage"), lambda: net(image), num_classes)
 
 
 TAKEN: dict[str, Callable[[], nn.Module]] = {
@@ -269,7 +269,8 @@ def test_a_network_whose_last_linear_layer_is_not_its_end_stays_as_it_is(case: s
 def test_a_network_without_a_classifier_returns_its_features(tail: list[nn.Module]) -> None:
     net = OwnNet(*tail)
     before = repr(net)
-    assert taken(net, 5) == OwnClassifier(4, None)
+    for num_classes in (4, 5):  # as many features as classes are not logits
+        assert taken(net, num_classes) == OwnClassifier(4, None)
     assert repr(net) == before
 
 
@@ -286,7 +287,7 @@ def test_what_is_taken_does_not_depend_on_the_weights() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_wide_convolution_is_taken_though_its_sums_are_rounded_otherwise(seed: int) -> None:
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 512, 1), nn.Conv2d(512, 1000, 1), nn.Flatten())
+    net = OwnNet(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 512, 1), nn.Conv2d(512, 1000, 1), nn.Flatten())
     assert taken(net, 1000).linear is not None
 
 

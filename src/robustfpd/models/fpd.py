@@ -159,7 +159,8 @@ class BaseClassifier(
         if config.tail == "own":
             image = torch.rand(1, task.in_channels, *task.image_size, generator=generator(0, "classifier"))
             with evaluating(backbone):
-                own = take_classifier(backbone.net, lambda: backbone.classify(image), task.num_classes)
+                last_stage = backbone.net.get_submodule(backbone.stage_names[-1])
+                own = take_classifier(backbone.net, last_stage, lambda: backbone.classify(image), task.num_classes)
         if not own.logits:
             return classification_layer(kind, own.channels, task.num_classes, config.lipschitz, linear=own.linear)
         if kind != "linear":

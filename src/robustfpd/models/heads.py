@@ -123,17 +123,21 @@ class OwnClassifier(NamedTuple):
 
 
 @torch.no_grad()
-def take_classifier(net: nn.Module, run: Callable[[], Tensor], num_classes: int) -> OwnClassifier:
+def take_classifier(
+    net: nn.Module, last_stage: nn.Module, run: Callable[[], Tensor], num_classes: int
+) -> OwnClassifier:
     """Replace the last linear layer of a network by an identity where its outputs are the network's, and return it.
 
     Args:
         net: a network in evaluation mode, which is changed.
+        last_stage: the module where its last stage ends: layers before its end are no classifier.
         run: runs the network on one image and returns its output.
         num_classes: number of classes K.
     """
     ran: list[nn.Module] = []
     layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(lambda module, args: ran.append(module)) for m in layers]
+    hooks.append(last_stage.register_forward_hook(lambda *_: ran.clear()))
     try:
         output = run()
     finally:
