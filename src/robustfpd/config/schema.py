@@ -141,7 +141,7 @@ class TrainingConfig(ProcedureConfig):
     """Weight of the restoration loss in phase 1."""
     alpha_restore_second: float = Field(default=0.6, ge=0)
     """Weight of the restoration loss in phase 2."""
-    restoration_start: float = Field(default=0.5, ge=0, lt=1)
+    restoration_start: float = Field(default=0.2, ge=0, lt=1)
     """Fraction of the epochs after which the restoration joins. Before, the backbone is trained alone on noisy images,
     at the cost of the baseline."""
     second_pass: Literal["detached", "joint", "through"] = "detached"
@@ -272,7 +272,10 @@ class ModelConfig(Config):
     front_stages: int | None = Field(default=1, ge=1)
     """Number of stages that the front pass runs; the pyramid reads the last four of them. None (published) runs all."""
     restoration: Literal["residual", "image"] = "residual"
-    """The decoder's output R(c2…c5): `x′ = x + R` with R = 0 at initialisation, or (published) `x′ = R`."""
+    """The decoder's output R(c2…c5): `x′ = x + s R` with R = 0 at initialisation, or (published) `x′ = R`."""
+    restoration_scale: float = Field(default=0.1, gt=0)
+    """residual: the factor s, in pixels of [0, 1], near the noise that the restoration removes. Adam moves weights by
+    the learning rate whatever the gradient: a step must not change the image by more than the noise does."""
     pyramid_channels: int | None = Field(default=16, ge=1)
     """Width P of the pyramid; None takes a quarter of the last front stage's channels, within 32 and 256."""
     unstrided_kernel: Literal[2, 3, None] = None

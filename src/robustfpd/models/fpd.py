@@ -218,7 +218,7 @@ class FPD(BaseClassifier):
     def restore(self, images: Tensor) -> Tensor:
         """Front pass (FPD_FD) and restoration (FPD_R): images x → restored images x′, both N×C×H×W.
 
-        With `restoration: residual`, x′ = x + R(c2…c5), and R is 0 at initialisation; else x′ = R(c2…c5).
+        With `restoration: residual`, x′ = x + s R(c2…c5), and R is 0 at initialisation; else x′ = R(c2…c5).
         """
         self._check(images)
         height, width = images.shape[-2:]
@@ -228,7 +228,7 @@ class FPD(BaseClassifier):
         restored = restored[:, :, :height, :width]
         if self.config.normalise == "once":  # R is in units of std
             restored = restored * self.std if self.config.restoration == "residual" else restored * self.std + self.mean
-        return images + restored if self.config.restoration == "residual" else restored
+        return images + self.config.restoration_scale * restored if self.config.restoration == "residual" else restored
 
     def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
         """Middle denoising: `x̃ = x′ + g (x xᵀ) x / P`, N×C×H×W, for the dot product.
