@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from robustfpd.evaluation import EvaluationRecord
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
 from robustfpd.rng import generator
-from robustfpd.training import OptimizerUpdate, baseline_step, parameter_groups, two_phase_step
+from robustfpd.training import OptimizerUpdate, backbone_step, baseline_step, parameter_groups, two_phase_step
 from robustfpd.training.optim import make_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +59,11 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting("digits/mini", (), (0.1, 0.15)),
-    "mnist": Setting("mnist/mini", ("data.train_limit=20000", "training.epochs=4"), (0.1, 0.13, 0.16)),
-    "fashion_mnist": Setting("fashion_mnist/mini", ("data.train_limit=20000", "training.epochs=4"), (0.02, 0.03, 0.04)),
+    "digits": Setting("digits/mini", ("training.epochs=40",), (0.05, 0.1, 0.15)),
+    "mnist": Setting("mnist/mini", ("data.train_limit=20000", "training.epochs=6"), (0.1, 0.12, 0.15)),
+    "fashion_mnist": Setting(
+        "fashion_mnist/mini", ("data.train_limit=20000", "training.epochs=6", "training.noise=0.1"), (0.02, 0.03, 0.04)
+    ),
 }
 
 
@@ -74,22 +76,26 @@ class Variant:
     protocol: str = "improved"
     baseline: bool = False
     changes: tuple[str, ...] = ()
+    noise: float = 1.0
+    """Factor of the training noise: a baseline with more noise is another way to trade clean accuracy for robust."""
 
 
 VARIANTS = (
     Variant("improved", "own"),
     Variant("baseline", "time", baseline=True),
     Variant("baseline-steps", "steps", baseline=True),
+    Variant("baseline-more-noise", "time", baseline=True, noise=1.5),
     Variant("corrected", "time", "corrected"),
     Variant("corrected-steps", "steps", "corrected"),
 )
 ABLATION = (
     Variant("image", "time", changes=("model.restoration=image",)),
-    Variant("no-denoising", "time", changes=("model.denoise=none", "model.middle=none")),
-    Variant("no-denoise-gate", "time", changes=("model.denoise_gate=false",)),
+    Variant("inner-denoising", "time", changes=("model.denoise=normalised",)),
+    Variant("denoising", "time", changes=("model.denoise=normalised", "model.middle=input")),
     Variant("elu", "time", changes=("model.activation=elu",)),
     Variant("pooling", "time", changes=("model.tail=pooling",)),
     Variant("tanh", "time", changes=("model.head=tanh",)),
+    Variant("front-2", "time", changes=("model.front_stages=2",)),
     Variant("full-front", "time", changes=("model.front_stages=null",)),
     Variant("no-middle-noise", "time", changes=("training.middle_noise=0",)),
     Variant(
@@ -97,6 +103,7 @@ ABLATION = (
         changes=("training.restoration_unit=space", "training.alpha_restore=1", "training.alpha_restore_second=1"),
     ),
     Variant("every-batch", "time", changes=("training.second_pass_interval=1",)),
+    Variant("no-start", "time", changes=("training.restoration_start=0",)),
 )  # fmt: skip
 
 
@@ -135,10 +142,9 @@ def settings(run: Run, data_root: str = "data") -> RunConfig:
     setting = SETTINGS[run.dataset]
     overrides = [*setting.changes, *run.variant.changes, f"seed={run.seed}", f"data.root={data_root}"]
     config = recipe(setting.recipe, overrides, protocol=run.variant.protocol)
-    if run.variant.baseline:
-        update = {"model": config.model.baseline()}
-        config = config.model_copy(update=update)
-    return config
+    training = config.training.model_copy(update={"noise": config.training.noise * run.variant.noise})
+    model = config.model.baseline() if run.variant.baseline else config.model
+    return config.model_copy(update={"model": model, "training": training})
 
 
 def with_equal_cost(run: Run, config: RunConfig, reference: RunConfig) -> tuple[RunConfig, float | None]:
@@ -154,38 +160,43 @@ def with_equal_cost(run: Run, config: RunConfig, reference: RunConfig) -> tuple[
 
 
 def time_ratio(config: RunConfig, reference: RunConfig) -> float:
-    """Return the CPU time of a batch of `config` over that of `reference`, as the median of rounds in turns."""
+    """Return the CPU time of a mean batch of `config` over that of `reference`, as the median of rounds in turns."""
     images, labels = data.load(reference.data).train.floats(torch.arange(reference.training.batch_size))
-    times: list[list[float]] = []
-    steps = [trainer(c, images, labels) for c in (config, reference)]
-    cycle = max(c.training.second_pass_interval for c in (config, reference))
+    kinds = [batch_kinds(c, images, labels) for c in (config, reference)]
+    ratios = []
     for _ in range(ROUNDS + 1):
-        row = []
-        for step in steps:
+        seconds = [0.0, 0.0]
+        for which, (share, step) in ((i, kind) for i in range(2) for kind in kinds[i]):
             start = time.process_time()
-            for index in range(cycle):
-                step(index)
-            row.append(time.process_time() - start)
-        times.append(row)
-    return statistics.median(a / b for a, b in times[1:])  # the first round warms up
+            step()
+            seconds[which] += share * (time.process_time() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])  # the first round warms up
 
 
-def trainer(config: RunConfig, images: Tensor, labels: Tensor) -> Any:
-    """Return a function that trains a new network on one batch, with the gate open."""
+def batch_kinds(config: RunConfig, images: Tensor, labels: Tensor) -> list[tuple[float, Callable[[], Any]]]:
+    """Return the share of each kind of batch in a training with the gate open, and its step, of a new network."""
     task = data.load(config.data).info.task
     model = rf.build(task, config.model, seed=0).train()
     training = config.training.model_copy(update={"threshold": 1e30})
     update = OptimizerUpdate(make_optimizer(parameter_groups(model), training.optimizer), training.clip_grad_norm)
     draws = generator(0, "time")
 
-    def step(index: int) -> None:
-        noisy = add_uniform_noise(images, training.noise, draws)
-        if config.model.defence == "fpd":
-            two_phase_step(model, images, noisy, labels, update, training, index, draws)
-        else:
-            baseline_step(model, noisy, labels, update, training)
+    def noisy() -> Tensor:
+        return add_uniform_noise(images, training.noise, draws)
 
-    return step
+    def fpd_step(index: int) -> None:
+        two_phase_step(model, images, noisy(), labels, update, training, index, draws)
+
+    if config.model.defence != "fpd":
+        return [(1.0, lambda: baseline_step(model, noisy(), labels, update, training))]
+    alone, second = training.restoration_start, 1 / training.second_pass_interval
+    kinds: list[tuple[float, Callable[[], Any]]] = [
+        (alone, lambda: backbone_step(model, images, noisy(), labels, update, training)),
+        ((1 - alone) * second, lambda: fpd_step(0)),
+        ((1 - alone) * (1 - second), lambda: fpd_step(1)),
+    ]
+    return [kind for kind in kinds if kind[0] > 0]
 
 
 def measure(run: Run, data_root: str) -> dict[str, Any]:
@@ -264,7 +275,8 @@ def tables() -> Iterator[str]:
 def row(variant: Variant, results: Sequence[dict[str, Any]]) -> str:
     """Return one line of a table: means and standard deviations over the seeds, in percent."""
     cost = {"own": "", "time": "", "steps": ", equal steps"}[variant.cost]
-    label = ", ".join(f"`{c}`" for c in variant.changes) or variant.name.removesuffix("-steps") + cost
+    label = ", ".join(f"`{c}`" for c in variant.changes) or variant.name.split("-")[0] + cost
+    label += f", {variant.noise:g} times the noise" if variant.noise != 1 else ""
     minutes = statistics.mean(r["train_seconds"] for r in results) / 60
     cells = [mean_and_deviation([100 * r["clean"] for r in results])]
     radii = zip(*(r["robust"] for r in results), strict=True)

@@ -256,7 +256,7 @@ class ModelConfig(Config):
     tail: Literal["own", "pooling"] = "own"
     """Layers after the last stage: the network's own, of which only the last linear one is new where the number of
     classes differs, or (published) global average pooling and a new head."""
-    denoise: Denoise = "normalised"
+    denoise: Denoise = "none"
     """Inner denoising layers; `dot` is the published one, `normalised` divides it by the norm of its affinity.
     `middle` uses the same affinity (dot-product for `bottleneck` and `none`)."""
     denoise_gate: bool = True
