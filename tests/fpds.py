@@ -10,9 +10,20 @@ from torch import nn
 from robustfpd.config import ModelConfig, TrainingConfig, parse, protocol_defaults
 from robustfpd.models import FPD
 
+GATED: dict[str, Any] = {"denoise": "normalised", "middle": "input", "front_stages": 2}
+"""Gated denoising within and between the passes and two front stages, none of them a default of `improved`."""
+
+
+def gated(**options: Any) -> dict[str, Any]:
+    """Return options of `enhance`, with those of `GATED` that are not given where the protocol is `improved`."""
+    return {**(GATED if options.get("protocol", "improved") == "improved" else {}), **options}
+
 
 def as_trained(model: FPD, gate: float = 0.3) -> FPD:
-    """Set gates and a residual restoration to values other than 0, as training does; the paper's FPD has neither."""
+    """Set gates and a residual restoration to values other than 0, as training does; the paper's FPD has neither.
+
+    The images change as much with any `restoration_scale`.
+    """
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -22,7 +33,7 @@ def as_trained(model: FPD, gate: float = 0.3) -> FPD:
             last = model.decoder.upscale[-1]
             assert isinstance(last, nn.ConvTranspose2d)
             for parameter in last.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draws))
+                parameter.copy_(0.3 / model.config.restoration_scale * torch.randn(parameter.shape, generator=draws))
     return model
 
 

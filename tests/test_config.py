@@ -200,7 +200,9 @@ def test_a_recipe_is_improved_unless_another_protocol_is_asked_for() -> None:
     run = recipe("digits/mini")
     assert run.protocol == "improved"
     defaults = ModelConfig(), TrainingConfig()
-    assert (run.model.restoration, run.model.tail, run.model.front_stages) == ("residual", "own", 2)
+    assert (run.model.restoration, run.model.tail, run.model.front_stages) == ("residual", "own", 1)
+    assert (run.model.denoise, run.model.middle, run.model.restoration_scale) == ("none", "none", 0.1)
+    assert (run.training.restoration_start, run.training.second_pass_interval) == (0.2, 8)
     for section, values, own in zip(("model", "training"), (run.model, run.training), defaults, strict=True):
         for field in protocol_defaults("corrected", section):
             assert getattr(values, field) == getattr(own, field), field

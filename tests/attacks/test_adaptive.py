@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -27,7 +27,7 @@ def _new(**options: Any) -> rf.FPD:
         torch.manual_seed(3)
         model = rf.enhance(
             "resnet_mini", num_classes=3, in_channels=1, image_size=8, mean=(0.4,), std=(0.3,),
-            **{"pyramid_channels": 8, "head": "tanh", **options},
+            **gated(**{"pyramid_channels": 8, "head": "tanh", **options}),
         )  # fmt: skip
         model.train()(torch.rand(16, 1, 8, 8))
     return model.double().eval()

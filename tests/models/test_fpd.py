@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests.fpds import as_trained, corrected
+from tests.fpds import GATED, as_trained, corrected, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -20,8 +20,8 @@ PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
 
 
 def fresh(**options: Any) -> rf.FPD:
-    """A new FPD, which under the protocol `improved` computes what its backbone computes."""
-    return rf.enhance("resnet_mini", **{**MINI, **options})
+    """A new FPD, which under the protocol `improved` has gates and computes what its backbone computes."""
+    return rf.enhance("resnet_mini", **gated(**{**MINI, **options}))
 
 
 def mini(**options: Any) -> rf.FPD:
@@ -61,7 +61,7 @@ def test_improved_adds_restoration_and_gated_means_and_ends_with_the_networks_ow
     between = None if noise is None else noise * torch.rand_like(x)
     out = model(x, between)
     front = model.backbone((x - 0.2) / 0.5)
-    restored = x + model.decoder(front, (16, 16))
+    restored = x + 0.1 * model.decoder(front, (16, 16))
     added = {"input": normalised(x), "restored": normalised(restored), "none": torch.zeros_like(x)}[middle]
     seen = restored + 0.3 * added + (0 if between is None else between)
     features = model.backbone.classify((seen - 0.2) / 0.5)
@@ -494,9 +494,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"front_stages": None, "pyramid_channels": None}, {"denoise": "softmax", "middle": "restored"},
-        {"denoise": "bottleneck", "denoise_after": (0, 1, 2, 3, 4)}, {"denoise": "none", "middle": "none"},
-        {"pyramid_reads": "raw", "denoise": "dot"},
+        {}, GATED, gated(front_stages=None, pyramid_channels=None), gated(denoise="softmax", middle="restored"),
+        gated(denoise="bottleneck", denoise_after=(0, 1, 2, 3, 4)), gated(denoise="none", middle="none"),
+        gated(pyramid_reads="raw", denoise="dot"), {"restoration_scale": 1.0},
     ],
 )  # fmt: skip
 def test_a_new_fpd_computes_what_its_network_computes(mode: str, channels: int, options: dict[str, Any]) -> None:
@@ -511,7 +511,7 @@ def test_a_new_fpd_computes_what_its_network_computes(mode: str, channels: int, 
 @pytest.mark.parametrize("normalise", ["each_pass", "once"])
 def test_a_new_fpd_computes_what_its_network_computes_on_normalised_images(normalise: Any) -> None:
     net = resnet_mini(1, num_classes=4).eval()
-    model = rf.enhance(net, **MINI, normalise=normalise, mean=(0.2,), std=(0.5,)).eval()
+    model = rf.enhance(net, **MINI, **GATED, normalise=normalise, mean=(0.2,), std=(0.5,)).eval()
     x = torch.rand(4, 1, 16, 16)
     out = model(x)
     assert relative(out.logits, net((x - 0.2) / 0.5)) < 1e-5
@@ -529,6 +529,19 @@ def test_gates_and_the_restorations_last_layer_start_at_zero(denoise: str) -> No
     assert not any(bool(gate) for gate in gates(model).values())
     assert not any(bool(p.any()) for p in model.decoder.upscale[-1].parameters())
     assert all(bool(p.any()) for layer in model.decoder.upscale[:-1] for p in layer.parameters())
+
+
+def test_improved_leaves_out_denoising_and_runs_the_stem_alone_in_front() -> None:
+    model = rf.enhance("resnet_mini", **MINI)
+    assert not gates(model)
+    assert not model.backbone.inserted
+    assert model.backbone.front == len(model.decoder.laterals) == 1
+    as_trained(model).eval()
+    x = torch.rand(2, 1, 16, 16)
+    out = model(x)
+    restored = x + 0.1 * model.decoder(model.backbone(x), (16, 16))
+    assert torch.allclose(out.restored, restored, atol=1e-6)
+    assert torch.allclose(out.logits, model.head.linear(model.backbone.classify(restored)), atol=1e-6)
 
 
 def test_gates_exist_where_something_is_denoised() -> None:
@@ -564,12 +577,15 @@ def test_the_first_gradient_reaches_gates_and_the_restorations_last_layer() -> N
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize(("scale", "options"), [(0.1, {}), (0.7, {"restoration_scale": 0.7})])
 @pytest.mark.parametrize("normalise", ["each_pass", "once"])
-def test_the_residual_is_added_to_the_images_in_units_of_the_decoder(normalise: Any) -> None:
-    model = mini(normalise=normalise, mean=(0.2,), std=(0.5,)).eval()
+def test_the_residual_is_added_to_the_images_in_units_of_the_decoder(
+    normalise: Any, scale: float, options: dict[str, Any]
+) -> None:
+    model = mini(normalise=normalise, mean=(0.2,), std=(0.5,), **options).eval()
     x = torch.rand(2, 1, 16, 16)
     residual = model.decoder(model.backbone((x - 0.2) / 0.5), (16, 16))
-    expected = x + (0.5 * residual if normalise == "once" else residual)
+    expected = x + scale * (0.5 * residual if normalise == "once" else residual)
     assert torch.allclose(model.restore(x), expected, atol=1e-6)
 
 

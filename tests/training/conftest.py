@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor
 
 from robustfpd.models import FPD, Baseline, build, enhance
@@ -26,7 +26,7 @@ def _built() -> dict[str, tuple[FPD, Baseline]]:
             "protocol": protocol,
             "pyramid_channels": 8,
         }
-        fpd = as_trained(enhance("resnet_mini", **options)).train()
+        fpd = as_trained(enhance("resnet_mini", **gated(**options))).train()
         baseline = build(fpd.task, fpd.config.baseline()).train()
         assert isinstance(baseline, Baseline)
         made[protocol] = fpd, baseline

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from tests.fpds import corrected_training
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,9 +70,10 @@ def test_a_lightning_module_ends_with_the_weights_of_a_plain_loop(fpd: FPD, batc
         assert torch.equal(weight, plain.state_dict()[name]), name
 
 
-def test_adversarial_training_in_a_plain_loop_lowers_its_loss(fpd: FPD, batch: Batch) -> None:
+def test_adversarial_training_in_a_plain_loop_lowers_its_loss(fpd: FPD, batch: Batch, protocol: str) -> None:
     clean, _, labels = batch
-    config, settings = TrainingConfig(threshold=1e9), AdversarialConfig(eps=0.05, steps=2)
+    config = TrainingConfig(threshold=1e9) if protocol == "improved" else corrected_training(threshold=1e9)
+    settings = AdversarialConfig(eps=0.05, steps=2)
     update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(fpd), lr=3e-3), clip_grad_norm=10.0)
     losses = []
     for index in range(10):

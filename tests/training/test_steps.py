@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.fpds import corrected_training
+from tests.fpds import as_trained, corrected_training
 from torch import Tensor
 
 from robustfpd import data
@@ -84,6 +84,16 @@ def test_a_shut_gate_leaves_the_head_byte_identical_and_steps_front_and_restorat
         assert not moved & head
     else:
         assert moved == set(before) - head
+
+
+def test_by_default_a_shut_gate_steps_the_stem_and_the_restoration(batch: Batch) -> None:
+    model = enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8)
+    model = as_trained(model).train()
+    update = OptimizerUpdate(make_optimizer(parameter_groups(model), OptimizerConfig()))
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    assert not two_phase_step(model, *batch, update, SHUT).gate_open
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    assert moved == {k for k in before if k.startswith(("backbone.net.conv1.", "backbone.net.bn1.", "decoder."))}
 
 
 @pytest.mark.parametrize("name", ["adam", "adamax", "adamw", "sgd"])
