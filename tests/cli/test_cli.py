@@ -139,6 +139,7 @@ def test_settings_among_the_flags_are_applied(tmp_path: Path, capsys: pytest.Cap
             str(run),
             "training.noise=0.25",
             "training.restoration_start=0",
+            "training.second_pass_interval=2",
         ]
     )
     assert f"robustfpd evaluate {run}" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.fpds import as_trained, corrected
+from tests.fpds import GATED, as_trained, corrected, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -56,14 +56,15 @@ def saved(tmp_path: Path) -> Path:
     "options",
     [
         {},
+        GATED,
         {"defence": "none", "activation": "keep"},
-        {"front_stages": None, "pyramid_channels": None, "denoise": "softmax"},
-        {"restoration": "image", "denoise_gate": False, "front_stages": 4},
+        gated(front_stages=None, pyramid_channels=None, denoise="softmax", restoration_scale=0.5),
+        gated(restoration="image", denoise_gate=False, front_stages=4),
         corrected().model_dump(),
         {**corrected().model_dump(), "head": "spectral", "activation": "keep"},
-        {"head": "orthogonal", "denoise": "bottleneck", "mean": (0.3,), "std": (0.7,)},
-        {"head": "spectral", "lipschitz": 2.0, "small_stem": False, "pyramid_channels": 5},
-        {"stages": ("act1", "layer2", "layer3"), "denoise_after": (2,), "middle": "restored"},
+        gated(head="orthogonal", denoise="bottleneck", mean=(0.3,), std=(0.7,)),
+        gated(head="spectral", lipschitz=2.0, small_stem=False, pyramid_channels=5),
+        gated(stages=("act1", "layer2", "layer3"), denoise_after=(2,), middle="restored"),
     ],
 )
 def test_a_model_comes_back_as_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
