@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 from tests.evaluation.conftest import install_suite, make_spy
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -85,7 +85,7 @@ def test_passes_add_up_to_what_the_classifier_saw(
 
 def test_passes_of_every_view_of_an_fpd_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = as_trained(
-        rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, head="tanh")
+        rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, **gated(head="tanh"))
     ).eval()
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = model(images).logits.argmax(1)

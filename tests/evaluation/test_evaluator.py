@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.evaluation.conftest import install_suite, make_data, make_linear
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -45,7 +45,7 @@ def _attacked(record: EvaluationRecord) -> list[LedgerRow]:
 @pytest.fixture
 def fpd() -> rf.FPD:
     options: dict[str, Any] = {"num_classes": 3, "in_channels": 1, "image_size": 8, "pyramid_channels": 8}
-    return as_trained(rf.enhance("resnet_mini", head="tanh", **options)).train()
+    return as_trained(rf.enhance("resnet_mini", head="tanh", **gated(**options))).train()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import nn
 
 import robustfpd as rf
@@ -28,7 +28,7 @@ PUBLISHED: dict[Norm, list[str]] = {
 
 def _views(head: str = "tanh") -> tuple[str, ...]:
     options: dict[str, Any] = {"num_classes": 3, "in_channels": 1, "image_size": 8, "pyramid_channels": 8}
-    model = as_trained(rf.enhance("resnet_mini", head=head, **options)).eval()
+    model = as_trained(rf.enhance("resnet_mini", head=head, **gated(**options))).eval()
     return tuple(adaptive.adaptive_views(model.classifier(), torch.rand(2, 1, 8, 8)))
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.fpds import as_trained, corrected_training
+from tests.fpds import as_trained, corrected_training, gated
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -17,7 +17,8 @@ from robustfpd.training.steps import two_phase_step
 
 
 def _model(protocol: str = "improved") -> FPD:
-    model = enhance("resnet_mini", num_classes=4, in_channels=1, image_size=8, pyramid_channels=8, protocol=protocol)
+    options = gated(num_classes=4, in_channels=1, image_size=8, pyramid_channels=8, protocol=protocol)
+    model = enhance("resnet_mini", **options)
     return as_trained(model).train()
 
 
