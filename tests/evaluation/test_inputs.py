@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -93,9 +93,10 @@ def test_batch_sizes_that_are_none_are_refused(digits: Digits, batch_size: Any) 
 def _model(plain: bool) -> FPD | Baseline:
     fpd = as_trained(
         rf.enhance(
-            "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, mean=(0.4,), std=(0.2,)
+            "resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8,
+            **gated(mean=(0.4,), std=(0.2,)),
         )
-    ).eval()
+    ).eval()  # fmt: skip
     return build(fpd.task, fpd.config.baseline()).eval() if plain else fpd
 
 
