@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tests.fpds import as_trained
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
 
 import robustfpd as rf
@@ -26,7 +26,7 @@ DENOISE = ("normalised", "dot", "softmax", "gaussian", "bottleneck", "none")
 
 def tiny(peeks: bool = False, **options: Any) -> FPD:
     """One convolution a stage, four channels wide."""
-    values = {"num_classes": 4, "in_channels": 1, "image_size": 8, **options}
+    values = gated(**{"num_classes": 4, "in_channels": 1, "image_size": 8, **options})
     return as_trained(rf.enhance(Net(values["in_channels"], peeks), stages=["a", "b", "c", "d"], **values)).eval()
 
 
