@@ -234,13 +234,13 @@ def measure(run: Run, data_root: str) -> dict[str, Any]:
 
 def apgd(classifier: torch.nn.Module, images: Tensor, labels: Tensor, record: EvaluationRecord) -> list[float]:
     """Return the robust accuracy at each radius after APGD-CE and targeted APGD on the survivors of the suite."""
-    fell: set[int] = set()
+    broken: set[int] = set()
     accuracies = []
     rows = record.ledger
     correct = {row.image for row in rows if row.attack == "clean" and row.outcome == "robust"}
     for worst in record.worst_case:
-        fell |= {row.image for row in rows if row.outcome == "misclassified" and row.eps <= worst.eps}
-        left = sorted(correct - fell)
+        broken |= {row.image for row in rows if row.outcome == "misclassified" and row.eps <= worst.eps}
+        left = sorted(correct - broken)
         for name, options in (("apgd-ce", {"steps": 50}), ("apgd-t", {"steps": 20, "targets": 3})):
             if not left:
                 break
@@ -250,8 +250,8 @@ def apgd(classifier: torch.nn.Module, images: Tensor, labels: Tensor, record: Ev
             )
             with torch.no_grad():
                 wrong = classifier(adversarial).argmax(dim=1) != y
-            fell |= {left[i] for i in wrong.nonzero().flatten().tolist()}
-            left = sorted(correct - fell)
+            broken |= {left[i] for i in wrong.nonzero().flatten().tolist()}
+            left = sorted(correct - broken)
         accuracies.append(len(left) / record.num_images)
     return accuracies
 
