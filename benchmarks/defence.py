@@ -60,7 +60,7 @@ class Setting:
 
 SETTINGS = {
     "digits": Setting("digits/mini", ("training.epochs=40",), (0.05, 0.1, 0.15)),
-    "mnist": Setting("mnist/mini", ("data.train_limit=20000", "training.epochs=6"), (0.1, 0.12, 0.15)),
+    "mnist": Setting("mnist/mini", ("data.train_limit=20000", "training.epochs=6"), (0.1, 0.115, 0.13)),
     "fashion_mnist": Setting(
         "fashion_mnist/mini", ("data.train_limit=20000", "training.epochs=6", "training.noise=0.1"), (0.02, 0.03, 0.04)
     ),
@@ -241,7 +241,7 @@ def apgd(classifier: torch.nn.Module, images: Tensor, labels: Tensor, record: Ev
     for worst in record.worst_case:
         broken |= {row.image for row in rows if row.outcome == "misclassified" and row.eps <= worst.eps}
         left = sorted(correct - broken)
-        for name, options in (("apgd-ce", {"steps": 50}), ("apgd-t", {"steps": 20, "targets": 3})):
+        for name, options in (("apgd-ce", {"steps": 100}), ("apgd-t", {"steps": 30, "targets": 3})):
             if not left:
                 break
             x, y = images[left], labels[left]
