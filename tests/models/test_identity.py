@@ -1,4 +1,4 @@
-"""A new FPD computes what its network computes, whatever the network."""
+"""A new FPD computes what its network computes."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ class ModelConfig(Config):
     """The decoder's output R(c2…c5): `x′ = x + s R` with R = 0 at initialisation, or (published) `x′ = R`."""
     restoration_scale: float = Field(default=0.1, gt=0)
     """residual: the factor s, in pixels of [0, 1], near the noise that the restoration removes. Adam moves weights by
-    the learning rate whatever the gradient: a step must not change the image by more than the noise does."""
+    the learning rate, at any gradient: a step must not change the image by more than the noise does."""
     pyramid_channels: int | None = Field(default=16, ge=1)
     """Width P of the pyramid; None takes a quarter of the last front stage's channels, within 32 and 256."""
     unstrided_kernel: Literal[2, 3, None] = None

@@ -159,7 +159,7 @@ def take_classifier(
 
 
 def _returns_output_of(layer: nn.Module, run: Callable[[], Tensor]) -> bool:
-    """Return whether `run` returns the layer's output unchanged, whatever it is: a ReLU keeps some outputs too."""
+    """Return whether `run` returns the layer's output unchanged, large and negative too: a ReLU keeps some outputs."""
     probes: list[Tensor] = []
 
     def probe(module: nn.Module, args: Any, out: Tensor) -> Tensor:
