@@ -82,6 +82,7 @@ class Variant:
 
 VARIANTS = (
     Variant("improved", "own"),
+    Variant("improved-more-noise", "time", noise=1.5),
     Variant("baseline", "time", baseline=True),
     Variant("baseline-steps", "steps", baseline=True),
     Variant("baseline-more-noise", "time", baseline=True, noise=1.5),

@@ -15,7 +15,9 @@ from robustfpd.attacks.base import preserve_state
 from robustfpd.errors import InputError
 from robustfpd.models.denoise import Bottleneck, NonLocal
 
-GRADIENT_VIEWS = ["bpda-restoration", "front-pass", "back-pass", "bpda-denoising", "joint", "joint-hidden"]
+GRADIENT_VIEWS = ["bpda-restoration", "front-pass", "bpda-denoising", "joint", "joint-hidden"]
+AROUND = {"improved": "bpda-restoration", "corrected": "back-pass"}
+"""The view of the path around the decoder, by protocol."""
 
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
@@ -68,7 +70,7 @@ def test_every_view_returns_pre_squash_logits(
     model = _model(head=head, middle=middle, denoise_after=denoise_after, protocol=protocol)
     views = adaptive_views(model.classifier(), images)
     expected = [LOGITS, *([PRE_SQUASH] if head == "tanh" else []), "bpda-restoration", "front-pass"]
-    expected += ["back-pass"] if middle == "input" else []
+    expected += ["back-pass"] if middle == "input" and protocol == "corrected" else []
     expected += ["bpda-denoising"] if middle != "none" or denoise_after else []
     assert list(views) == [*expected, "joint", "joint-hidden"]
     with torch.no_grad():
@@ -130,13 +132,13 @@ class _Function(nn.Module):
 def test_front_and_back_pass_add_up_to_the_full_gradient(images: Tensor, denoise: str, protocol: str) -> None:
     model = _model(denoise=denoise, protocol=protocol)
     views = adaptive_views(model.classifier(), images)
-    front, back = (_gradient(views[name].module, images) for name in ("front-pass", "back-pass"))
+    front, back = (_gradient(views[name].module, images) for name in ("front-pass", AROUND[protocol]))
     assert _close(front + back, _gradient(model.classifier(squash=False), images))
     assert float(front.abs().max()) > 0 < float(back.abs().max())
 
 
 def test_the_front_pass_has_the_full_gradient_where_the_back_pass_sees_no_input(images: Tensor) -> None:
-    model = _model(middle="none")
+    model = _model(middle="none", protocol="corrected")
     front = _gradient(adaptive_views(model.classifier(), images)["front-pass"].module, images)
     assert _close(front, _gradient(model.classifier(squash=False), images))
 
@@ -162,23 +164,30 @@ def test_straight_through_denoising_equals_a_network_without_denoising(images: T
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
 def test_views_of_denoising_exist_once_a_gate_is_open(images: Tensor, middle: str) -> None:
     model = _new(middle=middle)
-    always = [LOGITS, PRE_SQUASH, "bpda-restoration", "front-pass", "joint", "joint-hidden"]
+    always = [LOGITS, PRE_SQUASH, "bpda-restoration", "joint", "joint-hidden"]
     assert list(adaptive_views(model.classifier(), images)) == always
     layer = model.backbone.inserted["0"]
     assert isinstance(layer, NonLocal)
     assert layer.gate is not None
-    for gate, views in (
-        (layer.gate, {"bpda-denoising"}),
-        (model.middle_gate, {"bpda-denoising"} | ({"back-pass"} if middle == "input" else set())),
-    ):
+    for gate in (layer.gate, model.middle_gate):
         if gate is None:
             assert middle == "none"
             continue
         with torch.no_grad():
             gate.fill_(1e-6)
-        assert set(adaptive_views(model.classifier(), images)) == {*always, *views}
+        assert set(adaptive_views(model.classifier(), images)) == {*always, "bpda-denoising"}
         with torch.no_grad():
             gate.zero_()
+
+
+def test_the_view_of_the_front_pass_exists_once_the_decoder_is_not_zero(images: Tensor) -> None:
+    model = _new()
+    assert "front-pass" not in adaptive_views(model.classifier(), images)
+    bias = model.decoder.upscale[-1].bias
+    assert isinstance(bias, nn.Parameter)
+    with torch.no_grad():
+        bias.fill_(1e-6)
+    assert "front-pass" in adaptive_views(model.classifier(), images)
 
 
 def test_at_the_start_the_straight_through_restoration_passes_the_networks_own_gradient(images: Tensor) -> None:
@@ -186,8 +195,7 @@ def test_at_the_start_the_straight_through_restoration_passes_the_networks_own_g
     model = _new(middle="none")
     own = _gradient(model.classifier(squash=False), images)
     views = adaptive_views(model.classifier(), images)
-    for name in ("bpda-restoration", "front-pass"):
-        assert _close(_gradient(views[name].module, images), own)
+    assert _close(_gradient(views["bpda-restoration"].module, images), own)
     trained = as_trained(model)
     restored = trained.restore(images).detach().requires_grad_()
     logits = trained.head.pre_squash(trained.back(restored, images))
@@ -202,8 +210,8 @@ def test_at_the_start_the_straight_through_restoration_passes_the_networks_own_g
 def test_the_front_passs_views_reach_as_many_stages_as_it_runs(images: Tensor, front_stages: int | None) -> None:
     model = _model(front_stages=front_stages)
     views = adaptive_views(model.classifier(), images)
-    front, back = (_gradient(views[name].module, images) for name in ("front-pass", "back-pass"))
-    assert _close(front + back, _gradient(model.classifier(squash=False), images))
+    front, around = (_gradient(views[name].module, images) for name in ("front-pass", "bpda-restoration"))
+    assert _close(front + around, _gradient(model.classifier(squash=False), images))
     assert bool((front != 0).flatten(1).any(1).all())
 
 

@@ -68,14 +68,16 @@ def as_classifier(model: nn.Module) -> nn.Module:
 
 
 def _fpd_views(fpd: FPD) -> dict[str, View]:
-    result = {
-        "bpda-restoration": View(_FPDView(fpd, restored="identity")),
-        "front-pass": View(_FPDView(fpd, detach_input=True)),
-    }
-    if fpd.config.middle == "input" and _open(fpd.middle_gate):  # otherwise the back pass sees the restored image only
+    residual, middle = fpd.config.restoration == "residual", fpd.config.middle
+    result = {"bpda-restoration": View(_FPDView(fpd, restored="identity"))}
+    if not residual or any(bool(p.any()) for p in fpd.decoder.upscale[-1].parameters()):  # R is 0 at initialisation
+        result["front-pass"] = View(_FPDView(fpd, detach_input=True, detach_skip=residual))
+    # Around a residual restoration the gradient is that of `bpda-restoration`; without middle denoising of the input
+    # nothing leads around x′ = R.
+    if not residual and middle == "input" and _open(fpd.middle_gate):
         result["back-pass"] = View(_FPDView(fpd, restored="detached"))
     denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck)) and _open(m.gate)]
-    if denoising or (fpd.config.middle != "none" and _open(fpd.middle_gate)):
+    if denoising or (middle != "none" and _open(fpd.middle_gate)):
         result["bpda-denoising"] = View(BPDA(_FPDView(fpd, detach_input=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
         module = _FPDView(fpd, joint=True)
@@ -91,10 +93,14 @@ def _open(gate: Tensor | None) -> bool:
 class _FPDView(nn.Module):
     """An FPD's pre-squash logits with other gradients; the forward pass is equal."""
 
-    def __init__(self, fpd: FPD, *, restored: str = "exact", detach_input: bool = False, joint: bool = False) -> None:
+    def __init__(
+        self, fpd: FPD, *, restored: str = "exact", detach_input: bool = False, detach_skip: bool = False,
+        joint: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.fpd = fpd
         self.restored, self.detach_input, self.joint = restored, detach_input, joint
+        self.detach_skip = detach_skip  # of a residual restoration x′ = x + R: differentiate R alone
         self.restoration_loss: Tensor | None = None
         """Of each image of the last batch, N, until the joint loss takes it: it holds the graph."""
 
@@ -103,6 +109,8 @@ class _FPDView(nn.Module):
         restored = self.fpd.restore(images)
         if self.joint:
             self.restoration_loss = F.mse_loss(restored, images, reduction="none").flatten(1).mean(dim=1)
+        if self.detach_skip:
+            restored = restored + (images.detach() - images)
         if self.restored == "detached":
             restored = restored.detach()
         elif self.restored == "identity":
