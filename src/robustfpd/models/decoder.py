@@ -33,7 +33,7 @@ class RestorationDecoder(nn.Module):
 
     def __init__(
         self, channels: Sequence[int], reduction: int, width: int, out_channels: int, *,
-        unstrided_kernel: int | None = 3,        start_at_zero: bool = False,
+        unstrided_kernel: int | None = 3, start_at_zero: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)

@@ -78,10 +78,9 @@ class BaseClassifier(
                 f"found {outside[0]}"
             )
         small = min(task.image_size) < SMALL_IMAGE
-        decided = {"auto": small, "new": small and spec.new}
+        small_stem = {"auto": small, "new": small and spec.new}.get(str(config.small_stem), bool(config.small_stem))
         self.backbone = StagedBackbone(
-            spec, in_channels=task.in_channels, image_size=task.image_size,
-            small_stem=bool(decided.get(str(config.small_stem), config.small_stem)), insert=self._insert,
+            spec, in_channels=task.in_channels, image_size=task.image_size, small_stem=small_stem, insert=self._insert,
             tail=config.tail == "own", front_stages=config.front_stages,
         )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
@@ -226,9 +225,11 @@ class FPD(BaseClassifier):
         c2_to_c5 = features[-len(self.decoder.laterals) :]
         restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
         restored = restored[:, :, :height, :width]
-        if self.config.normalise == "once":  # R is in units of std
-            restored = restored * self.std if self.config.restoration == "residual" else restored * self.std + self.mean
-        return images + self.config.restoration_scale * restored if self.config.restoration == "residual" else restored
+        if self.config.normalise == "once":
+            restored = restored * self.std
+        if self.config.restoration == "residual":
+            return images + self.config.restoration_scale * restored
+        return restored + self.mean if self.config.normalise == "once" else restored
 
     def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
         """Middle denoising: `x̃ = x′ + g (x xᵀ) x / P`, N×C×H×W, for the dot product.
