@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from robustfpd.config import ModelConfig, OptimizerConfig, TaskConfig, TrainingConfig
 from robustfpd.models import FPD, build
-from robustfpd.training.optim import make_optimizer
-from robustfpd.training.steps import OptimizerUpdate, baseline_step, parameter_groups, two_phase_step
+from robustfpd.training.optim import OptimizerUpdate, make_optimizer, parameter_groups
+from robustfpd.training.steps import baseline_step, two_phase_step
 
 KINDS: dict[str, tuple[str, ...]] = {
     "optimizer": ("Optimizer.", "foreach_norm", "linalg_vector_norm", "foreach_mul"),

@@ -13,8 +13,8 @@ from robustfpd.config import ModelConfig, TaskConfig, TrainingConfig, parse, pro
 from robustfpd.models import FPD, build
 from robustfpd.rng import generator
 from robustfpd.training.fabric import FabricUpdate
-from robustfpd.training.optim import make_optimizer
-from robustfpd.training.steps import StepResult, baseline_step, parameter_groups, two_phase_step
+from robustfpd.training.optim import make_optimizer, parameter_groups
+from robustfpd.training.steps import StepResult, baseline_step, two_phase_step
 
 Kind = Literal["baseline", "improved", "improved, full front", "corrected", "corrected, joint"]
 

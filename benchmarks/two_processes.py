@@ -35,8 +35,8 @@ def steps(workload: str, count: int) -> list[float]:
     from robustfpd.models import enhance
     from robustfpd.rng import generator
     from robustfpd.training.fabric import FabricUpdate, launch
-    from robustfpd.training.optim import make_optimizer
-    from robustfpd.training.steps import parameter_groups, two_phase_step
+    from robustfpd.training.optim import make_optimizer, parameter_groups
+    from robustfpd.training.steps import two_phase_step
 
     torch.set_num_threads(1)
     backbone, side, size = WORKLOADS[workload]

@@ -83,14 +83,14 @@ def test_passes_add_up_to_what_the_classifier_saw(
     assert all(r.queries == 1 and r.gradients == 0 for r in record.ledger if r.attack == CLEAN)
 
 
-def test_passes_of_every_view_of_an_fpd_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = as_trained(
-        rf.enhance("resnet_mini", num_classes=3, in_channels=1, image_size=8, pyramid_channels=8, **gated(head="tanh"))
-    ).eval()
+@pytest.mark.parametrize(("protocol", "views"), [("improved", 7), ("corrected", 8)])
+def test_passes_of_every_view_of_an_fpd_are_counted(monkeypatch: pytest.MonkeyPatch, protocol: str, views: int) -> None:
+    options = gated(protocol=protocol, head="tanh", image_size=8, pyramid_channels=8)
+    model = as_trained(rf.enhance("resnet_mini", num_classes=3, in_channels=1, **options)).eval()
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = model(images).logits.argmax(1)
     names = list(adaptive.adaptive_views(model.classifier(), images))
-    assert len(names) == 8
+    assert len(names) == views
     install_suite(monkeypatch, *(AttackSpec(name, "pgd", name, {"steps": 2}) for name in names))
     seen: list[int] = []
     hook = model.head.linear.register_forward_hook(lambda module, given, out: seen.append(len(out)))

@@ -23,16 +23,13 @@ from robustfpd.config import (
 from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline, build, enhance
-from robustfpd.training.optim import make_optimizer
+from robustfpd.training.optim import GROUPS, OptimizerUpdate, make_optimizer, parameter_groups
 from robustfpd.training.steps import (
-    GROUPS,
-    OptimizerUpdate,
     adversarial_step,
     backbone_step,
     baseline_step,
     gate_opens,
     noise_unit,
-    parameter_groups,
     two_phase_step,
 )
 

@@ -18,8 +18,8 @@ from robustfpd.config import RunConfig, TaskConfig, parse, recipe, recipe_names
 from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.models import FPD, build
 from robustfpd.training.fabric import FabricUpdate
-from robustfpd.training.optim import make_optimizer
-from robustfpd.training.steps import parameter_groups, restoration_unit, two_phase_step
+from robustfpd.training.optim import make_optimizer, parameter_groups
+from robustfpd.training.steps import restoration_unit, two_phase_step
 
 LR, CLIP = 0.05, 5.0
 

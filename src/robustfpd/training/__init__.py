@@ -2,18 +2,16 @@
 
 from robustfpd.training.loop import train
 from robustfpd.training.metrics import EpochMetrics, Observer, Progress, TrainResult
+from robustfpd.training.optim import OptimizerUpdate, Update, parameter_groups
 from robustfpd.training.perturbations import adversarial_images
 from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.steps import (
-    OptimizerUpdate,
     PassLosses,
     StepResult,
-    Update,
     adversarial_step,
     backbone_step,
     baseline_step,
     noise_unit,
-    parameter_groups,
     pass_losses,
     phase_one_loss,
     phase_two_loss,

@@ -24,7 +24,7 @@ from robustfpd.distributed import LaunchEnvironment, ProcessGroup
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Baseline
 from robustfpd.models.ops.elu import keep_inputs
-from robustfpd.training.steps import OptimizerUpdate
+from robustfpd.training.optim import OptimizerUpdate
 
 
 def launch(config: RunConfig, device: str, precision: Precision, folder: Path) -> Fabric:

@@ -38,7 +38,7 @@ from robustfpd.training.metrics import (
     robust_accuracy,
     validate,
 )
-from robustfpd.training.optim import Schedule, make_optimizer
+from robustfpd.training.optim import Schedule, make_optimizer, parameter_groups
 from robustfpd.training.perturbations import adversarial_images
 from robustfpd.training.run_folder import RunFolder, build_model, check_ranks, load_splits
 from robustfpd.training.steps import (
@@ -47,7 +47,6 @@ from robustfpd.training.steps import (
     backbone_step,
     baseline_step,
     noise_unit,
-    parameter_groups,
     restoration_unit,
     two_phase_step,
 )

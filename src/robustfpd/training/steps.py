@@ -1,4 +1,4 @@
-"""The training steps: two-phase, adversarial and baseline, with their losses and the optimizer update.
+"""The training steps: two-phase, adversarial and baseline, with their losses and the gate.
 
 The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labels y and x_noisy = x + U(-ε, ε)::
 
@@ -24,10 +24,8 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +35,8 @@ from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.data.transforms import uniform_like
 from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Baseline, FPDOutput
+from robustfpd.models import FPDOutput
+from robustfpd.training.optim import GATED_GROUPS, Update
 
 # Losses
 
@@ -294,27 +293,6 @@ def _forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> t
     return output if isinstance(output, FPDOutput) else (output, None)
 
 
-# Gate, parameter groups and update
-
-GROUPS = ("front_and_pyramid", "upscaling", "head")
-"""Names of the parameter groups: FPD_FD with the pyramid, the transposed convolutions of FPD_R, the head FPD_LCC."""
-GATED_GROUPS = {
-    "front_and_restoration": frozenset({"front_and_pyramid", "upscaling"}),
-    "upscaling": frozenset({"upscaling"}),
-}
-"""Groups that step while the gate is shut, by `gate_trains`."""
-
-
-def parameter_groups(model: FPD | Baseline) -> list[dict[str, Any]]:
-    """Return the model's parameters as an optimizer's groups, named after `GROUPS`; a baseline has no upscaling."""
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
-    upscaling = {id(p) for p in model.decoder.upscale.parameters()} if isinstance(model, FPD) else set()
-    head = {id(p) for p in model.head.parameters()}
-    for p in model.parameters():
-        members["upscaling" if id(p) in upscaling else "head" if id(p) in head else "front_and_pyramid"].append(p)
-    return [{"params": params, "name": name} for name, params in members.items() if params]
-
-
 def gate_opens(restoration: Tensor, clean: Tensor, config: TrainingConfig, unit: Tensor | float = 1.0) -> bool:
     """Return whether the restoration loss, averaged over all ranks, is at most the threshold.
 
@@ -327,63 +305,3 @@ def gate_opens(restoration: Tensor, clean: Tensor, config: TrainingConfig, unit:
         variance = (clean / unit).var(dim=(0, 2, 3), correction=0).mean()
         threshold = config.threshold * group.all_reduce_mean(variance)
     return not bool(group.all_reduce_mean(restoration) > threshold)
-
-
-class Update(Protocol):
-    """Clears the gradients, runs the backward pass, clips and steps the optimizer."""
-
-    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
-        """Step on `loss`.
-
-        Args:
-            loss: a scalar.
-            only: names of the parameter groups that step; None lets all step that the loss reaches.
-            retain_graph: keep the loss's graph for a later loss, although the step changes the weights in it.
-        """
-
-
-class OptimizerUpdate:
-    """The update by a torch optimizer.
-
-    Args:
-        optimizer: built from `parameter_groups(model)`; its groups may be divided further, each under its name.
-        clip_grad_norm: largest L2 norm of the gradient of all parameters; None does not clip.
-        backward: runs the backward pass of a loss, such as `fabric.backward` or a LightningModule's `manual_backward`.
-
-    Raises:
-        InputError: a parameter group has no name, or one that is not in `GROUPS`.
-    """
-
-    def __init__(
-        self, optimizer: Any, clip_grad_norm: float | None = None, backward: Callable[..., None] = Tensor.backward
-    ) -> None:
-        self.optimizer, self.clip_grad_norm, self.backward = optimizer, clip_grad_norm, backward
-        unknown = {str(group.get("name")) for group in optimizer.param_groups} - set(GROUPS)
-        if unknown:
-            raise InputError(
-                f"the optimizer's parameter groups must be named {', '.join(GROUPS)}, found {', '.join(unknown)}; "
-                "build it from robustfpd.training.parameter_groups(model)"
-            )
-
-    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
-        """Step on `loss`; `Update` describes the arguments."""
-        groups = self.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"]]
-        self.optimizer.zero_grad(set_to_none=True)
-        self.compute_gradients(loss, partial=only is not None, retain_graph=retain_graph)
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        if only is not None:
-            # After clipping, which measures all gradients. Without a gradient the optimizer leaves a parameter as it
-            # is, with its weight decay and its moments.
-            for p in (p for group in groups if group["name"] not in only for p in group["params"]):
-                p.grad = None
-        # The published phase 2 goes back through phase 1's graph after the weights in it have been stepped, which
-        # autograd refuses since torch 1.5 unless the step is hidden from it.
-        hidden: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-        with hidden(tuple(parameters)) if retain_graph else nullcontext():
-            self.optimizer.step()
-
-    def compute_gradients(self, loss: Tensor, *, partial: bool, retain_graph: bool) -> None:
-        """Run the backward pass; `partial` if the loss does not reach all parameters."""
-        self.backward(loss, retain_graph=retain_graph)
