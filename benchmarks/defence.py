@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -295,11 +295,11 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def write_tables() -> None:
-    """Write the tables between the markers of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(tables()) + f"\n\n{END}{after}")
+def replace_between(page: Path, begin: str, end: str, lines: Iterable[str]) -> None:
+    """Replace what is between two markers of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 
 def main() -> None:
@@ -319,7 +319,7 @@ def main() -> None:
             shown = ("clean", "eps", "robust", "verdict", "epochs", "train_seconds", "evaluation_seconds")
             print(run.name, {key: result[key] for key in shown}, flush=True)
     if parts == 1:
-        write_tables()
+        replace_between(PAGE, BEGIN, END, tables())
 
 
 if __name__ == "__main__":
