@@ -79,7 +79,7 @@ def two_steps(name: str, protocol: str, batch: int | None, shallow: bool, gate: 
     return {
         "recipe": name, "protocol": protocol, "batch": config.training.batch_size, "backbone": config.model.backbone,
         "image_size": config.data.image_size, "ce": float(last.ce), "restoration": float(last.restoration),
-        "steps": len(steps), "gates_open": sum(p.step.gate_open for p in steps),
+        "steps": len(steps), "gates_open": sum(bool(p.step.gate_open) for p in steps),
         "step_seconds": config.training.batch_size / steps[1].images_per_second, "seconds": time.perf_counter() - start,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }  # fmt: skip

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustfpd.config import ModelConfig, TrainingConfig, parse, protocol_defaults
 from robustfpd.models import FPD
+from robustfpd.models.heads import ClassificationLayer
 
 GATED: dict[str, Any] = {"denoise": "normalised", "middle": "input", "front_stages": 2}
 """Gated denoising within and between the passes and two front stages, none of them a default of `improved`."""
@@ -45,3 +46,12 @@ def corrected(**options: Any) -> ModelConfig:
 def corrected_training(**options: Any) -> TrainingConfig:
     """Return settings of the paper's training: no noise between the passes, losses in pixels, an absolute threshold."""
     return parse(TrainingConfig, {**protocol_defaults("corrected", "training"), **options})
+
+
+def effective_weight(head: ClassificationLayer) -> Tensor:
+    """The matrix of the affine map, read off its values."""
+    weight = head.linear.weight
+    assert isinstance(weight, Tensor)
+    channels = weight.shape[1]
+    with torch.no_grad():
+        return (head.pre_squash(torch.eye(channels)) - head.pre_squash(torch.zeros(1, channels))).T

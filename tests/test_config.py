@@ -208,20 +208,6 @@ def test_a_recipe_is_improved_unless_another_protocol_is_asked_for() -> None:
             assert getattr(values, field) == getattr(own, field), field
 
 
-@pytest.mark.parametrize("protocol", ["corrected", "published"])
-@pytest.mark.parametrize("name", ["mnist/mini", "svhn/resnet50"])
-def test_the_papers_protocols_have_the_papers_network_and_training(name: str, protocol: str) -> None:
-    run = recipe(name, protocol=protocol)
-    assert run.protocol == protocol
-    given = {"model.pyramid_channels", "training.threshold"}  # by the recipes themselves
-    for section, values in (("model", run.model), ("training", run.training)):
-        for field, value in protocol_defaults(protocol, section).items():
-            if f"{section}.{field}" not in given:
-                assert getattr(values, field) == value, field
-    assert run.model.pyramid_channels is not None
-    assert run.training.threshold == 3
-
-
 def test_protocol_defaults_are_those_that_differ_and_fields_of_their_section() -> None:
     assert protocol_defaults("improved") == protocol_defaults("improved", "model") == {}
     both = protocol_defaults("corrected")
@@ -231,7 +217,7 @@ def test_protocol_defaults_are_those_that_differ_and_fields_of_their_section() -
     for section, fields in both.items():
         for field, value in fields.items():
             assert getattr(getattr(run, section), field) == value
-            assert getattr(getattr(RunConfig(), section), field) != value or field.startswith("unstrided"), field
+            assert getattr(getattr(RunConfig(), section), field) != value, field
     with pytest.raises(InputError, match="unknown protocol 'improve'; did you mean 'improved'"):
         protocol_defaults("improve")
 
@@ -320,6 +306,25 @@ def test_the_baseline_sees_the_same_images_and_takes_the_same_steps(name: str, s
     kept = {"epochs", "early_stop_patience", "schedule"}
     assert baseline.training.model_dump(exclude=kept) == run.training.model_dump(exclude=kept)
     assert baseline.training.schedule.name == run.training.schedule.name
+
+
+@pytest.mark.parametrize(
+    ("training", "adversarial", "epochs"),
+    [
+        ({"second_pass_interval": 1, "restoration_start": 0}, {}, (24, 24)),
+        ({"second_pass_interval": 1, "restoration_start": 0.5}, {}, (18, 24)),
+        ({"second_pass_interval": 3, "restoration_start": 0.5}, {}, (14, 16)),
+        ({"second_pass_interval": 1, "restoration_start": 0.5}, {"second_pass": False}, (18, 12)),
+        ({"second_pass": "joint"}, {}, (12, 12)),
+    ],
+)
+def test_the_baseline_takes_as_many_steps_in_each_stage(
+    training: dict[str, Any], adversarial: dict[str, Any], epochs: tuple[int, int]
+) -> None:
+    """The adversarial stage never trains the backbone alone."""
+    values = {"training": {"epochs": 12, **training}, "adversarial": {"epochs": 12, **adversarial}}
+    baseline = parse(RunConfig, values).baseline()
+    assert (baseline.training.epochs, baseline.adversarial.epochs) == epochs
 
 
 def test_the_baseline_has_the_same_patience_in_steps() -> None:

@@ -128,13 +128,16 @@ class _Function(nn.Module):
 
 
 @pytest.mark.parametrize("denoise", ["normalised", "dot", "bottleneck", "none"])
-@PROTOCOLS
-def test_front_and_back_pass_add_up_to_the_full_gradient(images: Tensor, denoise: str, protocol: str) -> None:
-    model = _model(denoise=denoise, protocol=protocol)
+@pytest.mark.parametrize(("protocol", "front_stages"), [("improved", 1), ("improved", None), ("corrected", None)])
+def test_front_and_back_pass_add_up_to_the_full_gradient(
+    images: Tensor, denoise: str, protocol: str, front_stages: int | None
+) -> None:
+    model = _model(denoise=denoise, protocol=protocol, front_stages=front_stages)
     views = adaptive_views(model.classifier(), images)
     front, back = (_gradient(views[name].module, images) for name in ("front-pass", AROUND[protocol]))
     assert _close(front + back, _gradient(model.classifier(squash=False), images))
-    assert float(front.abs().max()) > 0 < float(back.abs().max())
+    assert bool((front != 0).flatten(1).any(1).all())
+    assert float(back.abs().max()) > 0
 
 
 def test_the_front_pass_has_the_full_gradient_where_the_back_pass_sees_no_input(images: Tensor) -> None:
@@ -162,22 +165,10 @@ def test_straight_through_denoising_equals_a_network_without_denoising(images: T
 
 
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
-def test_views_of_denoising_exist_once_a_gate_is_open(images: Tensor, middle: str) -> None:
-    model = _new(middle=middle)
-    always = [LOGITS, PRE_SQUASH, "bpda-restoration", "joint", "joint-hidden"]
-    assert list(adaptive_views(model.classifier(), images)) == always
-    layer = model.backbone.inserted["0"]
-    assert isinstance(layer, NonLocal)
-    assert layer.gate is not None
-    for gate in (layer.gate, model.middle_gate):
-        if gate is None:
-            assert middle == "none"
-            continue
-        with torch.no_grad():
-            gate.fill_(1e-6)
-        assert set(adaptive_views(model.classifier(), images)) == {*always, "bpda-denoising"}
-        with torch.no_grad():
-            gate.zero_()
+@pytest.mark.parametrize("denoise", ["normalised", "none"])
+def test_a_view_of_denoising_exists_where_there_is_some(images: Tensor, middle: str, denoise: str) -> None:
+    views = adaptive_views(_new(middle=middle, denoise=denoise).classifier(), images)
+    assert ("bpda-denoising" in views) == ((middle, denoise) != ("none", "none"))
 
 
 def test_the_view_of_the_front_pass_exists_once_the_decoder_is_not_zero(images: Tensor) -> None:
@@ -204,15 +195,6 @@ def test_at_the_start_the_straight_through_restoration_passes_the_networks_own_g
     straight = _gradient(adaptive_views(trained.classifier(), images)["bpda-restoration"].module, images)
     assert _close(straight, identity)
     assert not _close(straight, _gradient(trained.classifier(squash=False), images))
-
-
-@pytest.mark.parametrize("front_stages", [1, None])
-def test_the_front_passs_views_reach_as_many_stages_as_it_runs(images: Tensor, front_stages: int | None) -> None:
-    model = _model(front_stages=front_stages)
-    views = adaptive_views(model.classifier(), images)
-    front, around = (_gradient(views[name].module, images) for name in ("front-pass", "bpda-restoration"))
-    assert _close(front + around, _gradient(model.classifier(squash=False), images))
-    assert bool((front != 0).flatten(1).any(1).all())
 
 
 @pytest.mark.parametrize(("name", "sign"), [("joint", 1), ("joint-hidden", -1)])

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.fpds import as_trained, gated
 from torch import Tensor, nn
+
+import robustfpd as rf
+
+MINI: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "image_size": 16}
+
+
+def fresh(**options: Any) -> rf.FPD:
+    """A new FPD, which under the protocol `improved` has gates and computes what its backbone computes."""
+    return rf.enhance("resnet_mini", **gated(**{**MINI, **options}))
+
+
+def mini(**options: Any) -> rf.FPD:
+    """An FPD whose gates are open and whose restoration changes the images."""
+    return as_trained(fresh(**options))
 
 
 class Chain(nn.Module):

@@ -212,7 +212,9 @@ def networks(draw: st.DrawFn) -> tuple[Network, dict[str, Any]]:
         "stages": [f"stages.{i}{ends}" for i in range(depth)], "in_channels": channels, "image_size": size,
         "front_stages": draw(st.sampled_from([None, 1, 2, 4])), "denoise_after": tuple(range(min(2, depth))),
         "pyramid_channels": draw(st.sampled_from([None, 4])), "middle": draw(st.sampled_from(["input", "restored"])),
-        "denoise": draw(st.sampled_from(["normalised", "dot", "softmax", "bottleneck"])), "num_classes": classes,
+        "denoise": draw(st.sampled_from(["normalised", "dot", "softmax", "bottleneck", "none"])),
+        "pyramid_reads": draw(st.sampled_from(["denoised", "raw"])), "num_classes": classes,
+        "restoration_scale": draw(st.sampled_from([0.1, 1])),
     }  # fmt: skip
     return net, options
 

@@ -15,18 +15,24 @@ from robustfpd.models import FPD, Baseline, build, enhance
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
+class Recorded:
+    """An update that records its arguments and does not step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.only: list[frozenset[str] | None] = []
+
+    def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
+        self.losses.append(float(loss.detach()))
+        self.only.append(only)
+
+
 @pytest.fixture(scope="session")
 def _built() -> dict[str, tuple[FPD, Baseline]]:
     made = {}
     for protocol in ("improved", "corrected"):
-        options: dict[str, Any] = {
-            "num_classes": 4,
-            "in_channels": 1,
-            "image_size": 8,
-            "protocol": protocol,
-            "pyramid_channels": 8,
-        }
-        fpd = as_trained(enhance("resnet_mini", **gated(**options))).train()
+        options: dict[str, Any] = {"num_classes": 4, "in_channels": 1, "image_size": 8, "pyramid_channels": 8}
+        fpd = as_trained(enhance("resnet_mini", **gated(protocol=protocol, **options))).train()
         baseline = build(fpd.task, fpd.config.baseline()).train()
         assert isinstance(baseline, Baseline)
         made[protocol] = fpd, baseline

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from tests.training.conftest import Batch
+from torch import Tensor, nn
 
 from robustfpd.config import OptimizerConfig, ScheduleConfig, parse
+from robustfpd.errors import InputError
+from robustfpd.models import FPD, Baseline, FPDOutput
 from robustfpd.training.metrics import EarlyStopping
-from robustfpd.training.optim import Schedule, make_optimizer
+from robustfpd.training.optim import GROUPS, OptimizerUpdate, Schedule, make_optimizer, parameter_groups
 
 
 def _optimizer(lr: float = 0.1) -> torch.optim.Optimizer:
@@ -112,3 +117,38 @@ def test_one_cycle_lowers_the_momentum_it_was_given(momentum: float, low: float)
     assert seen[0] == pytest.approx(momentum)
     assert max(seen) == pytest.approx(momentum)
     assert min(seen) == pytest.approx(low, abs=0.01)
+
+
+# Parameter groups and update
+
+
+def test_parameter_groups_separate_front_upscaling_and_head(fpd: FPD, baseline: Baseline) -> None:
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(fpd)}
+    assert tuple(groups) == GROUPS
+    assert groups["head"] == {id(p) for p in fpd.head.parameters()}
+    assert groups["upscaling"] == {id(p) for p in fpd.decoder.upscale.parameters()}
+    assert groups["front_and_pyramid"] >= {id(p) for p in fpd.decoder.laterals.parameters()}
+    members = [i for group in groups.values() for i in group]
+    assert sorted(members) == sorted(id(p) for p in fpd.parameters())
+    assert [group["name"] for group in parameter_groups(baseline)] == ["front_and_pyramid", "head"]
+
+
+def _loss(output: FPDOutput, clean: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.logits, labels) + F.mse_loss(output.restored, clean)
+
+
+def test_an_update_clips_the_gradient_of_all_groups_before_it_leaves_some_out(fpd: FPD, batch: Batch) -> None:
+    clean, noisy, labels = batch
+    reference = copy.deepcopy(fpd)
+    _loss(reference(noisy), clean, labels).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    torch.optim.SGD(reference.decoder.upscale.parameters(), lr=1.0).step()
+    update = OptimizerUpdate(torch.optim.SGD(parameter_groups(fpd), lr=1.0), clip_grad_norm=0.1)
+    update(_loss(fpd(noisy), clean, labels), only=frozenset({"upscaling"}))
+    for (name, p), expected in zip(fpd.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(p, expected, atol=1e-7), name
+
+
+def test_an_optimizer_without_named_groups_is_refused(fpd: FPD) -> None:
+    with pytest.raises(InputError, match=r"found None; build it from robustfpd\.training\.parameter_groups\(model\)"):
+        OptimizerUpdate(torch.optim.SGD(fpd.parameters(), lr=0.1))

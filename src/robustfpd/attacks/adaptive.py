@@ -74,20 +74,15 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
         result["front-pass"] = View(_FPDView(fpd, detach_input=True, detach_skip=residual))
     # Around a residual restoration the gradient is that of `bpda-restoration`; without middle denoising of the input
     # nothing leads around x′ = R.
-    if not residual and middle == "input" and _open(fpd.middle_gate):
+    if not residual and middle == "input":
         result["back-pass"] = View(_FPDView(fpd, restored="detached"))
-    denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck)) and _open(m.gate)]
-    if denoising or (middle != "none" and _open(fpd.middle_gate)):
+    denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck))]
+    if denoising or middle != "none":
         result["bpda-denoising"] = View(BPDA(_FPDView(fpd, detach_input=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
         module = _FPDView(fpd, joint=True)
         result[name] = View(module, _joint_loss(module, sign))
     return result
-
-
-def _open(gate: Tensor | None) -> bool:
-    """Return whether non-local means reach the output: their gate is not 0, as it is at initialisation."""
-    return gate is None or bool(gate != 0)
 
 
 class _FPDView(nn.Module):

@@ -103,6 +103,8 @@ def _phase(progress: TrainingProgress) -> str:
     step = progress.step
     if step.first.restoration is None:
         return ""
+    if step.gate_open is None:
+        return "  backbone alone"
     gate = "gate open" if step.gate_open else "gate shut"
     if step.adversarial is not None:
         return f"  adversarial, {gate}"

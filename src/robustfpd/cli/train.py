@@ -227,7 +227,7 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     optimizer = f"{procedure.optimizer.name} {procedure.optimizer.lr:g}, {procedure.schedule.name}"
     lines = [f"  epochs    {procedure.epochs} of batches of {procedure.batch_size}, {optimizer}"]
     if stage.run.stage == "two-phase":
-        return [*lines, f"  noise     {stage.run.training.noise:g}{_gate(stage.run)}"]
+        return [*lines, f"  noise     {stage.run.training.noise:g}{_passes(stage.run)}"]
     steps = f"-{settings.steps}" if settings.attack == "pgd" else ""
     return [
         *lines,
@@ -236,7 +236,7 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     ]
 
 
-def _gate(run: RunConfig) -> str:
+def _passes(run: RunConfig) -> str:
     """Return the noise between the passes and the gate's threshold; nothing for a baseline."""
     training = run.training
     if run.model.defence != "fpd":
@@ -275,13 +275,13 @@ def _stage_seconds(
 
 def _batch_kinds(run: RunConfig) -> list[tuple[int, int, float]]:
     """Return the kinds of batches of different cost: an epoch and index of such a batch, and their share of all."""
-    epochs, training = run.procedure.epochs, run.training
+    epochs = run.procedure.epochs
     if run.stage == "adversarial":
         clean = run.adversarial.start_epoch / epochs
         kinds = [(epochs, 0, 1 - clean), (0, 0, clean)]
     elif run.model.defence == "fpd":
-        alone, second = training.restoration_start, 1 / training.second_pass_interval
-        kinds = [(epochs, 0, (1 - alone) * second), (epochs, 1, (1 - alone) * (1 - second)), (0, 0, alone)]
+        alone, one, both = run.training.batch_shares
+        kinds = [(0, 0, alone), (epochs, 1, one), (epochs, 0, both)]
     else:
         kinds = [(0, 0, 1.0)]
     return [kind for kind in kinds if kind[2] > 0]

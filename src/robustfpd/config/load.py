@@ -64,11 +64,9 @@ def protocol_defaults(protocol: str, section: str = "") -> dict[str, Any]:
 
 def load_run(path: Path) -> RunConfig:
     """Read a `config.yaml`. Fields that the version which wrote it did not have get their protocol's defaults."""
-    values = _read_yaml(path)
-    defaults = protocol_defaults(str(values.get("protocol", "improved")))
-    for section, fields in defaults.items():
-        own = values.get(section, {})
-        values[section] = {**fields, **own} if isinstance(own, dict) else own
+    given = _read_yaml(path)
+    values = protocol_defaults(str(given.get("protocol", "improved")))
+    _merge(values, given)
     return parse(RunConfig, values, source=str(path))
 
 

@@ -157,10 +157,10 @@ class TrainingConfig(ProcedureConfig):
         return self.noise if self.middle_noise is None else self.middle_noise
 
     @property
-    def steps_per_batch(self) -> float:
-        """Mean number of optimizer steps per batch, with an open gate once the restoration has joined."""
-        second = 0.0 if self.second_pass == "joint" else 1 / self.second_pass_interval
-        return 1 + (1 - self.restoration_start) * second
+    def batch_shares(self) -> tuple[float, float, float]:
+        """Fractions of batches, with an open gate: the backbone alone, phase 1 alone, both phases."""
+        alone, both = self.restoration_start, 1 / self.second_pass_interval
+        return alone, (1 - alone) * (1 - both), (1 - alone) * both
 
 
 class AdversarialConfig(ProcedureConfig):
@@ -410,6 +410,13 @@ class RunConfig(Config):
         """Settings of the run's stage."""
         return self.adversarial if self.stage == "adversarial" else self.training
 
+    @property
+    def steps_per_batch(self) -> dict[Literal["training", "adversarial"], float]:
+        """Mean number of an FPD's optimizer steps per batch in each stage, with an open gate."""
+        separate = self.training.second_pass != "joint"
+        second = 1 / self.training.second_pass_interval if separate and self.adversarial.second_pass else 0.0
+        return {"training": 1 + separate * self.training.batch_shares[2], "adversarial": 1 + second}
+
     def baseline(self) -> RunConfig:
         """Return the undefended baseline's run: same data, noise and number of optimizer steps, no defence.
 
@@ -417,9 +424,8 @@ class RunConfig(Config):
         with proportionally more patience. While the gate is shut, and in clean epochs before the first attack, the FPD
         takes one step per batch, so the baseline takes slightly more steps.
         """
-        factor = self.training.steps_per_batch
-        training = self.training.longer(factor)
-        adversarial = self.adversarial.longer(factor if self.adversarial.second_pass else 1)
+        steps = self.steps_per_batch
+        training, adversarial = self.training.longer(steps["training"]), self.adversarial.longer(steps["adversarial"])
         update = {"model": self.model.baseline(), "training": training, "adversarial": adversarial}
         return self.model_copy(update=update)
 

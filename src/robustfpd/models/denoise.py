@@ -19,7 +19,7 @@ from robustfpd.models.ops import Means, computed_by, non_local
 
 
 @computed_by(non_local.dot_product)
-def dot_product(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
     """Return non-local means with a dot-product affinity, `(X Xᵀ) X / P`: the paper's denoising.
 
     Position i gets the mean over all positions j of (x_i · x_j) x_j. The means are cubic in `x` and can overflow.
@@ -27,18 +27,17 @@ def dot_product(x: Tensor, *, residual: bool = False, gate: Tensor | None = None
     Args:
         x: feature maps or images, N×C×H×W; P = H·W.
         residual: add `x`.
-        gate: a factor of the means, a scalar; None is 1.
 
     Returns:
         N×C×H×W.
     """
     X = x.flatten(2)  # N C P
     means = (X @ X.mT) @ X / X.shape[2]  # N C P
-    return _with_residual(means, x, residual, gate)
+    return _with_residual(means, x, residual)
 
 
 @computed_by(non_local.normalised)
-def normalised(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def normalised(x: Tensor, *, residual: bool = False) -> Tensor:
     """Return dot-product means divided by the norm of their affinity, `(X Xᵀ) X / |X Xᵀ|`, the Frobenius norm.
 
     Linear in the scale of `x`: the singular values of the affinity are at most 1, so the means do not exceed `x` in L2.
@@ -47,22 +46,22 @@ def normalised(x: Tensor, *, residual: bool = False, gate: Tensor | None = None)
     X = x.flatten(2)  # N C P
     affinity = X @ X.mT  # N C C
     norm = affinity.flatten(1).square().sum(dim=1).clamp_min(non_local.NORM_FLOOR).sqrt()  # N
-    return _with_residual(affinity @ X / norm[:, None, None], x, residual, gate)
+    return _with_residual(affinity @ X / norm[:, None, None], x, residual)
 
 
 @computed_by(non_local.softmax)
-def softmax(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def softmax(x: Tensor, *, residual: bool = False) -> Tensor:
     """Return non-local means with affinity `softmax_j(x_i · x_j / √C)`; each is a convex combination of positions.
 
     Args and return value are those of `dot_product`.
     """
     X = x.flatten(2)  # N C P
     affinity = torch.softmax(X.mT @ X / math.sqrt(X.shape[1]), dim=2)  # N P P: position i, position j
-    return _with_residual(X @ affinity.mT, x, residual, gate)
+    return _with_residual(X @ affinity.mT, x, residual)
 
 
 @computed_by(non_local.gaussian)
-def gaussian(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def gaussian(x: Tensor, *, residual: bool = False) -> Tensor:
     """Return non-local means with affinity `exp(-|x_i - x_j|² / 2C)`, normalised over j (Buades et al., CVPR 2005).
 
     The bandwidth √C makes the affinity independent of the width. Args and return value are those of `dot_product`.
@@ -71,12 +70,12 @@ def gaussian(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -
     squares = X.square().sum(dim=1)  # N P
     distances = squares[:, :, None] + squares[:, None, :] - 2 * X.mT @ X  # N P P: |x_i - x_j|²
     affinity = torch.softmax(-distances / (2 * X.shape[1]), dim=2)
-    return _with_residual(X @ affinity.mT, x, residual, gate)
+    return _with_residual(X @ affinity.mT, x, residual)
 
 
-def _with_residual(means: Tensor, x: Tensor, residual: bool, gate: Tensor | None) -> Tensor:
-    """Return means N×C×P as N×C×H×W, times `gate`, plus `x` where `residual`."""
-    means = means.reshape(x.shape) if gate is None else gate * means.reshape(x.shape)
+def _with_residual(means: Tensor, x: Tensor, residual: bool) -> Tensor:
+    """Return means N×C×P as N×C×H×W, plus `x` where `residual`."""
+    means = means.reshape(x.shape)
     return x + means if residual else means
 
 
@@ -95,7 +94,7 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise N×C×H×W."""
-        return self.means(x, residual=True, gate=self.gate)
+        return self.means(x, residual=True) if self.gate is None else x + self.gate * self.means(x)
 
     def extra_repr(self) -> str:
         """Return the name of the means."""

@@ -58,6 +58,11 @@ def enhance(
         InputError: an unknown name or option, images that the backbone cannot take, or a network whose
             denoising overflows.
     """
+    if protocol == "published":
+        raise InputError(
+            "protocol published differs from corrected in fields of its recipes only: use "
+            'robustfpd.recipe(name, protocol="published"), or enhance with corrected'
+        )
     task = parse(TaskConfig, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size})
     name = backbone if isinstance(backbone, str) else CUSTOM_BACKBONE
     defaults = protocol_defaults(protocol, "model")
@@ -93,14 +98,15 @@ def build(task: TaskConfig, config: ModelConfig, *, net: nn.Module | None = None
         if bool(copy.deepcopy(model).train().classifier()(images).isfinite().all()):
             warnings.warn(
                 f"backbone {model.config.backbone!r} gives NaN or infinite logits in evaluation mode until its batch "
-                "norms have seen training images; train it first, or use denoise='softmax'",
+                "norms have seen training images; train it first",
                 stacklevel=2,
             )
             return model
-    size = "×".join(map(str, model.task.image_size))
+    size, denoise = "×".join(map(str, model.task.image_size)), model.config.denoise
+    cubic = model.config.defence == "fpd" and denoise in ("dot", "bottleneck")
+    advice = f"denoise={denoise!r} can overflow, use denoise='softmax'" if cubic else "check the network's weights"
     raise InputError(
-        f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels with "
-        f"denoise={model.config.denoise!r}; use denoise='softmax' or denoise='gaussian', which do not overflow"
+        f"backbone {model.config.backbone!r} gives NaN or infinite logits for random images of {size} pixels; {advice}"
     )
 
 

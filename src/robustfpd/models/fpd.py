@@ -18,9 +18,10 @@ from robustfpd.device import evaluating
 from robustfpd.errors import InputError
 from robustfpd.models.backbones import BackboneSpec, channel_constants
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS, write_model, write_model_files
+from robustfpd.models.classifier import OwnClassifier, take_classifier
 from robustfpd.models.decoder import RestorationDecoder
 from robustfpd.models.denoise import denoising_layer, non_local_means
-from robustfpd.models.heads import ClassificationLayer, OwnClassifier, classification_layer, take_classifier
+from robustfpd.models.heads import ClassificationLayer, classification_layer
 from robustfpd.models.insertion import PYRAMID_LEVELS, StagedBackbone
 from robustfpd.models.ops.elu import to_elu
 from robustfpd.rng import generator
@@ -134,6 +135,7 @@ class BaseClassifier(
             raise InputError(f"images must be floating point in [0, 1], found {images.dtype}; divide uint8 by 255")
 
     def _normalised(self, images: Tensor) -> Tensor:
+        self._check(images)
         images = images.to(self.mean.dtype)  # numpy's float64 images go through a float32 model
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
@@ -219,9 +221,8 @@ class FPD(BaseClassifier):
 
         With `restoration: residual`, x′ = x + s R(c2…c5), and R is 0 at initialisation; else x′ = R(c2…c5).
         """
-        self._check(images)
-        height, width = images.shape[-2:]
         features = self._features(images, raw=self.config.pyramid_reads == "raw")
+        height, width = images.shape[-2:]
         c2_to_c5 = features[-len(self.decoder.laterals) :]
         restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
         restored = restored[:, :, :height, :width]
@@ -306,7 +307,6 @@ class Baseline(BaseClassifier):
         Raises:
             InputError: images of another shape or type.
         """
-        self._check(images)
         logits: Tensor = self.head(self._pooled(images))
         return logits
 

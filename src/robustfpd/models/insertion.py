@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from robustfpd.device import evaluating
 from robustfpd.errors import InputError, first_line
 from robustfpd.models.backbones import BackboneSpec, prune, stage_map, undo_downsampling
-from robustfpd.models.heads import first_output
 from robustfpd.models.ops.elu import keep_inputs
 
 PYRAMID_LEVELS = 4
@@ -66,7 +65,7 @@ class StagedBackbone(nn.Module):
         self.image_size = image_size
         self.leaves_early = True
         """Whether `forward` leaves the network in its last stage; it always leaves in an earlier one."""
-        self.front = len(self.stage_names)
+        self.front = min(front_stages or len(self.stage_names), len(self.stage_names))
         """Number of stages that `forward` runs."""
         self.tail = tail
 
@@ -81,25 +80,23 @@ class StagedBackbone(nn.Module):
         needed = self._modules_until(None if tail else self.stage_names[-1], image)
         if not tail:
             self._drop_tail(needed, image)
-        front = min(front_stages or self.front, self.front)
         try:
-            features = self._measure(image, front)
+            features = self._measure(image)
         except InputError:  # perhaps an activation overwrites a stage's output: then activations keep their inputs
             if not keep_inputs(self.net):
                 raise
-            features = self._measure(image, front)
+            features = self._measure(image)
         self.channels = tuple(f.shape[1] for f in features)
         self.reductions = tuple(round(max(self.padded(image_size)) / max(f.shape[-2:])) for f in features)
         for index, channels in enumerate(self.channels):
             layer = insert(index, channels)
             if layer is not None:
                 self.inserted[str(index)] = layer
-        self.front = front
         if tail:
             return
         self.leaves_early = False  # exporters prefer the network's own code where it still works without its tail
         try:
-            self._measure(image, front)
+            self._measure(image)
         except Exception:  # the user's code may raise anything here; leaving early skips it
             self.leaves_early = True
 
@@ -117,7 +114,7 @@ class StagedBackbone(nn.Module):
 
     def classify(self, images: Tensor) -> Tensor:
         """Return the output of the whole network, with the inserted layers: logits or features N×C, or maps N×C×H×W."""
-        return first_output(self._call(images, _Collecting(None, False, None)))
+        return _first_output(self._call(images, _Collecting(None, False, None)))
 
     def _call(self, images: Tensor, collecting: _Collecting) -> Any:
         """Run the network on images, padded; the hooks of this thread collect what `collecting` says."""
@@ -204,8 +201,8 @@ class StagedBackbone(nn.Module):
             self._run(image)
         return after
 
-    def _measure(self, image: Tensor, front: int) -> list[Tensor]:
-        """Run once and check the stages' outputs; those of the first `front` stages must not be overwritten."""
+    def _measure(self, image: Tensor) -> list[Tensor]:
+        """Run once and check the stages' outputs; those of the front pass must not be overwritten."""
         order: list[int] = []
         versions: dict[int, int] = {}
         hooks = []
@@ -226,7 +223,7 @@ class StagedBackbone(nn.Module):
         for index, (name, feature) in enumerate(zip(self.stage_names, features, strict=True)):
             if feature.ndim != 4:
                 raise InputError(f"stage {name!r} must return a map N×C×H×W, found shape {tuple(feature.shape)}")
-            if index < front and feature._version > versions.get(index, feature._version):
+            if index < self.front and feature._version > versions.get(index, feature._version):
                 raise InputError(
                     f"the output of stage {name!r} is overwritten in place by the next layer; "
                     "end the stage at that layer instead"
@@ -295,6 +292,12 @@ class _StageEnd:
 
 class _LastStageReached(Exception):
     """Leaves a network whose remaining code need not, or cannot, run."""
+
+
+def _first_output(output: Any) -> Tensor:
+    """Return the logits of a network that may return auxiliary ones as well, as GoogLeNet does in training."""
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return first
 
 
 @contextmanager

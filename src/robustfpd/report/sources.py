@@ -236,8 +236,7 @@ def _overrides(config: RunConfig, base: RunConfig, baseline: bool) -> list[str]:
     wanted, given = _training_settings(config), _training_settings(base)
     if baseline:
         given |= {f"model.{k}": v for k, v in flatten(base.model.baseline().model_dump(mode="json")).items()}
-        factor = config.training.steps_per_batch
-        for stage, times in (("training", factor), ("adversarial", factor if config.adversarial.second_pass else 1)):
+        for stage, times in config.steps_per_batch.items():
             for name in (f"{stage}.{field}" for field in MULTIPLIED):
                 wanted[name] = wanted[name] and round(wanted[name] / times)
     changed = {name: value for name, value in wanted.items() if value != given[name]}

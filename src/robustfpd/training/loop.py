@@ -151,7 +151,7 @@ class _Training:
             )  # fmt: skip
             accuracy = validation.accuracy if robust is None else robust
             loss = validation.loss if self.settings.schedule.follows == "loss" else validation.ce
-            best = not self._restores(epoch + 1) or self.stopping.better(epoch, accuracy, loss)
+            best = not self._restores(epoch, self.batches_per_epoch - 1) or self.stopping.better(epoch, accuracy, loss)
             self.schedule.after_epoch(accuracy, loss)
             self.history.append(metrics)
             self._save(best)
@@ -195,16 +195,17 @@ class _Training:
         unit = noise_unit(raw_model, config.training)
         noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
         if isinstance(raw_model, FPD):
-            if not self._restores(epoch + index / self.batches_per_epoch):
+            if not self._restores(epoch, index):
                 return backbone_step(model, clean, noisy, labels, update, config.training)
             return two_phase_step(model, clean, noisy, labels, update, config.training, index, draws)
         return baseline_step(model, noisy, labels, update, config.training)
 
-    def _restores(self, done: float) -> bool:
-        """Return whether the restoration has joined after `done` epochs of two-phase training."""
+    def _restores(self, epoch: int, index: int) -> bool:
+        """Return whether the restoration is trained on a batch; always, except at the start of two-phase training."""
         if self.config.stage == "adversarial" or not isinstance(self.raw_model, FPD):
             return True
-        return done >= self.config.training.restoration_start * self.settings.epochs
+        start = self.config.training.restoration_start * self.settings.epochs
+        return epoch + index / self.batches_per_epoch >= start
 
     def _validate(self) -> tuple[Validation, float | None]:
         """Return clean metrics, and the robust accuracy where adversarial training selects its epoch by it."""

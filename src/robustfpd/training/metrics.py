@@ -118,7 +118,7 @@ class EpochSums:
             "second_ce": _mean([losses.ce for losses in second]),
             "second_restoration": _mean([losses.restoration for losses in second]),
             "adversarial_ce": _mean([losses.ce for losses in adversarial]),
-            "gate_open": sum(step.gate_open for step in self._steps) / len(self._steps),
+            "gate_open": sum(bool(step.gate_open) for step in self._steps) / len(self._steps),
             "gate_opened": next((i for i, step in enumerate(self._steps, 1) if step.gate_open), None),
             "train_accuracy": float(self.correct) / self.counted,
             "train_adversarial_accuracy": float(sum(a.correct for a in adversarial)) / attacked if attacked else None,

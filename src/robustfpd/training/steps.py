@@ -116,13 +116,14 @@ class StepResult:
     """Losses of one step, detached.
 
     `first` is phase 1, in adversarial training on the clean images; `second` phase 2, None where it did not run;
-    `adversarial` phase 1 of adversarial training, on the adversarial images.
+    `adversarial` phase 1 of adversarial training, on the adversarial images. `gate_open` is None where the backbone is
+    trained alone.
     """
 
     first: PassLosses
     second: PassLosses | None = None
     adversarial: PassLosses | None = None
-    gate_open: bool = True
+    gate_open: bool | None = True
 
 
 def two_phase_step(
@@ -145,45 +146,24 @@ def two_phase_step(
     Raises:
         InputError: the model is not an FPD, or there is noise between the passes and no generator.
     """
-    noise = MiddleNoise(config.back_pass_noise, noise_unit(model, config), generator)
-    logits, restored = _forward(model, noisy, noise.like(noisy))
-    first, second = pass_losses(logits, restored, clean, labels, restoration_unit(model, config)), None
+    if config.back_pass_noise > 0 and generator is None:
+        raise InputError(
+            f"the noise between the passes, ±{config.back_pass_noise:g}, is drawn from a generator, found None; "
+            "pass generator=torch.Generator(), or set middle_noise=0"
+        )
+    unit, second = restoration_unit(model, config), None
+    logits, restored = _forward(model, noisy, _middle_noise(model, noisy, config, generator))
+    first = pass_losses(logits, restored, clean, labels, unit)
     if restored is None or first.restoration is None:
         raise InputError("two_phase_step trains an FPD, found a model without restored images; use baseline_step")
-    gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
+    gate_open = gate_opens(first.restoration, clean, config, unit)
     if not gate_open:
         update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
     elif index % config.second_pass_interval:
         update(phase_one_loss(first, config))
     else:
-        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, noise)
+        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, generator)
     return StepResult(first.detach(), second, None, gate_open)
-
-
-class MiddleNoise(NamedTuple):
-    """Uniform noise between the passes.
-
-    Its half-width `eps` is in units of `unit`; `generator` draws it for the batch of all ranks.
-    """
-
-    eps: float
-    unit: Tensor | float = 1.0
-    generator: torch.Generator | None = None
-
-    def like(self, images: Tensor) -> Tensor | None:
-        """Return noise for a batch N×C×H×W; None where `eps` is 0.
-
-        Raises:
-            InputError: there is no generator.
-        """
-        if self.eps == 0:
-            return None
-        if self.generator is None:
-            raise InputError(
-                f"the noise between the passes, ±{self.eps:g}, is drawn from a generator, found None; "
-                "pass generator=torch.Generator(), or set middle_noise=0"
-            )
-        return self.eps * self.unit * uniform_like(images, self.generator, ProcessGroup.current())
 
 
 def backbone_step(
@@ -197,14 +177,16 @@ def backbone_step(
     logits, restored = model(noisy, restore=False)
     losses = pass_losses(logits, restored, clean, labels, restoration_unit(model, config))
     update(config.alpha_ce * losses.ce)
-    return StepResult(losses.detach(), gate_open=False)
+    return StepResult(losses.detach(), gate_open=None)
 
 
 def _both_phases(
     model: nn.Module, loss: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, update: Update,
-    config: TrainingConfig, noise: MiddleNoise,
+    config: TrainingConfig, generator: torch.Generator | None,
 ) -> PassLosses:  # fmt: skip
     """Step on phase 1's `loss` and on phase 2's, which starts from phase 1's restored images.
+
+    Noise is added between the passes where a generator is given.
 
     `detached`: two steps; phase 2's gradient stops at the restored images. `joint`: one step on the sum of both losses.
     `through` (published code): two steps; phase 2's gradient continues into phase 1's graph.
@@ -213,7 +195,7 @@ def _both_phases(
     if mode != "joint":
         update(loss, retain_graph=mode == "through")
     images = restored.detach() if mode == "detached" else restored
-    second = pass_losses(*_forward(model, images, noise.like(images)), clean, labels, unit)
+    second = pass_losses(*_forward(model, images, _middle_noise(model, images, config, generator)), clean, labels, unit)
     second_loss = phase_two_loss(second, config)
     update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
@@ -249,7 +231,7 @@ def adversarial_step(
     elif restored is None or not settings.second_pass or index % config.second_pass_interval:
         update(loss)
     else:
-        second = _both_phases(model, loss, restored, clean, labels, update, config, MiddleNoise(0.0))
+        second = _both_phases(model, loss, restored, clean, labels, update, config, None)
     return StepResult(first.detach(), second, passes[1].detach() if len(passes) > 1 else None, gate_open)
 
 
@@ -291,6 +273,16 @@ def _forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> t
     """Return logits and restored images, None for a baseline's; `noise` is added between an FPD's passes."""
     output: FPDOutput | Tensor = model(images) if noise is None else model(images, noise)
     return output if isinstance(output, FPDOutput) else (output, None)
+
+
+def _middle_noise(
+    model: nn.Module, images: Tensor, config: TrainingConfig, generator: torch.Generator | None
+) -> Tensor | None:
+    """Return uniform noise for the input of the back pass, like a batch N×C×H×W; None without noise or generator."""
+    if generator is None or config.back_pass_noise == 0:
+        return None
+    noise = uniform_like(images, generator, ProcessGroup.current())
+    return config.back_pass_noise * noise_unit(model, config) * noise
 
 
 def gate_opens(restoration: Tensor, clean: Tensor, config: TrainingConfig, unit: Tensor | float = 1.0) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Means = Callable[..., Tensor]
-"""Non-local means, (x N×C×H×W, *, residual=False, gate=None) → N×C×H×W: times `gate`, plus x with `residual`."""
+"""Non-local means, (x N×C×H×W, *, residual=False) → N×C×H×W, plus x with `residual`."""
 
 
 def traced(x: Tensor) -> bool:
@@ -32,8 +32,8 @@ def computed_by(fast: Means) -> Callable[[Means], Means]:
 
     def decorate(literal: Means) -> Means:
         @functools.wraps(literal)
-        def dispatch(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
-            return (literal if traced(x) else fast)(x, residual=residual, gate=gate)
+        def dispatch(x: Tensor, *, residual: bool = False) -> Tensor:
+            return (literal if traced(x) else fast)(x, residual=residual)
 
         return dispatch
 

@@ -14,35 +14,27 @@ NORM_FLOOR = 1e-24
 """Smallest squared norm of an affinity: the means of a map of zeros are zeros, and gradients stay within float32."""
 
 
-def dot_product(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def dot_product(x: Tensor, *, residual: bool = False) -> Tensor:
     """Compute `(X Xᵀ) X / P` in the cheaper order of multiplication, with a gradient of fewer products."""
     rows = _rows(x)
     p, c = rows.shape[1:]
-    if gate is not None:
-        return _gated(dot_product(x), x, residual, gate)
     if c <= p:
         return _map(_GramProduct.apply(rows, residual)[0], x)
     means = torch.bmm(torch.bmm(rows, rows.transpose(1, 2)) / p, rows)
     return _map(means + rows if residual else means, x)
 
 
-def normalised(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
-    """Compute `(X Xᵀ) X / |X Xᵀ|` as one product with a small matrix, which takes up the norm, gate and residual."""
+def normalised(x: Tensor, *, residual: bool = False) -> Tensor:
+    """Compute `(X Xᵀ) X / |X Xᵀ|` as one product with a small matrix, which takes up the norm and the residual."""
     rows = _rows(x)
     p, c = rows.shape[1:]
     small = torch.bmm(rows.transpose(1, 2), rows) if c <= p else torch.bmm(rows, rows.transpose(1, 2))
     precise = small.to(torch.promote_types(small.dtype, torch.float32))
     squares = precise.square().sum(dim=(1, 2), keepdim=True)  # |Xᵀ X| = |X Xᵀ|
-    factor = squares.clamp_min(NORM_FLOOR).rsqrt()
-    small = small * (factor if gate is None else factor * gate).to(small.dtype)
+    small = small * squares.clamp_min(NORM_FLOOR).rsqrt().to(small.dtype)
     if residual:
         small = small + torch.eye(small.shape[1], dtype=small.dtype, device=small.device)
     return _map(torch.bmm(rows, small) if c <= p else torch.bmm(small, rows), x)
-
-
-def _gated(means: Tensor, x: Tensor, residual: bool, gate: Tensor) -> Tensor:
-    """Return means N×C×H×W times `gate`, plus `x` where `residual`."""
-    return x + gate * means if residual else gate * means
 
 
 class _GramProduct(torch.autograd.Function):
@@ -75,16 +67,14 @@ class _GramProduct(torch.autograd.Function):
         return (grad + grad_out if ctx.residual else grad), None
 
 
-def softmax(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def softmax(x: Tensor, *, residual: bool = False) -> Tensor:
     """Compute the means with affinity softmax_j(x_i · x_j / √C) by scaled dot-product attention."""
     rows = _rows(x)
     means = F.scaled_dot_product_attention(rows, rows, rows)
-    if gate is not None:
-        return _gated(_map(means, x), x, residual, gate)
     return _map(means + rows if residual else means, x)
 
 
-def gaussian(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -> Tensor:
+def gaussian(x: Tensor, *, residual: bool = False) -> Tensor:
     """Compute the means with affinity exp(-|x_i - x_j|² / 2C), normalised over j, as an attention."""
     rows = _rows(x)
     # |x_i|² is constant in j and cancels in the softmax; -|x_j|²/2 becomes one more channel.
@@ -92,8 +82,6 @@ def gaussian(x: Tensor, *, residual: bool = False, gate: Tensor | None = None) -
     query = torch.cat([rows, torch.ones_like(half_square)], dim=2)
     key = torch.cat([rows, half_square], dim=2)
     means = F.scaled_dot_product_attention(query, key, rows, scale=1 / x.shape[1])
-    if gate is not None:
-        return _gated(_map(means, x), x, residual, gate)
     return _map(means + rows if residual else means, x)
 
 
