@@ -164,6 +164,24 @@ def test_straight_through_denoising_equals_a_network_without_denoising(images: T
     assert not _close(gradient, _gradient(adaptive_views(model.classifier(), images)["front-pass"].module, images))
 
 
+@pytest.mark.parametrize("middle", ["input", "restored"])
+@pytest.mark.parametrize("denoise", ["normalised", "none"])
+@PROTOCOLS
+def test_no_gradient_flows_through_the_means_past_the_denoising(
+    images: Tensor, middle: str, denoise: str, protocol: str
+) -> None:
+    model = _model(middle=middle, denoise=denoise, protocol=protocol)
+    gradient = _gradient(adaptive_views(model.classifier(), images)["bpda-denoising"].module, images)
+    assert not _close(gradient, _gradient(model.classifier(squash=False), images))
+    restored = model.restore(images)
+    means = (model.middle_denoise(restored, images) - restored).detach()
+    if denoise == "none":
+        expected = _gradient(
+            _Function(lambda x: model.head.pre_squash(model._pooled(model.restore(x) + means))), images
+        )
+        assert _close(gradient, expected)
+
+
 @pytest.mark.parametrize("middle", ["input", "restored", "none"])
 @pytest.mark.parametrize("denoise", ["normalised", "none"])
 def test_a_view_of_denoising_exists_where_there_is_some(images: Tensor, middle: str, denoise: str) -> None:

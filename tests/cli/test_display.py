@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import time
 
@@ -28,7 +29,7 @@ def _progress(step: StepResult) -> Progress:
     )  # fmt: skip
 
 
-def _metrics(plain: bool, gate_open: float = 1.0, gate_opened: int | None = 1) -> EpochMetrics:
+def _metrics(plain: bool, gate_open: float | None = 1.0, gate_opened: int | None = 1) -> EpochMetrics:
     second = None if plain else 0.000123
     return EpochMetrics(
         epoch=98, ce=0.000123, restoration=second, second_ce=second, second_restoration=second, gate_open=gate_open,
@@ -51,7 +52,9 @@ def _shown(step: StepResult, plain: bool, *, terminal: bool) -> str:
 
 
 def test_a_terminal_of_80_columns_shows_phase_gate_losses_speed_and_time_left_whole() -> None:
-    for step, said in ((_step(True), "phases 1+2, gate open"), (_step(False), "phase 1, gate shut")):
+    alone = dataclasses.replace(_step(False), gate_open=None)
+    steps = {"phases 1+2, gate open": _step(True), "phase 1, gate shut": _step(False), "backbone alone": alone}
+    for said, step in steps.items():
         shown = " ".join(_shown(step, plain=False, terminal=True).split())
         for part in (said, "CE 0.00012", "L2 0.00012", "acc 100.0 %", "12346 img/s", "2:04:05 left"):
             assert part in shown
@@ -74,10 +77,11 @@ def test_epoch_lines_stand_under_their_headings_within_80_columns(plain: bool) -
     [
         (0.37, 210, "37 % from batch 210  "), (0.0, None, "0 %  "), (1.0, 1, "100 %  "),
         (0.996, 4, "100 % from batch 4  "),
+        (None, None, "not yet  "),  # the backbone is trained alone
         (0.5, None, "50 %  "),  # metrics of an earlier version
     ],
 )  # fmt: skip
-def test_an_epochs_line_says_when_the_gate_opened(gate_open: float, gate_opened: int | None, said: str) -> None:
+def test_an_epochs_line_says_when_the_gate_opened(gate_open: float | None, gate_opened: int | None, said: str) -> None:
     file = io.StringIO()
     with training_display(Console(file=file, width=WIDTH, soft_wrap=True), "digits", "FPD") as observer:
         observer.on_epoch(_metrics(False, gate_open, gate_opened), False)

@@ -135,10 +135,11 @@ def test_networks_that_are_left_early(format: Format, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 @pytest.mark.parametrize("front_stages", [1, pytest.param(None, marks=pytest.mark.slow)])
-def test_networks_with_their_own_tail_of_which_the_front_pass_runs_a_part(
-    format: Format, front_stages: int | None, tmp_path: Path
+@pytest.mark.parametrize("tail", ["own", "pooling"])
+def test_networks_of_which_the_front_pass_runs_a_part(
+    format: Format, front_stages: int | None, tail: str, tmp_path: Path
 ) -> None:
-    model = tiny(front_stages=front_stages, image_size=(9, 13))
+    model = tiny(front_stages=front_stages, tail=tail, image_size=(9, 13))
     made = check(model, format, tmp_path / "file", (9, 13))
     assert made.outputs == ("logits", "restored")
     assert made.difference < 1e-4

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests.fpds import corrected
+from tests.fpds import as_trained, corrected
 from tests.models.conftest import MINI, mini
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def test_improved_adds_restoration_and_gated_means_and_ends_with_the_networks_ow
 
 @pytest.mark.parametrize(
     ("protocol", "kinds"),
-    [("corrected", ("dot", "softmax", "gaussian")), ("improved", ("dot", "softmax", "gaussian", "normalised"))],
+    [("corrected", ("dot", "softmax", "gaussian")), ("improved", ("normalised", "dot", "softmax", "gaussian"))],
 )
 def test_the_middle_uses_the_denoising_layers_affinity(protocol: str, kinds: tuple[str, ...]) -> None:
     x = torch.rand(2, 1, 16, 16)
@@ -76,7 +77,7 @@ def test_the_middle_uses_the_denoising_layers_affinity(protocol: str, kinds: tup
     assert torch.equal(outs[0], mini(protocol=protocol, denoise="none", denoise_after=()).eval()(x).logits)
 
 
-@pytest.mark.parametrize("front_stages", [None, 1, 2, 4, 5, 9])
+@pytest.mark.parametrize("front_stages", [None, 1, 2, 4, 5])
 def test_the_front_pass_runs_the_first_stages_and_the_back_pass_the_whole_network(front_stages: int | None) -> None:
     model = mini(front_stages=front_stages)
     calls: dict[str, int] = {}
@@ -105,7 +106,7 @@ def test_inner_denoising_follows_the_chosen_stages() -> None:
     assert set(mini().backbone.inserted) == {"0", "1"}
     assert set(mini(denoise_after=(1, 3)).backbone.inserted) == {"1", "3"}
     assert not mini(denoise="none").backbone.inserted
-    with pytest.raises(InputError, match=r"denoise_after must index the stages 0 to 4 .*found 5"):
+    with pytest.raises(InputError, match=r"denoise_after counts the 5 stages \(.*layer4\) from 0, found 5"):
         mini(denoise_after=(0, 5))
 
 
@@ -423,10 +424,73 @@ def test_a_users_module_keeps_its_weights(chain: nn.Module, chain_stages: tuple[
     assert len(model.decoder.laterals) == 3
 
 
-def test_a_network_of_one_stage() -> None:
+@pytest.mark.parametrize("options", [{}, {"denoise": "normalised", "denoise_after": (0,)}])
+def test_a_network_of_one_stage(options: dict[str, Any]) -> None:
     net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU())
-    model = rf.enhance(net, stages=["1"], num_classes=2, in_channels=1, image_size=9, denoise_after=(0,))
+    model = rf.enhance(net, stages=["1"], num_classes=2, in_channels=1, image_size=9, **options)
     assert model(torch.rand(2, 1, 9, 9)).restored.shape == (2, 1, 9, 9)
+
+
+def test_more_front_stages_than_the_network_has_are_refused() -> None:
+    assert mini(front_stages=5).backbone.front == 5
+    with pytest.raises(InputError, match=r"front_stages must be at most the number of 5 stages \(.*layer4\), found 6"):
+        mini(front_stages=6)
+
+
+class Flattens(nn.Module):
+    """A network that flattens its maps by `view`, which takes no maps in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU())
+        self.classifier = nn.Linear(6 * 2 * 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.classifier(self.b(self.a(x)).view(-1, 24))
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tail": "pooling"}, {"denoise": "normalised"}, {"protocol": "corrected", "denoise": "softmax"}],
+)  # fmt: skip
+def test_a_network_that_flattens_by_view_is_wrapped_trained_and_loaded(tmp_path: Path, options: dict[str, Any]) -> None:
+    net = Flattens()
+    model = rf.enhance(net, stages=["a", "b"], num_classes=3, in_channels=1, image_size=8, **options)
+    x = torch.rand(4, 1, 8, 8)
+    out = model.train()(x)
+    out.logits.sum().backward()
+    if not {"tail", "protocol"} & set(options):
+        assert torch.allclose(out.logits, net(x), atol=1e-6)
+    as_trained(model.eval()).save(tmp_path / "model")
+    assert torch.equal(rf.load(tmp_path / "model", net=Flattens())(x).logits, model(x).logits)
+    baseline = rf.build(model.task, model.config.baseline(), net=net)
+    assert baseline(x).shape == (4, 3)
+
+
+class Named(Flattens):
+    """A network that returns a dictionary."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+def test_a_network_that_returns_no_tensor_is_refused() -> None:
+    with pytest.raises(InputError, match=r"must return a tensor, or a tuple that begins with one, found dict"):
+        rf.enhance(Named(), stages=["a", "b"], num_classes=3, in_channels=1, image_size=8)
+
+
+def test_enhance_builds_no_published_network() -> None:
+    with pytest.raises(InputError, match=r"robustfpd\.recipe\(name, protocol=\"published\"\)"):
+        rf.enhance("resnet_mini", **MINI, protocol="published")
+
+
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)])
+def test_images_are_checked_with_and_without_restoration(images: Tensor, restore: bool) -> None:
+    with pytest.raises(InputError, match=r"^images must be"):
+        mini()(images, restore=restore)
 
 
 def test_images_in_double_precision_go_through_a_float32_model() -> None:

@@ -210,7 +210,7 @@ def networks(draw: st.DrawFn) -> tuple[Network, dict[str, Any]]:
     ends = draw(st.sampled_from(["", ".0", ".1"]))  # the stage, or its convolution or norm, which may be overwritten
     options = {
         "stages": [f"stages.{i}{ends}" for i in range(depth)], "in_channels": channels, "image_size": size,
-        "front_stages": draw(st.sampled_from([None, 1, 2, 4])), "denoise_after": tuple(range(min(2, depth))),
+        "front_stages": draw(st.none() | st.integers(1, depth)), "denoise_after": tuple(range(min(2, depth))),
         "pyramid_channels": draw(st.sampled_from([None, 4])), "middle": draw(st.sampled_from(["input", "restored"])),
         "denoise": draw(st.sampled_from(["normalised", "dot", "softmax", "bottleneck", "none"])),
         "pyramid_reads": draw(st.sampled_from(["denoised", "raw"])), "num_classes": classes,

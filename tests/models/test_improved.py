@@ -13,6 +13,7 @@ from torch import Tensor
 
 import robustfpd as rf
 from robustfpd.models.backbones import resnet_mini
+from robustfpd.models.denoise import dot_product, normalised
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -61,6 +62,14 @@ def test_gates_exist_where_something_is_denoised() -> None:
     assert set(gates(fresh(denoise="none"))) == {"middle_gate"}
     assert not gates(fresh(denoise_gate=False))
     assert not gates(fresh(protocol="corrected"))
+
+
+@pytest.mark.parametrize("denoise", ["none", "bottleneck"])
+def test_gated_means_are_bounded_where_no_affinity_is_chosen(denoise: str) -> None:
+    x = 1e4 * torch.rand(2, 1, 8, 8)
+    means = fresh(denoise=denoise).non_local_means(x)
+    assert torch.equal(means, normalised(x))
+    assert torch.equal(fresh(denoise=denoise, protocol="corrected").non_local_means(x), dot_product(x))
 
 
 def test_each_gate_and_the_restoration_change_the_output() -> None:

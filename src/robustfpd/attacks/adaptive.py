@@ -1,4 +1,4 @@
-"""Adaptive attacks: views of a classifier, which attacks that account for the defence differentiate instead of it.
+"""Adaptive attacks: views of a classifier, which attacks differentiate instead of the classifier itself.
 
 Athalye et al., "Obfuscated Gradients", ICML 2018; Carlini et al., "On Evaluating Adversarial Robustness", 2019;
 Tramèr et al., "On Adaptive Attacks", NeurIPS 2020. An adversarial example found on a view counts only if the
@@ -78,7 +78,7 @@ def _fpd_views(fpd: FPD) -> dict[str, View]:
         result["back-pass"] = View(_FPDView(fpd, restored="detached"))
     denoising = [m for m in fpd.modules() if isinstance(m, (NonLocal, Bottleneck))]
     if denoising or middle != "none":
-        result["bpda-denoising"] = View(BPDA(_FPDView(fpd, detach_input=True), denoising))
+        result["bpda-denoising"] = View(BPDA(_FPDView(fpd, constant_means=True), denoising))
     for name, sign in (("joint", 1.0), ("joint-hidden", -1.0)):
         module = _FPDView(fpd, joint=True)
         result[name] = View(module, _joint_loss(module, sign))
@@ -90,11 +90,12 @@ class _FPDView(nn.Module):
 
     def __init__(
         self, fpd: FPD, *, restored: str = "exact", detach_input: bool = False, detach_skip: bool = False,
-        joint: bool = False,
+        constant_means: bool = False, joint: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.fpd = fpd
         self.restored, self.detach_input, self.joint = restored, detach_input, joint
+        self.constant_means = constant_means
         self.detach_skip = detach_skip  # of a residual restoration x′ = x + R: differentiate R alone
         self.restoration_loss: Tensor | None = None
         """Of each image of the last batch, N, until the joint loss takes it: it holds the graph."""
@@ -111,7 +112,8 @@ class _FPDView(nn.Module):
         elif self.restored == "identity":
             restored = straight_through(images, restored)
         middle_input = images.detach() if self.detach_input else images
-        logits: Tensor = self.fpd.head.pre_squash(self.fpd.back(restored, middle_input))
+        features = self.fpd.back(restored, middle_input, constant_means=self.constant_means)
+        logits: Tensor = self.fpd.head.pre_squash(features)
         return logits
 
 

@@ -35,11 +35,11 @@ RUN = tyro.conf.arg(
     "wrote."
 )
 ModelFlag = Annotated[str | None, tyro.conf.arg(
-    help="any torch.nn.Module instead, as package.module:factory, images in [0, 1] to logits; --dataset is needed."
+    help="package.module:factory of a torch.nn.Module, images in [0, 1] to logits, in place of a run; needs --dataset."
 )]  # fmt: skip
 TrustFlag = Annotated[bool, tyro.conf.arg(
-    help="import and run the module that the run's network is made by (model.backbone=package.module:factory); only "
-    "for runs of your own."
+    help="import and execute the module that defines the run's network (model.backbone=package.module:factory); use it "
+    "only for runs that you trust."
 )]  # fmt: skip
 DeviceFlag = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or mps.")]
 

@@ -134,9 +134,9 @@ def _epoch_lines(m: EpochMetrics) -> tuple[str, str]:
     cells = [("epoch", 5, str(m.epoch + 1)), ("cross-entropy", 15, _pair(m.ce, m.second_ce))]
     if m.restoration is not None:
         cells.append(("L2 restored", 15, _pair(m.restoration, m.second_restoration)))
-        partly = m.gate_opened is not None and m.gate_open < 1
-        since = f" from batch {m.gate_opened}" if partly else ""
-        cells.append(("gate open", 9, f"{100 * m.gate_open:.0f} %{since}"))
+        since = f" from batch {m.gate_opened}" if (m.gate_opened or 1) > 1 else ""
+        share = "not yet" if m.gate_open is None else f"{100 * m.gate_open:.0f} %{since}"
+        cells.append(("gate open", 9, share))
     cells.append(("validation", 10, f"{100 * m.validation_accuracy:.2f} %"))
     if m.validation_robust_accuracy is not None:
         cells.append(("PGD-10", 7, f"{100 * m.validation_robust_accuracy:.1f} %"))

@@ -142,14 +142,14 @@ class TrainingConfig(ProcedureConfig):
     alpha_restore_second: float = Field(default=0.6, ge=0)
     """Weight of the restoration loss in phase 2."""
     restoration_start: float = Field(default=0.2, ge=0, lt=1)
-    """Fraction of the epochs after which the restoration joins. Before, the backbone is trained alone on noisy images,
-    at the cost of the baseline."""
+    """Fraction of the epochs, at the start, in which only the backbone is trained, on noisy images and at the cost of
+    the baseline. Two-phase training follows."""
     second_pass: Literal["detached", "joint", "through"] = "detached"
     """`detached`: phase 2 is a separate step whose gradient stops at the restored image; `joint`: both phases in one
     backward pass and one step; `through` (published code): a separate step whose gradient continues into phase 1's
     graph, although its weights have been updated."""
     second_pass_interval: int = Field(default=8, ge=1)
-    """Phase 2 follows in the first of this many batches."""
+    """Run phase 2 in one of this many batches, starting with the first batch of each epoch."""
 
     @property
     def back_pass_noise(self) -> float:
@@ -248,8 +248,9 @@ class ModelConfig(Config):
     pretrained: bool = False
     """Load timm's pretrained weights into the backbone."""
     small_stem: Literal[True, False, "auto", "new"] = "new"
-    """Remove the downsampling before the pyramid's finest map; `auto`: when a side is under 64 pixels; `new`: when in
-    addition the backbone is created by name, without pretrained weights, so that a network of your own stays as it is.
+    """Remove the downsampling before the pyramid's finest map; `auto`: if a side of the image is
+    shorter than 64 pixels; `new`: as `auto`, but only for a backbone created by name without pretrained weights, so
+    that your own network is not changed.
     """
     activation: Literal["elu", "keep"] = "keep"
     """`elu` (published) replaces the backbone's activation modules; `keep` keeps them."""
@@ -265,7 +266,7 @@ class ModelConfig(Config):
     """Indices of the stages after which a denoising layer is inserted. 0 is the stem and 1 the published A₁ where timm
     lists a stem (ResNets: before the max pool); families with four stages, such as ConvNeXt, list none, and 0 is A₁."""
     middle: Middle = "none"
-    """Between the passes: add the denoised input (published code), the denoised restoration, or nothing."""
+    """Middle denoising: add the non-local means of the input (published code), of the restored image, or nothing."""
     pyramid_reads: Literal["denoised", "raw"] = "denoised"
     """Input of the pyramid from a stage with a denoising layer: the denoised map, or (published code) the map before
     it. The next stage always reads the denoised map."""
@@ -274,8 +275,8 @@ class ModelConfig(Config):
     restoration: Literal["residual", "image"] = "residual"
     """The decoder's output R(c2…c5): `x′ = x + s R` with R = 0 at initialisation, or (published) `x′ = R`."""
     restoration_scale: float = Field(default=0.1, gt=0)
-    """residual: the factor s, in pixels of [0, 1], near the noise that the restoration removes. Adam moves weights by
-    the learning rate, at any gradient: a step must not change the image by more than the noise does."""
+    """residual: the factor s, in pixels of [0, 1], of the order of the noise. Adam's steps do not shrink with the
+    gradient, so a small s keeps one step from changing the image by more than the noise does."""
     pyramid_channels: int | None = Field(default=16, ge=1)
     """Width P of the pyramid; None takes a quarter of the last front stage's channels, within 32 and 256."""
     unstrided_kernel: Literal[2, 3, None] = None

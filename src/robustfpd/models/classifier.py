@@ -25,7 +25,9 @@ class OwnClassifier(NamedTuple):
 def take_classifier(
     net: nn.Module, last_stage: nn.Module, run: Callable[[], Tensor], num_classes: int
 ) -> OwnClassifier:
-    """Replace the last linear layer of a network by an identity where its outputs are the network's, and return it.
+    """Replace the last linear layer of a network by the identity if its output is the network's; return the layer.
+
+    Where other layers follow it, as in SqueezeNet, the network keeps it, and its outputs are logits or features.
 
     Args:
         net: a network in evaluation mode, which is changed.

@@ -102,7 +102,9 @@ class NonLocal(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Denoising layer `x + W (X Xᵀ) X / P` with a learned 1×1 convolution W (Xie et al., CVPR 2019).
+    """Denoising layer `x + g W means(x)` with a learned 1×1 convolution W (Xie et al., CVPR 2019).
+
+    The means are the dot product's, (X Xᵀ) X / P, without a gate, and the normalised ones with a gate.
 
     Args:
         channels: channels of the maps.
@@ -116,16 +118,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoise N×C×H×W."""
-        means: Tensor = self.project(dot_product(x))
+        means: Tensor = self.project(non_local_means("bottleneck", gate=self.gate is not None)(x))
         return x + (means if self.gate is None else self.gate * means)
 
 
 _MEANS: dict[str, Means] = {"dot": dot_product, "normalised": normalised, "softmax": softmax, "gaussian": gaussian}
 
 
-def non_local_means(kind: Denoise) -> Means:
-    """Return the means of a kind of denoising; the dot product's for `bottleneck` and `none`."""
-    return _MEANS.get(kind, dot_product)
+def non_local_means(kind: Denoise, *, gate: bool = False) -> Means:
+    """Return the means of a kind of denoising. For `bottleneck` and `none`: `normalised` with a gate, else `dot`."""
+    return _MEANS.get(kind, normalised if gate else dot_product)
 
 
 def denoising_layer(kind: Denoise, channels: int, *, gate: bool = False) -> nn.Module | None:

@@ -173,7 +173,8 @@ def _traced(module: _Exportable, size: tuple[int, int]) -> ExportedProgram:
     try:
         with torch.no_grad():
             module(images)  # raises the network's own errors first
-            if module.model.backbone.leaves_early:
+            backbone = module.model.backbone
+            if backbone.leaves_early or backbone.front < len(backbone.stage_names):
                 # The exporter loses track of modules that end by an exception; make_fx does not follow modules.
                 tracer = make_fx(
                     lambda x: module(x), tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True

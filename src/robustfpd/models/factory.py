@@ -45,7 +45,7 @@ def enhance(
             backbones accept other sizes too; the others raise an error for them.
         stages: names of the modules where stages end, stem first. Required for a module that is no ResNet and has no
             `feature_info` as timm's have.
-        protocol: `improved`, whose model computes at initialisation what the backbone computes; or `corrected`, the
+        protocol: `improved`, whose model initially computes the same function as the backbone; or `corrected`, the
             paper's network. It decides the defaults of `options`.
         seed: seed of the new layers' weights; the global random state does not change.
         options: fields of `robustfpd.ModelConfig` (`head="spectral"`, `denoise="softmax"`, `pretrained=True`, …).
@@ -137,8 +137,14 @@ def assemble(
             )  # fmt: skip
         kind = FPD if config.defence == "fpd" else Baseline
         model = kind(spec, task, config)
-    # The layout that convolutions are fastest in, on CPUs and GPUs; shapes and results are the same.
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=model.memory_format)
+    if net is not None:  # code that flattens maps by `view` takes contiguous ones only
+        try:
+            with torch.no_grad(), evaluating(model):
+                model.classifier()(torch.zeros(1, task.in_channels, *task.image_size))
+        except RuntimeError:
+            model.memory_format = torch.contiguous_format
+            model.to(memory_format=model.memory_format)
     return model
 
 

@@ -70,14 +70,15 @@ class BaseClassifier(
         super().__init__()
         self.task = task
         self.config = config
+        self.memory_format = torch.channels_last  # convolutions are fastest in it, on CPUs and GPUs
         if config.activation == "elu":
             to_elu(spec.module)
+        stages, front = f"{len(spec.stages)} stages ({', '.join(spec.stages)})", config.front_stages or 1
         outside = [i for i in config.denoise_after if not 0 <= i < len(spec.stages)]
-        if outside:
-            raise InputError(
-                f"denoise_after must index the stages 0 to {len(spec.stages) - 1} ({', '.join(spec.stages)}), "
-                f"found {outside[0]}"
-            )
+        if outside and config.denoise != "none":
+            raise InputError(f"denoise_after counts the {stages} from 0, found {outside[0]}")
+        if front > len(spec.stages):
+            raise InputError(f"front_stages must be at most the number of {stages}, found {front}")
         small = min(task.image_size) < SMALL_IMAGE
         small_stem = {"auto": small, "new": small and spec.new}.get(str(config.small_stem), bool(config.small_stem))
         self.backbone = StagedBackbone(
@@ -137,7 +138,7 @@ class BaseClassifier(
     def _normalised(self, images: Tensor) -> Tensor:
         self._check(images)
         images = images.to(self.mean.dtype)  # numpy's float64 images go through a float32 model
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
     def _features(self, images: Tensor, *, raw: bool = False, whole: bool = False) -> list[Tensor]:
         """Run the front stages, or all with `whole`: their feature maps, finest first; `raw` before denoising."""
@@ -177,8 +178,9 @@ class FPD(BaseClassifier):
 
     Shapes: images N×C×H×W in [0, 1] → `FPDOutput(logits N×K, restored N×C×H×W)`.
 
-    The front pass runs the first `front_stages` stages, the back pass the whole backbone, with the same weights. At
-    initialisation under the protocol `improved`, logits and restored images are those of the backbone and the images.
+    The front pass runs the first `front_stages` stages, the back pass the whole backbone, with the same weights. Under
+    the protocol `improved`, at initialisation the restored images equal the input, and the logits equal those of the
+    backbone unless the number of classes differs.
 
     Both passes run through the same batch norms. In training each pass is normalised by its own batch statistics, and
     both update the running averages, front pass first; in evaluation both use the running averages.
@@ -196,7 +198,7 @@ class FPD(BaseClassifier):
             channels, reduction, width, task.in_channels, unstrided_kernel=config.unstrided_kernel,
             start_at_zero=config.restoration == "residual",
         )  # fmt: skip
-        self.non_local_means = non_local_means(config.denoise)
+        self.non_local_means = non_local_means(config.denoise, gate=config.denoise_gate)
         gated = config.denoise_gate and config.middle != "none"
         self.middle_gate = nn.Parameter(torch.zeros(())) if gated else None
         self.head = self._head(config.head)
@@ -206,12 +208,13 @@ class FPD(BaseClassifier):
 
         Args:
             images: N×C×H×W in [0, 1]. Training noise may exceed this range, so it is not checked here.
-            middle_noise: N×C×H×W, added to the input of the back pass, in training.
+            middle_noise: N×C×H×W, added to the input of the back pass; for training.
             restore: run the front pass and the restoration; else x′ = x, and the backbone classifies alone.
 
         Raises:
             InputError: images of another shape or type.
         """
+        self._check(images)
         restored = self.restore(images) if restore else images  # FPD_FD, FPD_R
         features = self.back(restored, images, middle_noise)  # FPD_BD
         return FPDOutput(self.head(features), restored)  # FPD_LCC
@@ -232,24 +235,28 @@ class FPD(BaseClassifier):
             return images + self.config.restoration_scale * restored
         return restored + self.mean if self.config.normalise == "once" else restored
 
-    def middle_denoise(self, restored: Tensor, images: Tensor) -> Tensor:
+    def middle_denoise(self, restored: Tensor, images: Tensor, *, constant: bool = False) -> Tensor:
         """Middle denoising: `x̃ = x′ + g (x xᵀ) x / P`, N×C×H×W, for the dot product.
 
         Published code takes the means of the input x (`middle="input"`), `restored` takes those of x′, and `none`, as
         in the paper's figure, adds nothing. The gate g is learned and 0 at initialisation; 1 without `denoise_gate`.
+        With `constant`, gradients do not flow through the means.
         """
         if self.config.middle == "none":
             return restored
         source = images if self.config.middle == "input" else restored
+        source = source.detach() if constant else source
         if self.config.normalise == "once":  # the means of normalised images, in units of pixels
             means = self.std * self.non_local_means(self._normalised(source))
         else:
             means = self.non_local_means(source)
         return restored + (means if self.middle_gate is None else self.middle_gate * means)
 
-    def back(self, restored: Tensor, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def back(
+        self, restored: Tensor, images: Tensor, noise: Tensor | None = None, *, constant_means: bool = False
+    ) -> Tensor:
         """Middle denoising and back pass (FPD_BD): restored images x′ and images x → features N×C for the head."""
-        x = self.middle_denoise(restored, images)
+        x = self.middle_denoise(restored, images, constant=constant_means)
         return self._pooled(x if noise is None else x + noise)
 
     def classifier(self, *, squash: bool = True) -> FPDClassifier:

@@ -157,7 +157,7 @@ class StagedBackbone(nn.Module):
             _, channels, height, width = image.shape
             raise InputError(
                 f"the backbone does not take images of {channels} channels and {height}×{width} pixels: "
-                f"{first_line(error)[:200]}; another image_size or small_stem=True may help"
+                f"{first_line(error)[:200]}; another image_size, in_channels or small_stem=True may help"
                 f"{', or tail=pooling, which drops the layers after the last stage' if self.tail else ''}"
             ) from error
 
@@ -281,7 +281,8 @@ class _StageEnd:
         if features is not None and raw:
             features.append(feature)
         if str(self.index) in self.backbone.inserted:
-            feature = self.backbone.inserted[str(self.index)](feature)
+            denoised = self.backbone.inserted[str(self.index)](feature)
+            feature = denoised.contiguous() if feature.is_contiguous() else denoised
             output = as_output(feature)
         if features is not None and not raw:
             features.append(feature)
@@ -296,7 +297,10 @@ class _LastStageReached(Exception):
 
 def _first_output(output: Any) -> Tensor:
     """Return the logits of a network that may return auxiliary ones as well, as GoogLeNet does in training."""
-    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(first, Tensor):
+        kind = type(first).__name__
+        raise InputError(f"the network must return a tensor, or a tuple that begins with one, found {kind}")
     return first
 
 

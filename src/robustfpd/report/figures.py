@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def training_curves(histories: Mapping[str, Sequence[EpochMetrics]], epochs: Map
             if measured:
                 axes.plot(*zip(*measured, strict=True), ":", color=colour, label=f"{name}, under PGD-10")
             if name in gated:
-                panels[1].plot(progress, [100 * m.gate_open for m in history], style, color=colour, marker=marker)
+                shares = [math.nan if m.gate_open is None else 100 * m.gate_open for m in history]
+                panels[1].plot(progress, shares, style, color=colour, marker=marker)
         axes.set_xlim(0, 102)
         _finish(axes, "" if gated else "epochs (% of all)", "validation\naccuracy (%)")
         if gated:

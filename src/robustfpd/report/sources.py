@@ -174,7 +174,7 @@ def _history(path: Path) -> tuple[tuple[EpochMetrics, ...], list[str]]:
         try:
             names = [f.name for f in fields if f.name in line or f.default is dataclasses.MISSING]
             values: dict[str, Any] = {name: float(line[name]) if line[name] else None for name in names}
-            complete = None not in (values["gate_open"], values["validation_accuracy"])
+            complete = values["validation_accuracy"] is not None
         except (KeyError, ValueError, TypeError):
             complete = False
         if not complete:

@@ -34,8 +34,8 @@ class EpochMetrics:
     second_ce: float | None
     second_restoration: float | None
     adversarial_ce: float | None
-    gate_open: float
-    """Fraction of batches with the gate open."""
+    gate_open: float | None
+    """Fraction of batches with the gate open; None where the backbone is trained alone."""
     train_accuracy: float
     """Accuracy on the noisy, augmented images during training; in adversarial training on the clean ones."""
     train_adversarial_accuracy: float | None
@@ -111,6 +111,7 @@ class EpochSums:
         first = [step.first for step in self._steps]
         second = [step.second for step in self._steps if step.second is not None]
         adversarial = [step.adversarial for step in self._steps if step.adversarial is not None]
+        gates = [step.gate_open for step in self._steps if step.gate_open is not None]
         attacked = sum(losses.counted for losses in adversarial)
         own: dict[str, Any] = {
             "ce": _mean([losses.ce for losses in first]),
@@ -118,7 +119,7 @@ class EpochSums:
             "second_ce": _mean([losses.ce for losses in second]),
             "second_restoration": _mean([losses.restoration for losses in second]),
             "adversarial_ce": _mean([losses.ce for losses in adversarial]),
-            "gate_open": sum(bool(step.gate_open) for step in self._steps) / len(self._steps),
+            "gate_open": sum(gates) / len(gates) if gates else None,
             "gate_opened": next((i for i, step in enumerate(self._steps, 1) if step.gate_open), None),
             "train_accuracy": float(self.correct) / self.counted,
             "train_adversarial_accuracy": float(sum(a.correct for a in adversarial)) / attacked if attacked else None,

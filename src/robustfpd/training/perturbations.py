@@ -1,4 +1,4 @@
-"""Adversarial images for training; the noise of two-phase training is `data.noise.add_uniform_noise`."""
+"""Adversarial images for training; `data.transforms.add_uniform_noise` adds the noise of two-phase training."""
 
 from __future__ import annotations
 

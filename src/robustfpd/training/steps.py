@@ -7,18 +7,18 @@ The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labe
                otherwise (open):    step on α₁·CE(ŷ¹, y) + α₂·L2
     Phase 2    ŷ², x'² = FPD(x'¹)          step on α₁·CE(ŷ², y) + α₂'·MSE(x'², x)
 
-Before, for the fraction `restoration_start` of the epochs, `backbone_step` trains the backbone alone. With
-`middle_noise`, in both phases, uniform noise of its own is added between the passes: the restoration removes that
-of x_noisy, and a back pass trained on clean images is as fragile as any network trained on clean images.
+For the first `restoration_start` of the epochs, `backbone_step` trains the backbone alone. In both phases, independent
+uniform noise (`middle_noise`) is added between the passes: the restoration removes the noise of x_noisy, and a back
+pass trained on clean images is not robust.
 
 The functions take any loop's model, batch and optimizer; `robustfpd.training.train` calls the same ones::
 
     config = TrainingConfig(noise=0.1)
     generator = torch.Generator().manual_seed(0)
     update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(model), lr=1e-3), clip_grad_norm=10.0)
-    for clean, labels in loader:
+    for index, (clean, labels) in enumerate(loader):
         noisy = add_uniform_noise(clean, config.noise, generator)
-        result = two_phase_step(model, clean, noisy, labels, update, config, generator=generator)
+        result = two_phase_step(model, clean, noisy, labels, update, config, index, generator)
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def noise_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
 def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float:
     """Return the unit of the restoration loss: the root mean square of the training noise, or the noise's own unit.
 
-    In units of uniform noise of half-width ε, ε/√3, a restoration that returns x_noisy has a loss of 1.
+    Uniform noise of half-width ε has the root mean square ε/√3; in this unit, a restoration that returns x_noisy has a
+    loss of 1.
     """
     unit = noise_unit(model, config)
     by_noise = config.restoration_unit == "noise" and config.noise > 0
@@ -140,12 +141,15 @@ def two_phase_step(
         update: clears gradients, runs the backward pass and steps; usually an `OptimizerUpdate`.
         config: α₁, α₂, α₂', T (`threshold`), `gate_trains`, `second_pass`, `second_pass_interval`, `space` and the
             noise between the passes (`back_pass_noise`).
-        index: position of the batch in its epoch: phase 2 follows in every `second_pass_interval`-th batch.
+        index: position of the batch in its epoch; phase 2 runs where it is a multiple of `second_pass_interval`, so
+            always with the default 0.
         generator: source of the noise between the passes, on the images' device.
 
     Raises:
         InputError: the model is not an FPD, or there is noise between the passes and no generator.
     """
+    if not hasattr(model, "restore"):
+        raise InputError(f"two_phase_step trains an FPD, found {type(model).__name__}; use baseline_step")
     if config.back_pass_noise > 0 and generator is None:
         raise InputError(
             f"the noise between the passes, ±{config.back_pass_noise:g}, is drawn from a generator, found None; "
@@ -154,8 +158,8 @@ def two_phase_step(
     unit, second = restoration_unit(model, config), None
     logits, restored = _forward(model, noisy, _middle_noise(model, noisy, config, generator))
     first = pass_losses(logits, restored, clean, labels, unit)
-    if restored is None or first.restoration is None:
-        raise InputError("two_phase_step trains an FPD, found a model without restored images; use baseline_step")
+    assert restored is not None
+    assert first.restoration is not None
     gate_open = gate_opens(first.restoration, clean, config, unit)
     if not gate_open:
         update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
@@ -171,8 +175,8 @@ def backbone_step(
 ) -> StepResult:
     """Train the backbone of an FPD alone on one batch: one step on α₁·CE, with x' = x_noisy.
 
-    Arguments are those of `two_phase_step`. `restoration_start` says for how long: an FPD that starts as the network it
-    wraps can first be trained as that network, at half the cost. The gate counts as shut.
+    Arguments are those of `two_phase_step`. `rf.train` uses it for the first `restoration_start` of the
+    epochs, at the cost of the baseline. The result has no gate.
     """
     logits, restored = model(noisy, restore=False)
     losses = pass_losses(logits, restored, clean, labels, restoration_unit(model, config))
@@ -288,8 +292,8 @@ def _middle_noise(
 def gate_opens(restoration: Tensor, clean: Tensor, config: TrainingConfig, unit: Tensor | float = 1.0) -> bool:
     """Return whether the restoration loss, averaged over all ranks, is at most the threshold.
 
-    With `threshold_unit: constant_image` the threshold is a fraction of the restoration loss of the best constant image
-    of the batch `clean`, N×C×H×W: its mean, with a loss of the variance of the pixels in each channel.
+    With `threshold_unit: constant_image`, the threshold is relative to the restoration loss of the best constant image
+    for the batch `clean`, N×C×H×W: the per-channel mean, whose loss is the variance averaged over the channels.
     """
     group = ProcessGroup.current()
     threshold = torch.as_tensor(config.threshold)
