@@ -1,8 +1,8 @@
 """Compares the FPD with its undefended baseline after two-phase training alone, at equal cost, and writes the tables.
 
-    python benchmarks/defence.py --data-root data                # everything that results/defence lacks: hours
-    python benchmarks/defence.py --data-root data --only mnist   # runs whose name contains a word
-    python benchmarks/defence.py --tables                        # only the tables of docs/protocols.md
+    python -m benchmarks.defence --data-root data                # everything that results/defence lacks: hours
+    python -m benchmarks.defence --data-root data --only mnist   # runs whose name contains a word
+    python -m benchmarks.defence --tables                        # only the tables of docs/protocols.md
 
 Each run trains one network on one thread and attacks it: suite `quick`, then APGD-CE and targeted APGD on the images
 that survive it. The FPD `improved` sets the cost: the others train for as many epochs as give them the same wall-clock
@@ -62,9 +62,7 @@ class Setting:
 SETTINGS = {
     "digits": Setting("digits/mini", (), (0.05, 0.1, 0.15)),
     "mnist": Setting("mnist/mini", ("data.train_limit=20000",), (0.1, 0.115)),
-    "fashion_mnist": Setting(
-        "fashion_mnist/mini", ("data.train_limit=20000", "training.noise=0.1"), (0.02, 0.03)
-    ),
+    "fashion_mnist": Setting("fashion_mnist/mini", ("data.train_limit=20000", "training.noise=0.1"), (0.02, 0.03)),
 }
 
 
@@ -303,9 +301,15 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def replace_between(page: Path, begin: str, end: str, lines: Iterable[str]) -> None:
-    """Replace what is between two markers of a page."""
-    before, _, rest = page.read_text().partition(begin)
-    _, _, after = rest.partition(end)
+    """Replace what is between two markers of a page.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    before, first, rest = page.read_text().partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"{page} lacks the marker {begin if not first else end}")
     page.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 

@@ -1,8 +1,8 @@
 """Measures the effect of each difference between the protocols on MNIST mini, and writes docs/protocols.md's table.
 
-    python benchmarks/protocols.py --data-root data             # everything: about 40 minutes on one core
-    python benchmarks/protocols.py --data-root data --only gate  # variants whose name contains a word
-    python benchmarks/protocols.py --table                      # only the table, from results/protocols
+    python -m benchmarks.protocols --data-root data             # everything: about 40 minutes on one core
+    python -m benchmarks.protocols --data-root data --only gate  # variants whose name contains a word
+    python -m benchmarks.protocols --table                      # only the table, from results/protocols
 
 Each variant is a shorter mini recipe with one field changed; the adversarial ones start from the corrected two-phase
 network. Each writes one result file into results/protocols.
@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.defence import replace_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "protocols"
@@ -130,13 +132,6 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table() -> None:
-    """Write the table between the markers of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
-
-
 def main() -> None:
     """Measure and write."""
     from robustfpd.io import write_json
@@ -154,7 +149,7 @@ def main() -> None:
                 result = measure(variant, arguments.data_root, arguments.runs or Path(temporary))
                 write_json(RESULTS / f"{name}.json", result)
                 print(name, result["record"]["clean"], result["record"]["worst_case"], flush=True)
-    write_table()
+    replace_between(PAGE, BEGIN, END, [table().strip()])
 
 
 if __name__ == "__main__":

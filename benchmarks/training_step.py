@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -17,18 +17,21 @@ from robustfpd.training.optim import make_optimizer, parameter_groups
 from robustfpd.training.steps import StepResult, baseline_step, two_phase_step
 
 Kind = Literal["baseline", "improved", "improved, full front", "corrected", "corrected, joint"]
+KINDS: dict[Kind, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "baseline": ("improved", {}, {}),
+    "improved": ("improved", {}, {}),
+    "improved, full front": ("improved", {"front_stages": None}, {}),
+    "corrected": ("corrected", {}, {}),
+    "corrected, joint": ("corrected", {}, {"second_pass": "joint"}),
+}
+"""Protocol, and changes of the model's and of the training's settings."""
 
 
 def training_config(kind: Kind) -> TrainingConfig:
     """Return the settings of a kind of training steps, with the gate always open."""
-    values = {**protocol_defaults(protocol(kind), "training"), "threshold": 1e30, "noise": 0.1}
-    second_pass = "joint" if kind == "corrected, joint" else "detached"
-    return parse(TrainingConfig, {**values, "second_pass": second_pass, "optimizer": {"name": "adam", "lr": 1e-4}})
-
-
-def protocol(kind: Kind) -> str:
-    """Return the protocol of a kind of training steps; a baseline has that of `improved`."""
-    return "corrected" if kind.startswith("corrected") else "improved"
+    protocol, _, changes = KINDS[kind]
+    values = {**protocol_defaults(protocol, "training"), "threshold": 1e30, "noise": 0.1, **changes}
+    return parse(TrainingConfig, {**values, "optimizer": {"name": "adam", "lr": 1e-4}})
 
 
 class TrainableNetwork:
@@ -37,11 +40,10 @@ class TrainableNetwork:
     def __init__(self, size: NetworkSize, kind: Kind, device: torch.device) -> None:
         """Build an FPD of a protocol, or the baseline."""
         task = TaskConfig(num_classes=10, in_channels=size.channels, image_size=(size.size, size.size))
-        values = {**protocol_defaults(protocol(kind), "model"), "backbone": size.backbone}
-        if protocol(kind) == "corrected":
+        protocol, changes, _ = KINDS[kind]
+        values = {**protocol_defaults(protocol, "model"), "backbone": size.backbone, **changes}
+        if protocol == "corrected":
             values["pyramid_channels"] = size.pyramid_channels
-        if kind == "improved, full front":
-            values["front_stages"] = None
         config = parse(ModelConfig, values)
         self.config, self.draws = training_config(kind), generator(0, "noise", device=device)
         fabric = Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index])
