@@ -105,7 +105,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
 
 
 def test_settings_may_stand_anywhere_among_the_flags_of_train() -> None:
-    call = parse(["train", "digits/mini", "a.b=1", "--baseline", "e.f=3", "--seed", "3", "g.h='x y'"])
-    assert call.args == ("digits/mini", ("a.b=1", "e.f=3", "g.h='x y'"))  # type: ignore[attr-defined]
+    call = parse(["train", "digits/mini", "a.b=1", "--baseline", "e.f=3", "seed=3", "--quiet", "g.h='x y'"])
+    assert call.args == ("digits/mini", ("a.b=1", "e.f=3", "seed=3", "g.h='x y'"))  # type: ignore[attr-defined]
     assert call.keywords["baseline"] is True  # type: ignore[attr-defined]
     assert parse(["report", "x.y=z", "--title", "a.b=c"]).keywords["title"] == "a.b=c"  # type: ignore[attr-defined]

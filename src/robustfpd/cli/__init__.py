@@ -64,8 +64,8 @@ To enable completion in bash (also zsh and fish), add to ~/.bashrc:
 """
 WIDTH = 80
 """Columns that help takes at most."""
-SETTING = re.compile(r"[a-z]\w*(\.\w+)+=.*", re.DOTALL)
-"""A `group.field=value` word of `train`."""
+SETTING = re.compile(r"(seed|[a-z]\w*(\.\w+)+)=.*", re.DOTALL)
+"""A word `seed=value` or `group.field=value` of `train`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
