@@ -49,7 +49,7 @@ VARIANTS = (
     Variant("baseline", "own", baseline=True),
     Variant("improved", "own"),
     Variant("every-batch", "own", changes=("training.second_pass_interval=1", "training.restoration_start=0")),
-    Variant("middle-noise", "own", changes=("training.middle_noise=0.03",)),
+    Variant("no-middle-noise", "own", changes=("training.middle_noise=0",)),
     Variant("corrected", "own", "corrected"),
 )
 
