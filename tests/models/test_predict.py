@@ -12,7 +12,9 @@ from robustfpd.models.predict import predict
 
 def test_probabilities_are_the_softmax_of_pre_squash_logits() -> None:
     """They match the accuracy of a zoo model on test images; the softmax after the tanh could not."""
-    model = rf.load("digits/mini-fpd")
+    trained = rf.load("digits/mini-fpd")
+    model = rf.build(trained.task, trained.config.model_copy(update={"head": "tanh"})).eval()
+    model.load_state_dict(trained.state_dict())
     images, labels = data.load(DataConfig()).test.floats()
     prediction = predict(model, images)
     confidence, classes = prediction.probabilities.max(dim=1)
