@@ -48,7 +48,7 @@ def demo(
     """Train an FPD and two undefended baselines on 1,797 handwritten digits, attack them, and write a report.
 
     The baselines are the same backbone without the defence, trained for the same number of optimizer steps:
-    one with the same noise, one without. The attacks are FGSM and PGD-40, on the FPD's pre-tanh logits as well.
+    one with the same noise, one without. The attacks are FGSM and PGD-40.
     The networks are trained and attacked in parallel processes, at most one per core.
 
     For example `robustfpd demo`, or `robustfpd demo --seed 1 --out runs/demo-1`.
