@@ -422,8 +422,8 @@ class RunConfig(Config):
         """Return the undefended baseline's run: same data, noise and number of optimizer steps, no defence.
 
         If phase 2 is a separate step, the baseline trains for more epochs, twice as many if it follows every batch,
-        rounded to whole epochs, with proportionally more patience. While the gate is shut, and in clean epochs before the first attack, the FPD
-        takes one step per batch, so the baseline takes slightly more steps.
+        rounded to whole epochs, with proportionally more patience. While the gate is shut, and in clean epochs before
+        the first attack, the FPD takes one step per batch, so the baseline takes slightly more steps.
         """
         steps = self.steps_per_batch
         training, adversarial = self.training.longer(steps["training"]), self.adversarial.longer(steps["adversarial"])
