@@ -36,7 +36,14 @@ from robustfpd.evaluation import EvaluationRecord
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
 from robustfpd.rng import generator
-from robustfpd.training import OptimizerUpdate, backbone_step, baseline_step, parameter_groups, two_phase_step
+from robustfpd.training import (
+    OptimizerUpdate,
+    TrainResult,
+    backbone_step,
+    baseline_step,
+    parameter_groups,
+    two_phase_step,
+)
 from robustfpd.training.optim import make_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -209,10 +216,7 @@ def measure(run: Run, data_root: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     reference = settings(Run(run.dataset, VARIANTS[0], run.seed), data_root)
     config, ratio = with_equal_cost(run, settings(run, data_root), reference)
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        result = rf.train(config, Path(folder) / "run", device="cpu", precision="fp32")
-    seconds = time.process_time() - start
+    result, seconds = train_on_cpu(config)
     images, labels = data.load(config.data).test.floats()
     classifier = result.model.classifier().eval()
     with torch.no_grad():
@@ -235,6 +239,14 @@ def measure(run: Run, data_root: str) -> dict[str, Any]:
         "epochs_log": [[m.restoration, m.gate_open, m.validation_accuracy] for m in result.history],
         "machine": environment(torch.device("cpu")),
     }  # fmt: skip
+
+
+def train_on_cpu(config: RunConfig) -> tuple[TrainResult, float]:
+    """Train in float32 in a temporary folder; return the result and the seconds of CPU time."""
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        result = rf.train(config, Path(folder) / "run", device="cpu", precision="fp32")
+    return result, time.process_time() - start
 
 
 def apgd(classifier: torch.nn.Module, images: Tensor, labels: Tensor, record: EvaluationRecord) -> list[float]:

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 
 import robustfpd as rf
-from benchmarks.defence import PAGE, Variant, mean_and_deviation, replace_between
+from benchmarks.defence import PAGE, Variant, mean_and_deviation, replace_between, train_on_cpu
 from robustfpd import data
 from robustfpd.config import recipe
 from robustfpd.io import write_json
@@ -80,10 +79,7 @@ def measure(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
     config = recipe("folder/mini", overrides, protocol=variant.protocol)
     if variant.baseline:
         config = config.model_copy(update={"model": config.model.baseline()})
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as out:
-        result = rf.train(config, Path(out) / "run", device="cpu", precision="fp32")
-    seconds = time.process_time() - start
+    result, seconds = train_on_cpu(config)
     images, labels = data.load(config.data).test.floats()
     classifier = result.model.classifier().eval()
     adversarial = rf.attacks.pgd(
