@@ -31,7 +31,6 @@ import robustfpd as rf
 from robustfpd import data
 from robustfpd.attacks.adaptive import PRE_SQUASH, views
 from robustfpd.config import RunConfig, recipe
-from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
@@ -41,6 +40,7 @@ from robustfpd.training import (
     TrainResult,
     backbone_step,
     baseline_step,
+    noisy_images,
     parameter_groups,
     two_phase_step,
 )
@@ -93,6 +93,11 @@ VARIANTS = (
     Variant("corrected", "time", "corrected"),
     Variant("corrected-steps", "steps", "corrected"),
 )
+FIXED_NOISE = (
+    Variant("improved-fixed-noise", "time", changes=("training.noise_level=fixed",)),
+    Variant("baseline-fixed-noise", "time", baseline=True, changes=("training.noise_level=fixed",)),
+)
+"""Where the recipe draws a noise level per image: the same noise for all images."""
 MORE_NOISE = (
     Variant("improved-more-noise", "time", noise=1.5),
     Variant("baseline-more-noise", "time", baseline=True, noise=1.5),
@@ -137,7 +142,12 @@ class Run:
 
 def plan() -> list[Run]:
     """Return all runs, the comparison first; the ablation is on digits."""
-    parts = ((VARIANTS, tuple(SETTINGS)), (ABLATION, ("digits",)), (MORE_NOISE, tuple(SETTINGS)))
+    parts = (
+        (VARIANTS, tuple(SETTINGS)),
+        (FIXED_NOISE, ("fashion_mnist",)),
+        (ABLATION, ("digits",)),
+        (MORE_NOISE, tuple(SETTINGS)),
+    )
     return [
         Run(dataset, variant, seed)
         for variants, datasets in parts
@@ -196,7 +206,7 @@ def batch_kinds(config: RunConfig, images: Tensor, labels: Tensor) -> list[tuple
     draws = generator(0, "time")
 
     def noisy() -> Tensor:
-        return add_uniform_noise(images, training.noise, draws)
+        return noisy_images(model, images, training, draws)
 
     def fpd_step(index: int) -> None:
         two_phase_step(model, images, noisy(), labels, update, training, index, draws)
@@ -283,7 +293,7 @@ def tables() -> Iterator[str]:
         radii = " | ".join(f"eps {eps:g}" for eps in setting.eps)
         yield from ("", f"`{setting.recipe}`:", "", f"| network | epochs | minutes | clean | {radii} |")
         yield "|---" * (4 + len(setting.eps)) + "|"
-        for variant in (*VARIANTS, *MORE_NOISE, *ABLATION):
+        for variant in (*VARIANTS, *FIXED_NOISE, *MORE_NOISE, *ABLATION):
             results = [
                 json.loads(run.path.read_text())
                 for run in (Run(dataset, variant, seed) for seed in SEEDS)
@@ -296,13 +306,16 @@ def tables() -> Iterator[str]:
 def row(variant: Variant, results: Sequence[dict[str, Any]], radii: Sequence[float]) -> str:
     """Return one line of a table: means and standard deviations over the seeds, in percent."""
     cost = {"own": "", "time": "", "steps": ", equal steps"}[variant.cost]
-    label = ", ".join(f"`{c}`" for c in variant.changes) or variant.name.split("-")[0] + cost
-    label += f", {variant.noise:g} times the noise" if variant.noise != 1 else ""
+    changes = [f"`{change}`" for change in variant.changes]
+    named = [variant.name.split("-")[0] + cost] if variant.baseline or not changes else []
+    more = [f"{variant.noise:g} times the noise"] if variant.noise != 1 else []
+    label = ", ".join((*named, *changes, *more))
+    epochs = " or ".join(map(str, sorted({r["epochs"] for r in results})))
     minutes = statistics.mean(r["train_seconds"] for r in results) / 60
     cells = [mean_and_deviation([100 * r["clean"] for r in results])]
     robust = [dict(zip(r["eps"], r["robust"], strict=True)) for r in results]
     cells += [mean_and_deviation([100 * found[eps] for found in robust]) for eps in radii]
-    return f"| {label} | {results[0]['epochs']} | {minutes:.1f} | {' | '.join(cells)} |"
+    return f"| {label} | {epochs} | {minutes:.1f} | {' | '.join(cells)} |"
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

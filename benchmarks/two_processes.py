@@ -30,12 +30,13 @@ def steps(workload: str, count: int) -> list[float]:
     """Return the seconds of each of `count` steps of this process, which trains its part of each batch."""
     from robustfpd.config import AugmentConfig, OptimizerConfig, RunConfig, TrainingConfig
     from robustfpd.data.image_set import ImageSet, batches
-    from robustfpd.data.transforms import add_uniform_noise, augment
+    from robustfpd.data.transforms import augment
     from robustfpd.distributed import init_process_group
     from robustfpd.models import enhance
     from robustfpd.rng import generator
     from robustfpd.training.fabric import FabricUpdate, launch
     from robustfpd.training.optim import make_optimizer, parameter_groups
+    from robustfpd.training.perturbations import noisy_images
     from robustfpd.training.steps import two_phase_step
 
     torch.set_num_threads(1)
@@ -54,7 +55,7 @@ def steps(workload: str, count: int) -> list[float]:
     start = time.perf_counter()
     for clean, labels in batches(data, size, device, generator(0, "order"), group=group):
         clean = augment(clean, AugmentConfig(rotation=10), draws, group=group)
-        noisy = add_uniform_noise(clean, config.noise, draws, group=group)
+        noisy = noisy_images(raw, clean, config, draws, group)
         two_phase_step(model, clean, noisy, labels, update, config, generator=draws)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()

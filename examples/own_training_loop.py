@@ -7,8 +7,7 @@ from torchvision.transforms import v2
 
 import robustfpd as rf
 from robustfpd.config import TrainingConfig
-from robustfpd.data.transforms import add_uniform_noise
-from robustfpd.training import OptimizerUpdate, parameter_groups, two_phase_step
+from robustfpd.training import OptimizerUpdate, noisy_images, parameter_groups, two_phase_step
 
 torch.manual_seed(0)
 pixels, classes = load_digits(return_X_y=True)
@@ -27,7 +26,7 @@ update = OptimizerUpdate(optimizer, clip_grad_norm=10.0)
 for epoch in range(4):
     for index, (batch, target) in enumerate(loader):
         clean = augment(batch)
-        noisy = add_uniform_noise(clean, config.noise, generator)
+        noisy = noisy_images(model, clean, config, generator)
         losses = two_phase_step(model, clean, noisy, target, update, config, index, generator).first
         schedule.step()
     print(f"epoch {epoch + 1}: cross-entropy {losses.ce:.3f}, restoration {losses.restoration:.3f}")

@@ -10,10 +10,10 @@ from tests.training.conftest import Recorded
 
 from robustfpd import data
 from robustfpd.config import TaskConfig, TrainingConfig, parse, recipe, recipe_names
-from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.models import FPD, build, enhance
 from robustfpd.training.optim import OptimizerUpdate, make_optimizer, parameter_groups
-from robustfpd.training.steps import gate_opens, noise_unit, two_phase_step
+from robustfpd.training.perturbations import noisy_images
+from robustfpd.training.steps import gate_opens, restoration_unit, two_phase_step
 
 
 def test_a_relative_threshold_is_a_fraction_of_the_loss_of_the_best_constant_image() -> None:
@@ -47,7 +47,7 @@ def test_images_that_keep_the_noise_have_a_restoration_loss_of_one() -> None:
     clean, labels = torch.rand(32, 1, 16, 16, generator=draws), torch.arange(32) % 4
     for space in ("pixels", "normalised"):
         config = parse(TrainingConfig, {"noise": 0.2, "space": space})
-        noisy = add_uniform_noise(clean, config.noise, draws, noise_unit(model, config))
+        noisy = noisy_images(model, clean, config, draws)
         result = two_phase_step(model, clean, noisy, labels, Recorded(), config, 0, draws)
         assert result.first.restoration is not None
         assert float(result.first.restoration) == pytest.approx(1, rel=0.03)
@@ -58,7 +58,7 @@ STAND_INS = {"resnet50": "published_resnet_1_1_1_1", "resnet101": "published_res
 
 
 def _first_losses(name: str, backbone: str, images: int, size: tuple[int, int] | None = None) -> list[float]:
-    """Return the losses of both phases of a recipe's first step on random images."""
+    """Return the losses of both phases of a recipe's first step on random images, and the noise's restoration loss."""
     run = recipe(name, [f"model.backbone={backbone}"])
     described = data.info(run.data.dataset)
     values = {
@@ -70,25 +70,26 @@ def _first_losses(name: str, backbone: str, images: int, size: tuple[int, int] |
     assert isinstance(model, FPD)
     draws = torch.Generator().manual_seed(0)
     clean = torch.rand(images, task.in_channels, *task.image_size, generator=draws)
-    noisy = add_uniform_noise(clean, run.training.noise, draws, noise_unit(model, run.training))
+    noisy = noisy_images(model, clean, run.training, draws)
     update = OptimizerUpdate(make_optimizer(parameter_groups(model), run.training.optimizer), 10.0)
     result = two_phase_step(model, clean, noisy, torch.arange(images) % 2, update, run.training, 0, draws)
     assert result.gate_open
     assert result.second is not None
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-    losses = (result.first.restoration, result.second.restoration, result.first.ce, result.second.ce)
+    noise = ((noisy - clean) / restoration_unit(model, run.training)).square().mean()
+    losses = (result.first.restoration, noise, result.second.restoration, result.first.ce, result.second.ce)
     return [float(loss) for loss in losses if loss is not None]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 @pytest.mark.parametrize("deep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_recipes_first_losses_are_small(name: str, deep: bool) -> None:
-    """Networks of one block a stage stand for the deep ones; the restoration starts as the noise, of loss 1."""
+    """Networks of one block a stage stand for the deep ones; the restoration starts as the noise."""
     backbone = recipe(name).model.backbone
     if deep or backbone == "resnet_mini":
-        first, second, *entropies = _first_losses(name, backbone, 2)
+        first, noise, second, *entropies = _first_losses(name, backbone, 2)
     else:
-        first, second, *entropies = _first_losses(name, STAND_INS[backbone], 2, (64, 64))
-    assert first == pytest.approx(1, rel=0.1)
+        first, noise, second, *entropies = _first_losses(name, STAND_INS[backbone], 2, (64, 64))
+    assert first == pytest.approx(noise, rel=0.1)
     assert 0 < second < 10
     assert all(0 < entropy < 30 for entropy in entropies)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from robustfpd import data
 from robustfpd.config import RunConfig, parse
-from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, load
 from robustfpd.models.checkpoint import read_weights
@@ -211,11 +210,11 @@ def test_divergence_is_named(tmp_path: Path) -> None:
 
 
 def test_divergence_keeps_the_checkpoints_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(images: Tensor, width: float, generator: torch.Generator, *_: object) -> Tensor:
+    def poisoned(_: object, images: Tensor, *__: object) -> Tensor:
         saved = (tmp_path / "run" / "checkpoints" / "last").is_dir()
-        return add_uniform_noise(images, width, generator) * (float("nan") if saved else 1.0)
+        return images * (float("nan") if saved else 1.0)
 
-    monkeypatch.setattr("robustfpd.training.loop.add_uniform_noise", poisoned)
+    monkeypatch.setattr("robustfpd.training.loop.noisy_images", poisoned)
     with pytest.raises(InputError, match=r"epoch 2: .* checkpoints in .* are from before"):
         train(_config(), tmp_path / "run", device="cpu")
     weights = read_weights(tmp_path / "run" / "checkpoints" / "last")

@@ -6,11 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustfpd.config import AdversarialConfig, parse
+from robustfpd.config import AdversarialConfig, TrainingConfig, parse
 from robustfpd.models import FPD
-from robustfpd.training.perturbations import adversarial_images
+from robustfpd.training.perturbations import adversarial_images, noisy_images
 
 Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def test_noise_has_the_settings_half_width_level_and_space(fpd: FPD) -> None:
+    fpd.std.fill_(0.5)
+    clean = torch.rand(50, 1, 8, 8)
+    for space, unit in (("pixels", 1.0), ("normalised", 0.5)):
+        for level, largest in (("fixed", 1.0), ("per_image", 3**0.5)):
+            config = parse(TrainingConfig, {"noise": 0.2, "noise_level": level, "space": space})
+            noise = noisy_images(fpd, clean, config, torch.Generator().manual_seed(0)) - clean
+            widths = noise.abs().amax(dim=(1, 2, 3)) / (0.2 * unit)
+            assert 0.9 * largest < float(widths.max()) < 1.001 * largest
+            assert (float(widths.min()) > 0.9) == (level == "fixed")
 
 
 @pytest.mark.parametrize("attack", ["pgd", "fgsm"])

@@ -205,7 +205,7 @@ def _dry_run(stages: Sequence[StagePlan], device: torch.device, precision: Preci
         step, seconds = _stage_seconds(model, stage.run, counts, device, arithmetic)
         output.print(
             f"stage {stage.run.stage}, into {stage.folder}", *_stage_lines(stage),
-            f"  time      at most about {duration(seconds)}, {1000 * step:.3g} ms a batch timed now on {device};",
+            f"  time      at most about {duration(seconds)}, {1000 * step:,.1f} ms a batch timed now on {device};",
             "            early stopping and a shut gate take less\n",
         )  # fmt: skip
         estimates.append({
@@ -227,7 +227,7 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     optimizer = f"{procedure.optimizer.name} {procedure.optimizer.lr:g}, {procedure.schedule.name}"
     lines = [f"  epochs    {procedure.epochs} of batches of {procedure.batch_size}, {optimizer}"]
     if stage.run.stage == "two-phase":
-        return [*lines, f"  noise     {stage.run.training.noise:g}{_passes(stage.run)}"]
+        return [*lines, f"  noise     {_noise(stage.run)}", *_gate(stage.run)]
     steps = f"-{settings.steps}" if settings.attack == "pgd" else ""
     return [
         *lines,
@@ -236,14 +236,20 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     ]
 
 
-def _passes(run: RunConfig) -> str:
-    """Return the noise between the passes and the gate's threshold; nothing for a baseline."""
+def _noise(run: RunConfig) -> str:
+    """Return the training noise, and for an FPD the noise between the passes."""
     training = run.training
+    level = ", a level per image" if training.noise_level == "per_image" else ""
+    between = training.back_pass_noise if run.model.defence == "fpd" else 0
+    return f"{training.noise:g}{level}{f', {between:g} between the passes' if between else ''}"
+
+
+def _gate(run: RunConfig) -> list[str]:
+    """Return the gate's threshold; nothing for a baseline."""
     if run.model.defence != "fpd":
-        return ""
-    between = f", {training.back_pass_noise:g} between the passes" if training.back_pass_noise else ""
-    unit = " of a constant image's loss" if training.threshold_unit == "constant_image" else ""
-    return f"{between}, gate at {training.threshold:g}{unit}"
+        return []
+    unit = " of a constant image's loss" if run.training.threshold_unit == "constant_image" else ""
+    return [f"  gate      at a restoration loss of {run.training.threshold:g}{unit}"]
 
 
 def _stage_seconds(
@@ -295,7 +301,6 @@ def _training_batch(
 
     from robustfpd import training
     from robustfpd.data.image_set import batches
-    from robustfpd.data.transforms import add_uniform_noise
     from robustfpd.models import FPD
     from robustfpd.training.optim import make_optimizer
 
@@ -311,7 +316,7 @@ def _training_batch(
                 adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
                 training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
                 return
-            noisy = add_uniform_noise(clean, config.noise, draws, training.noise_unit(model, config))
+            noisy = training.noisy_images(model, clean, config, draws)
             if isinstance(model, FPD) and epoch < config.restoration_start * run.training.epochs:
                 training.backbone_step(model, clean, noisy, labels, update, config)
             elif isinstance(model, FPD):

@@ -3,7 +3,7 @@
 from robustfpd.training.loop import train
 from robustfpd.training.metrics import EpochMetrics, Observer, Progress, TrainResult
 from robustfpd.training.optim import OptimizerUpdate, Update, parameter_groups
-from robustfpd.training.perturbations import adversarial_images
+from robustfpd.training.perturbations import adversarial_images, noisy_images
 from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.steps import (
     PassLosses,
@@ -11,7 +11,6 @@ from robustfpd.training.steps import (
     adversarial_step,
     backbone_step,
     baseline_step,
-    noise_unit,
     pass_losses,
     phase_one_loss,
     phase_two_loss,
@@ -33,7 +32,7 @@ __all__ = [
     "adversarial_step",
     "backbone_step",
     "baseline_step",
-    "noise_unit",
+    "noisy_images",
     "parameter_groups",
     "pass_losses",
     "phase_one_loss",

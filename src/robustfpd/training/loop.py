@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustfpd import data
 from robustfpd.config import Precision, RunConfig
 from robustfpd.data.image_set import batches, batches_per_epoch
-from robustfpd.data.transforms import add_uniform_noise, augment
+from robustfpd.data.transforms import augment
 from robustfpd.device import resolve_precision
 from robustfpd.distributed import ProcessGroup, average_batch_norm_statistics, init_process_group, shared_errors
 from robustfpd.errors import InputError, first_line
@@ -39,14 +39,13 @@ from robustfpd.training.metrics import (
     validate,
 )
 from robustfpd.training.optim import Schedule, make_optimizer, parameter_groups
-from robustfpd.training.perturbations import adversarial_images
+from robustfpd.training.perturbations import adversarial_images, noisy_images
 from robustfpd.training.run_folder import RunFolder, build_model, check_ranks, load_splits
 from robustfpd.training.steps import (
     StepResult,
     adversarial_step,
     backbone_step,
     baseline_step,
-    noise_unit,
     restoration_unit,
     two_phase_step,
 )
@@ -192,8 +191,7 @@ class _Training:
             return adversarial_step(
                 model, clean, adversarial, labels, update, config.training, config.adversarial, index
             )
-        unit = noise_unit(raw_model, config.training)
-        noisy = add_uniform_noise(clean, config.training.noise, draws, unit, self.group)
+        noisy = noisy_images(raw_model, clean, config.training, draws, self.group)
         if isinstance(raw_model, FPD):
             if not self._restores(epoch, index):
                 return backbone_step(model, clean, noisy, labels, update, config.training)

@@ -1,4 +1,4 @@
-"""Adversarial images for training; `data.transforms.add_uniform_noise` adds the noise of two-phase training."""
+"""Perturbed images for training: noisy ones for two-phase training, and adversarial ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks import adaptive, fgsm, pgd
-from robustfpd.config import AdversarialConfig
+from robustfpd.config import AdversarialConfig, TrainingConfig
+from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.device import evaluating
+from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 from robustfpd.models import FPD, Baseline
+from robustfpd.training.steps import noise_unit
+
+
+def noisy_images(
+    model: nn.Module, clean: Tensor, config: TrainingConfig, generator: torch.Generator,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Tensor:  # fmt: skip
+    """Return a training batch with the noise of two-phase training, not clipped.
+
+    Args:
+        model: an FPD or a baseline; `space: normalised` scales the noise by its std.
+        clean: N×C×H×W in [0, 1].
+        config: `noise`, `noise_level` and `space`.
+        generator: source of the noise.
+        group: the ranks that share the batch, of which `clean` is this rank's part.
+    """
+    per_image = config.noise_level == "per_image"
+    return add_uniform_noise(clean, config.noise, generator, noise_unit(model, config), group, per_image=per_image)
 
 
 def adversarial_images(

@@ -17,7 +17,7 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
     generator = torch.Generator().manual_seed(0)
     update = OptimizerUpdate(torch.optim.AdamW(parameter_groups(model), lr=1e-3), clip_grad_norm=10.0)
     for index, (clean, labels) in enumerate(loader):
-        noisy = add_uniform_noise(clean, config.noise, generator)
+        noisy = noisy_images(model, clean, config, generator)
         result = two_phase_step(model, clean, noisy, labels, update, config, index, generator)
 """
 
