@@ -1,34 +1,33 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
+from robustfpd.config.base import NORMS, Config, Norm, check_eps
 from robustfpd.config.load import RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
 from robustfpd.config.schema import (
     CUSTOM_BACKBONE,
     DATASETS,
     DEVICES,
-    NORMS,
     PRECISIONS,
     STAGES,
     SUITES,
-    AdversarialConfig,
     AugmentConfig,
-    Config,
     DataConfig,
     Denoise,
     EvaluationConfig,
     Head,
     Middle,
     ModelConfig,
-    Norm,
-    OptimizerConfig,
     Precision,
-    ProcedureConfig,
     Protocol,
     RunConfig,
-    ScheduleConfig,
     StageName,
     TaskConfig,
+)
+from robustfpd.config.training import (
+    AdversarialConfig,
+    OptimizerConfig,
+    ProcedureConfig,
+    ScheduleConfig,
     TrainingConfig,
-    check_eps,
 )
 
 __all__ = [

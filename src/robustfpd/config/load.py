@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from robustfpd.config.schema import Config, Protocol, RunConfig
+from robustfpd.config.base import Config
+from robustfpd.config.schema import Protocol, RunConfig
 from robustfpd.errors import InputError, unknown_name
 
 C = TypeVar("C", bound=Config)
