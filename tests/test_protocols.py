@@ -158,10 +158,10 @@ def test_the_full_size_recipes_hold_the_published_numbers(
     assert (training.epochs, training.early_stop_patience, training.alpha_ce, training.alpha_restore) == (100, 20, 1, 1)
 
 
-def test_every_published_field_is_explained_on_the_page() -> None:
-    fields = {field for name in recipe_names() for field in _published(name)}
-    assert len(fields) > 12
-    for field in fields:
+def test_every_field_of_a_protocol_is_explained_on_the_page() -> None:
+    published = {field for name in recipe_names() for field in _published(name)}
+    assert len(published) > 12
+    for field in published | CORRECTED.keys():
         assert f"`{field}`" in PAGE, field
 
 
