@@ -93,11 +93,6 @@ VARIANTS = (
     Variant("corrected", "time", "corrected"),
     Variant("corrected-steps", "steps", "corrected"),
 )
-FIXED_NOISE = (
-    Variant("improved-fixed-noise", "time", changes=("training.noise_level=fixed",)),
-    Variant("baseline-fixed-noise", "time", baseline=True, changes=("training.noise_level=fixed",)),
-)
-"""Where the recipe draws a noise level per image: the same noise for all images."""
 MORE_NOISE = (
     Variant("improved-more-noise", "time", noise=1.5),
     Variant("baseline-more-noise", "time", baseline=True, noise=1.5),
@@ -142,12 +137,7 @@ class Run:
 
 def plan() -> list[Run]:
     """Return all runs, the comparison first; the ablation is on digits."""
-    parts = (
-        (VARIANTS, tuple(SETTINGS)),
-        (FIXED_NOISE, ("fashion_mnist",)),
-        (ABLATION, ("digits",)),
-        (MORE_NOISE, tuple(SETTINGS)),
-    )
+    parts = ((VARIANTS, tuple(SETTINGS)), (ABLATION, ("digits",)), (MORE_NOISE, tuple(SETTINGS)))
     return [
         Run(dataset, variant, seed)
         for variants, datasets in parts
@@ -293,7 +283,7 @@ def tables() -> Iterator[str]:
         radii = " | ".join(f"eps {eps:g}" for eps in setting.eps)
         yield from ("", f"`{setting.recipe}`:", "", f"| network | epochs | minutes | clean | {radii} |")
         yield "|---" * (4 + len(setting.eps)) + "|"
-        for variant in (*VARIANTS, *FIXED_NOISE, *MORE_NOISE, *ABLATION):
+        for variant in (*VARIANTS, *MORE_NOISE, *ABLATION):
             results = [
                 json.loads(run.path.read_text())
                 for run in (Run(dataset, variant, seed) for seed in SEEDS)

@@ -25,13 +25,13 @@ def _json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 def test_a_dry_run_of_train_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    alike = ["training.restoration_start=0", "training.second_pass_interval=1", "training.noise_level=per_image"]
+    alike = ["training.restoration_start=0", "training.second_pass_interval=1"]
     words = ["train", "digits/mini", *FAST, *alike, "--stages", "two-phase,adversarial", "--dry-run"]
     main(words)
     out = capsys.readouterr().out
     for said in ("stage two-phase, into runs/digits-mini\n", "stage adversarial, into runs/digits-mini/adversarial",
                  "128 to train, 143 to validate, 359 to test", "2 of batches of 32", "ms a batch timed now on cpu",
-                 "noise     0.2, a level per image, 0.2 between the passes\n",
+                 "noise     0.2, 0.2 between the passes\n",
                  "gate      at a restoration loss of 0.5 of a constant image's loss\n",
                  "nothing was trained or written"):  # fmt: skip
         assert said in out

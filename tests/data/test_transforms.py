@@ -362,25 +362,13 @@ def test_noise_is_uniform_about_zero() -> None:
     assert (quarters - 0.25).abs().max() < error
 
 
-def test_noise_per_image_draws_half_widths_with_the_mean_square_of_fixed_noise() -> None:
-    images = torch.zeros(4000, 1, 8, 8)
-    noise = add_uniform_noise(images, 0.3, seeded(), per_image=True)
-    widths = noise.abs().amax(dim=(1, 2, 3))  # of 64 pixels, on average 64/65 of the half-width
-    quarters = torch.histc(widths, bins=4, min=0, max=0.3 * 3**0.5) / len(images)
-    assert widths.max() <= 0.3 * 3**0.5
-    assert (quarters - 0.25).abs().max() < 0.04
-    assert float(noise.square().mean()) == pytest.approx(0.3**2 / 3, rel=0.05)
-    assert add_uniform_noise(images, 0, seeded(), per_image=True) is images
-
-
 def test_noise_of_a_part_of_the_batch_is_that_part_of_the_noise() -> None:
     images = torch.rand(6, 1, 4, 4)
-    for per_image in (False, True):
-        whole = add_uniform_noise(images, 0.3, seeded(), per_image=per_image)
-        for rank in range(2):
-            group = ProcessGroup(rank, 2)
-            part = add_uniform_noise(images[group.batch_shard], 0.3, seeded(), 1.0, group, per_image=per_image)
-            assert torch.equal(part, whole[group.batch_shard])
+    whole = add_uniform_noise(images, 0.3, seeded())
+    for rank in range(2):
+        group = ProcessGroup(rank, 2)
+        part = add_uniform_noise(images[group.batch_shard], 0.3, seeded(), 1.0, group)
+        assert torch.equal(part, whole[group.batch_shard])
 
 
 def test_noise_is_not_clipped() -> None:

@@ -239,9 +239,8 @@ def _stage_lines(stage: StagePlan) -> list[str]:
 def _noise(run: RunConfig) -> str:
     """Return the training noise, and for an FPD the noise between the passes."""
     training = run.training
-    level = ", a level per image" if training.noise_level == "per_image" else ""
     between = training.back_pass_noise if run.model.defence == "fpd" else 0
-    return f"{training.noise:g}{level}{f', {between:g} between the passes' if between else ''}"
+    return f"{training.noise:g}{f', {between:g} between the passes' if between else ''}"
 
 
 def _gate(run: RunConfig) -> list[str]:

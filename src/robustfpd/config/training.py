@@ -75,10 +75,6 @@ class TrainingConfig(ProcedureConfig):
     """Units of `noise` and of the restoration loss: pixels of [0, 1], or (published CALTECH) after mean and std."""
     noise: float = Field(default=0.01, ge=0)
     """Half-width of the uniform noise added to training images, in units of `space`."""
-    noise_level: Literal["fixed", "per_image"] = "fixed"
-    """fixed: all images get noise of half-width `noise`; per_image: each image draws its half-width from
-    U(0, √3·`noise`), with the same mean square. Almost clean images among the noisy ones keep clean accuracy where
-    images have texture."""
     middle_noise: float | None = Field(default=None, ge=0)
     """Half-width of the uniform noise added to the input of the back pass in training, in units of `space`; None: as
     much as `noise`."""

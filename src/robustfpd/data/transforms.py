@@ -131,7 +131,7 @@ def uniform_like(images: Tensor, generator: torch.Generator, group: ProcessGroup
 
 def add_uniform_noise(
     images: Tensor, eps: float, generator: torch.Generator, unit: Tensor | float = 1.0,
-    group: ProcessGroup = SINGLE_PROCESS, *, per_image: bool = False,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:  # fmt: skip
     """Return `images` plus uniform noise of half-width `eps`.
 
@@ -141,17 +141,11 @@ def add_uniform_noise(
         generator: source of the noise.
         unit: pixels of [0, 1], or 1×C×1×1 standard deviations of normalised images.
         group: the ranks that share the batch, of which `images` are this rank's part.
-        per_image: draw the half-width of each image from U(0, √3·`eps`): the mean square of the noise is the same.
 
     Returns:
         Noisy images, not clipped: clipping would make the noise at black and white pixels one-sided.
     """
-    if eps == 0:
-        return images
-    noise = eps * unit * uniform_like(images, generator, group)
-    if per_image:
-        noise = math.sqrt(3) * uniform_like(images[:, :1, :1, :1], generator, group).abs() * noise
-    return images + noise
+    return images + eps * unit * uniform_like(images, generator, group) if eps > 0 else images
 
 
 def as_seen(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:

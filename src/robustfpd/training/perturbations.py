@@ -25,12 +25,11 @@ def noisy_images(
     Args:
         model: an FPD or a baseline; `space: normalised` scales the noise by its std.
         clean: N×C×H×W in [0, 1].
-        config: `noise`, `noise_level` and `space`.
+        config: `noise` and `space`.
         generator: source of the noise.
         group: the ranks that share the batch, of which `clean` is this rank's part.
     """
-    per_image = config.noise_level == "per_image"
-    return add_uniform_noise(clean, config.noise, generator, noise_unit(model, config), group, per_image=per_image)
+    return add_uniform_noise(clean, config.noise, generator, noise_unit(model, config), group)
 
 
 def adversarial_images(
