@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,7 +279,8 @@ def apgd(classifier: torch.nn.Module, images: Tensor, labels: Tensor, record: Ev
 
 
 def tables() -> Iterator[str]:
-    """Yield the lines of the tables of docs/protocols.md, from the result files."""
+    """Yield the lines of the tables of docs/protocols.md, and a line on the verdicts, from the result files."""
+    everything = []
     for dataset, setting in SETTINGS.items():
         radii = " | ".join(f"eps {eps:g}" for eps in setting.eps)
         yield from ("", f"`{setting.recipe}`:", "", f"| network | epochs | minutes | clean | {radii} |")
@@ -289,17 +291,24 @@ def tables() -> Iterator[str]:
                 for run in (Run(dataset, variant, seed) for seed in SEEDS)
                 if run.path.is_file()
             ]
+            everything += results
             if results:
                 yield row(variant, results, setting.eps)
+    suspect = [result for result in everything if result["verdict"] != "trusted"]
+    checks = Counter(check for result in suspect for check in result["checks"])
+    reasons = ", ".join(f"`{name}` {count}" for name, count in checks.items())
+    yield ""
+    yield (
+        f"The verdict is not `trusted` for {len(suspect)} of these {len(everything)} networks ({reasons}): stronger "
+        "attacks would find more adversarial examples for them."
+    )
 
 
 def row(variant: Variant, results: Sequence[dict[str, Any]], radii: Sequence[float]) -> str:
     """Return one line of a table: means and standard deviations over the seeds, in percent."""
     cost = {"own": "", "time": "", "steps": ", equal steps"}[variant.cost]
-    changes = [f"`{change}`" for change in variant.changes]
-    named = [variant.name.split("-")[0] + cost] if variant.baseline or not changes else []
-    more = [f"{variant.noise:g} times the noise"] if variant.noise != 1 else []
-    label = ", ".join((*named, *changes, *more))
+    label = ", ".join(f"`{c}`" for c in variant.changes) or variant.name.split("-")[0] + cost
+    label += f", {variant.noise:g} times the noise" if variant.noise != 1 else ""
     epochs = " or ".join(map(str, sorted({r["epochs"] for r in results})))
     minutes = statistics.mean(r["train_seconds"] for r in results) / 60
     cells = [mean_and_deviation([100 * r["clean"] for r in results])]

@@ -247,8 +247,8 @@ def _gate(run: RunConfig) -> list[str]:
     """Return the gate's threshold; nothing for a baseline."""
     if run.model.defence != "fpd":
         return []
-    unit = " of a constant image's loss" if run.training.threshold_unit == "constant_image" else ""
-    return [f"  gate      at a restoration loss of {run.training.threshold:g}{unit}"]
+    unit = " times a constant image's" if run.training.threshold_unit == "constant_image" else ""
+    return [f"  gate      shut while the restoration loss is above {run.training.threshold:g}{unit}"]
 
 
 def _stage_seconds(

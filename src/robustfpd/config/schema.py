@@ -9,11 +9,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from robustfpd.config.base import Config, Norm, check_eps
-from robustfpd.config.training import (
-    AdversarialConfig,
-    ProcedureConfig,
-    TrainingConfig,
-)
+from robustfpd.config.training import AdversarialConfig, ProcedureConfig, TrainingConfig
 from robustfpd.io import write_text
 
 Denoise = Literal["normalised", "dot", "bottleneck", "softmax", "gaussian", "none"]

@@ -23,7 +23,7 @@ def noisy_images(
     """Return a training batch with the noise of two-phase training, not clipped.
 
     Args:
-        model: an FPD or a baseline; `space: normalised` scales the noise by its std.
+        model: an FPD or a baseline; `space: normalised` multiplies the noise by the model's std.
         clean: N×C×H×W in [0, 1].
         config: `noise` and `space`.
         generator: source of the noise.
