@@ -32,7 +32,7 @@ def test_a_dry_run_of_train_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     for said in ("stage two-phase, into runs/digits-mini\n", "stage adversarial, into runs/digits-mini/adversarial",
                  "128 to train, 143 to validate, 359 to test", "2 of batches of 32", "ms a batch timed now on cpu",
                  "noise     0.2, 0.2 between the passes\n",
-                 "gate      shut while the restoration loss is above 0.5 times a constant image's\n",
+                 "gate      shut above a restoration loss of 0.5 times a constant image's\n",
                  "nothing was trained or written"):  # fmt: skip
         assert said in out
     assert max(map(len, out.splitlines())) <= 80

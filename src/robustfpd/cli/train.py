@@ -248,7 +248,7 @@ def _gate(run: RunConfig) -> list[str]:
     if run.model.defence != "fpd":
         return []
     unit = " times a constant image's" if run.training.threshold_unit == "constant_image" else ""
-    return [f"  gate      shut while the restoration loss is above {run.training.threshold:g}{unit}"]
+    return [f"  gate      shut above a restoration loss of {run.training.threshold:g}{unit}"]
 
 
 def _stage_seconds(
