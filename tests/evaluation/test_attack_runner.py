@@ -55,8 +55,8 @@ EVERY_KIND = [
     AttackSpec("noise", "noise", options={"samples": 3}),
     AttackSpec("DeepFool", "deepfool"),
     AttackSpec("FMN", "fmn", options={"steps": 5}),
-    AttackSpec("FAB-T", "fab-t", options={"steps": 3, "targets": 2}, early_stopping=True),
-    AttackSpec("Square", "square", options={"queries": 9}, early_stopping=True),
+    AttackSpec("FAB-T", "fab-t", options={"steps": 3, "targets": 2}, share=1 / 8),
+    AttackSpec("Square", "square", options={"queries": 9}, share=1 / 8),
 ]
 
 

@@ -32,7 +32,7 @@ def _small(target: SuiteContext) -> list[AttackSpec]:
         AttackSpec("FMN", "fmn", options={"steps": 12}),
         AttackSpec("DeepFool", "deepfool"),
         *(AttackSpec(f"from {name}", "pgd", name, {"steps": 2}) for name in target.surrogates),
-        AttackSpec("Square", "square", options={"queries": 6}, early_stopping=True),
+        AttackSpec("Square", "square", options={"queries": 6}, share=1 / 8),
     ]
 
 

@@ -4,13 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from scipy.stats import hypergeom
 from tests.evaluation.conftest import install_suite, make_spy
 from torch import Tensor, nn
 
 from robustfpd import attacks
-from robustfpd.evaluation import evaluate, loop
-from robustfpd.evaluation.ledger import LedgerRow, Outcome
-from robustfpd.evaluation.loop import SMALLEST_TRANCHE, found_nothing, split_tranches
+from robustfpd.evaluation import evaluate
+from robustfpd.evaluation.ledger import Outcome
+from robustfpd.evaluation.loop import draw_audit, found_nothing, missed_at_most, worst_case_of
+from robustfpd.evaluation.record import Proportion
 from robustfpd.evaluation.suites import AttackSpec
 from robustfpd.rng import generator
 
@@ -19,39 +21,46 @@ if TYPE_CHECKING:
 
     Digits = tuple[nn.Module, Tensor, Tensor]
 
+EPS = 0.5
+"""At this radius an image in `_Succeeds` is misclassified, and few are under random noise."""
 
-@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 130, 1000])
-def test_every_image_is_in_one_tranche(count: int) -> None:
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 3), (64, 4), (256, 4), (500, 8), (1000, 16)])
+def test_the_audit_is_a_random_sample(count: int, size: int) -> None:
     images = torch.arange(count) * 3 + 1
-    parts = split_tranches(images, torch.rand(count), torch.Generator().manual_seed(0))
-    assert sorted(torch.cat(parts).tolist()) == images.tolist()
-    assert all(len(p) == max(SMALLEST_TRANCHE, -(-count // 10)) for p in parts[:-1])
-
-
-def test_half_of_a_tranche_has_the_largest_margins_and_half_is_drawn() -> None:
-    images, margin = torch.arange(1000), torch.rand(1000, generator=torch.Generator().manual_seed(1))
-    nearest = margin.argsort(descending=True).tolist()
-    firsts = [split_tranches(images, margin, torch.Generator().manual_seed(s))[0].tolist() for s in (0, 0, 1)]
-    assert firsts[0] == firsts[1]
-    assert firsts[0] != firsts[2]
-    for first in firsts:
-        assert set(nearest[:48]) <= set(first)
-        others = [nearest.index(i) for i in first if nearest.index(i) >= 60]
-        assert len(others) > 35
-        assert 400 < sum(others) / len(others) < 650  # from all over, not from near
+    samples = [draw_audit(images, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    assert samples[0] == samples[1]
+    assert count <= 3 or samples[0] != samples[2]
+    for sample in samples:
+        assert len(sample) == len(set(sample)) == size
+        assert set(sample) <= set(images.tolist())
 
 
 @pytest.mark.parametrize(
     ("outcomes", "expected"),
     [(["robust"], True), (["robust", "misclassified"], False), (["robust", "failed"], False), (["failed"], False)],
 )
-def test_images_are_skipped_only_after_a_tranche_of_robust_ones(outcomes: list[Outcome], expected: bool) -> None:
-    fields: dict[str, Any] = {
-        "label": 0, "clean_prediction": 0, "attack": "a", "eps": 0.1, "adversarial_prediction": 0, "distance": 0.0,
-        "margin": 0.0,
-    }  # fmt: skip
-    rows = [LedgerRow(image=i, outcome=outcome, **fields) for i, outcome in enumerate(outcomes)]
-    assert found_nothing(rows) is expected
+def test_images_are_skipped_only_after_robust_ones(outcomes: list[Outcome], expected: bool) -> None:
+    assert found_nothing(outcomes) is expected
+
+
+@pytest.mark.parametrize(("survivors", "skipped", "audited"), [(450, 400, 8), (100, 100, 10), (40, 3, 4), (20, 0, 4)])
+def test_the_audit_bounds_what_is_missed(survivors: int, skipped: int, audited: int) -> None:
+    missed = missed_at_most(survivors, skipped, audited)
+    assert 0 <= missed <= skipped
+    assert hypergeom.pmf(0, survivors, missed, audited) >= 0.05  # as many would be overlooked with 5 % probability
+    assert missed == skipped or hypergeom.pmf(0, survivors, missed + 1, audited) < 0.05
+
+
+def test_the_interval_includes_what_the_audit_allows_to_be_missed() -> None:
+    survivors, everywhere = torch.ones(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    audit = torch.arange(0, 100, 10)
+    worst = worst_case_of(0.1, survivors, everywhere, audit)
+    assert (worst.robust.count, worst.audited, worst.missed_at_most) == (100, 10, missed_at_most(100, 100, 10))
+    assert worst.interval == (Proportion.of(100 - worst.missed_at_most, 100).low, 1.0)
+    assert worst_case_of(0.1, survivors, ~everywhere, audit).missed_at_most == 0
+    unaudited = worst_case_of(0.1, survivors, everywhere, None)
+    assert (unaudited.audited, unaudited.missed_at_most) == (0, 0)
 
 
 class _Succeeds:
@@ -69,12 +78,6 @@ class _Succeeds:
         return out.clamp(0, 1)
 
 
-def _order(label: str, eps: float, standing: list[int]) -> list[list[int]]:
-    """Tranches of images on the places `standing`, none of which an attack has seen yet."""
-    draws, images = generator(0, "tranches", label, repr(eps)), torch.tensor(standing)
-    return [part.tolist() for part in split_tranches(images, torch.full((len(images),), -torch.inf), draws)]
-
-
 @pytest.fixture
 def many(linear: Linear) -> Data:
     draws = torch.Generator().manual_seed(8)
@@ -82,26 +85,63 @@ def many(linear: Linear) -> Data:
     return images, linear(images).argmax(1)
 
 
-@pytest.mark.parametrize(("positions", "attacked"), [([], 64), ([3], 128), ([70], 64), ([3, 70], 130)])
-def test_early_stopping_continues_while_tranches_have_adversarial_examples(
-    monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data, positions: list[int], attacked: int
-) -> None:
-    images, _ = many
-    order = [i for part in _order("Square", 0.5, list(range(130))) for i in part]
-    attack = _Succeeds(images[[order[i] for i in positions]] if positions else images[:0])
+def _set_up(monkeypatch: pytest.MonkeyPatch, attack: Any, *, share: float) -> None:
+    """Install random noise, which sets the margins, and an attack in place of Square."""
     monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(attack))
-    install_suite(monkeypatch, AttackSpec("Square", "square", early_stopping=True))
-    record = evaluate(linear, many, suite="ours", eps=0.5, batch_size=20)
-    (result,) = record.attacks
-    assert (result.attacked, result.skipped) == (attacked, 130 - attacked)
-    rows = [r for r in record.ledger if r.attack == "Square"]
-    assert [r.image for r in rows] == order[:attacked]
-    assert [len(b) for b in attack.batches] == (attacked // 64) * [20, 20, 20, 4] + [2] * (attacked == 130)
-    assert result.misclassified == len([p for p in positions if p < attacked])
-    assert record.worst_case[0].robust.count == 130 - result.misclassified
+    install_suite(
+        monkeypatch, AttackSpec("noise", "noise", options={"samples": 1}), AttackSpec("Square", "square", share=share)
+    )
 
 
-def test_an_attack_that_fails_on_a_tranche_is_not_stopped(
+def _attacked_by_square(linear: Linear, many: Data) -> tuple[list[int], list[int], list[int]]:
+    """Return the survivors of noise by margin, the images that Square attacked in its order, and the audit sample."""
+    record = evaluate(linear, many, suite="ours", eps=EPS, batch_size=20)
+    by_margin = sorted(
+        (r for r in record.ledger if r.attack == "noise" and r.outcome == "robust"), key=lambda r: -r.margin
+    )
+    order = [r.image for r in by_margin]
+    audit = draw_audit(torch.tensor(sorted(order)), generator(0, "audit", repr(EPS))).tolist()
+    return order, [r.image for r in record.ledger if r.attack == "Square"], audit
+
+
+def test_an_attack_with_a_share_attacks_the_nearest_images_and_the_audit(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
+) -> None:
+    _set_up(monkeypatch, _Succeeds(many[0][:0]), share=1 / 8)
+    order, attacked, audit = _attacked_by_square(linear, many)
+    near = order[: -(-len(order) // 8)]
+    assert len(order) > 100
+    assert set(attacked) == {*near, *audit}
+    assert attacked == sorted(attacked)
+
+
+@pytest.mark.parametrize(("position", "goes_on"), [(0, False), (-1, True)])
+def test_an_attack_goes_on_while_the_farther_images_have_adversarial_examples(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data, position: int, goes_on: bool
+) -> None:
+    _set_up(monkeypatch, _Succeeds(many[0][:0]), share=1 / 8)
+    order, _, audit = _attacked_by_square(linear, many)
+    near = [i for i in order[: -(-len(order) // 8)] if i not in audit]
+    _set_up(monkeypatch, _Succeeds(many[0][[near[position]]]), share=1 / 8)
+    _, attacked, _ = _attacked_by_square(linear, many)
+    count = -(-len(order) // 8)
+    expected = {*order[:count], *audit}
+    if goes_on:
+        expected |= set([i for i in order if i not in expected][: 2 * count])
+    assert set(attacked) == expected
+
+
+def test_an_adversarial_example_in_the_audit_has_all_images_attacked(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
+) -> None:
+    _set_up(monkeypatch, _Succeeds(many[0][:0]), share=1 / 8)
+    order, _, audit = _attacked_by_square(linear, many)
+    _set_up(monkeypatch, _Succeeds(many[0][[audit[0]]]), share=1 / 8)
+    _, attacked, _ = _attacked_by_square(linear, many)
+    assert sorted(attacked) == sorted(order)
+
+
+def test_an_attack_that_fails_goes_on_with_the_other_images(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
 ) -> None:
     calls = [0]
@@ -113,61 +153,65 @@ def test_an_attack_that_fails_on_a_tranche_is_not_stopped(
         return images.clone()
 
     monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(raises_once))
-    install_suite(monkeypatch, AttackSpec("Square", "square", early_stopping=True))
-    (result,) = evaluate(linear, many, suite="ours", eps=0.1).attacks
-    assert (result.attacked, result.failed, result.skipped) == (128, 64, 2)
+    install_suite(monkeypatch, AttackSpec("Square", "square", share=1 / 2))
+    (result,) = evaluate(linear, many, suite="ours", eps=0.1, batch_size=130).attacks
+    first = result.failed
+    assert 65 <= first < 70
+    assert (result.attacked, result.skipped) == (130, 0)
 
 
-def test_every_attack_turns_early_stopping_off(monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data) -> None:
+def test_every_attack_skips_no_image(monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data) -> None:
     attack = _Succeeds(many[0][:0])
     monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(attack))
-    install_suite(monkeypatch, AttackSpec("Square", "square", early_stopping=True))
+    install_suite(monkeypatch, AttackSpec("Square", "square", share=1 / 8))
     record = evaluate(linear, many, suite="ours", eps=0.1, every_attack=True)
     assert (record.attacks[0].attacked, record.attacks[0].skipped) == (130, 0)
     assert sum(len(b) for b in attack.batches) == 130
 
 
-def test_a_suspicious_check_turns_early_stopping_off(
+def test_no_image_is_skipped_after_a_suspicious_check(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
 ) -> None:
     attack = _Succeeds(many[0][:0])
     monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(attack))
-    install_suite(monkeypatch, AttackSpec("Square", "square", early_stopping=True))
+    install_suite(monkeypatch, AttackSpec("Square", "square", share=1 / 8))
     probabilities = nn.Sequential(linear, nn.Softmax(dim=1)).eval()
     record = evaluate(probabilities, many, suite="ours", eps=0.1)
     assert any(c.name == "squashed-outputs" and c.outcome == "suspicious" for c in record.verdict.checks)
     assert (record.attacks[0].attacked, record.attacks[0].skipped) == (130, 0)
 
 
-def test_margins_outside_the_ball_do_not_order_the_tranches(
+def test_margins_outside_the_ball_do_not_order_the_images(
     monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data
 ) -> None:
     attack = _Succeeds(many[0][:0])
     monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(attack))
-    install_suite(monkeypatch, AttackSpec("DeepFool", "deepfool"), AttackSpec("Square", "square", early_stopping=True))
+    install_suite(monkeypatch, AttackSpec("DeepFool", "deepfool"), AttackSpec("Square", "square", share=1 / 8))
     record = evaluate(linear, many, suite="ours", eps=0.003)
     smallest = [r for r in record.ledger if r.attack == "DeepFool"]
     misclassified = [r.image for r in smallest if r.outcome == "misclassified"]
     assert len(misclassified) < 20
     assert all(r.margin > 0 for r in smallest)
-    (first, *_) = _order("Square", 0.003, [i for i in range(130) if i not in misclassified])
-    assert [r.image for r in record.ledger if r.attack == "Square"] == first
+    survivors = [i for i in range(130) if i not in misclassified]
+    audit = draw_audit(torch.tensor(survivors), generator(0, "audit", repr(0.003))).tolist()
+    attacked = {r.image for r in record.ledger if r.attack == "Square"}
+    assert attacked == {*survivors[: -(-len(survivors) // 8)], *audit}  # in the images' order: no margin is known
 
 
-def test_early_stopping_changes_no_result_of_a_plain_network(monkeypatch: pytest.MonkeyPatch, digits: Digits) -> None:
+def test_shares_change_no_result_of_a_plain_network(monkeypatch: pytest.MonkeyPatch, digits: Digits) -> None:
     net, images, labels = digits
-    monkeypatch.setattr(loop, "SMALLEST_TRANCHE", 16)
     records = []
-    for early in (True, False):
+    for share in (1 / 8, 1.0):
         install_suite(
             monkeypatch, AttackSpec("FGSM", "fgsm"), AttackSpec("APGD-CE", "apgd-ce", options={"steps": 30}),
             AttackSpec("APGD-T", "apgd-t", options={"steps": 30, "targets": 3}),
-            AttackSpec("FAB-T", "fab-t", options={"steps": 10, "targets": 3}, early_stopping=early),
-            AttackSpec("Square", "square", options={"queries": 100}, early_stopping=early),
+            AttackSpec("FAB-T", "fab-t", options={"steps": 10, "targets": 3}, share=share),
+            AttackSpec("Square", "square", options={"queries": 100}, share=share),
         )  # fmt: skip
         records.append(evaluate(net, (images, labels), suite="ours", eps=0.03))
     with_, without = records
-    assert with_.worst_case == without.worst_case
+    assert with_.worst_case[0].robust == without.worst_case[0].robust
+    assert with_.worst_case[0].missed_at_most > 0 == without.worst_case[0].missed_at_most
     assert 40 < with_.worst_case[0].robust.count < with_.clean.count
     assert sum(a.skipped for a in with_.attacks) > 0 == sum(a.skipped for a in without.attacks)
     assert with_.forward_passes < without.forward_passes

@@ -25,7 +25,7 @@ def install_suite() -> None:
             AttackSpec("PGD", "pgd", options={"steps": 4, "restarts": 2, "early_stop": True}),
             AttackSpec("APGD-T", "apgd-t", options={"steps": 4, "targets": 2}),
             AttackSpec("FMN", "fmn", options={"steps": 6}),
-            AttackSpec("Square", "square", options={"queries": 6}, early_stopping=True),
+            AttackSpec("Square", "square", options={"queries": 6}, share=1 / 8),
         ]
 
     inputs.SMALLEST_BLOCK = 10

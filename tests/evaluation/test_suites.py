@@ -96,13 +96,14 @@ def test_standard_is_autoattack_with_more_and_expensive_attacks_come_last(norm: 
     names = [p.attack for p in planned]
     assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
     assert names[-2:] == ["fab-t", "square"]
-    assert [p.early_stopping for p in planned] == [False] * (len(planned) - 2) + [True] * 2
+    shares = [p.share for p in planned]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1 > shares[-1]
     options = {p.attack: dict(p.options) for p in planned}
     assert options["apgd-ce"] == {"restarts": 5 if norm == "l1" else 1}
     assert options["apgd-t"] == {"targets": 5 if norm == "l1" else 9}
-    assert not any(
-        p.early_stopping for p in attack_specs("full", SuiteContext(norm)) if p.attack not in ("zoo", "hopskipjump")
-    )
+    full = attack_specs("full", SuiteContext(norm))
+    assert all(p.share == 1 for p in full if p.attack not in ("zoo", "hopskipjump"))
 
 
 def test_a_random_classifier_has_its_gradients_averaged() -> None:

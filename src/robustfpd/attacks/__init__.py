@@ -8,19 +8,19 @@ from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
 from robustfpd.attacks.adapters.foolbox import cw, ddn, deepfool, fmn
 from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from robustfpd.attacks.autoattack import autoattack, autoattack_rand
+from robustfpd.attacks.autoattack import autoattack
 from robustfpd.attacks.base import Attack
 from robustfpd.attacks.pgd import bim, fgsm, noise, pgd
 from robustfpd.errors import unknown_name
 
 __all__ = [
-    "Attack", "apgd_ce", "apgd_dlr", "apgd_t", "autoattack", "autoattack_rand", "bim", "cw", "ddn", "deepfool", "fab",
+    "Attack", "apgd_ce", "apgd_dlr", "apgd_t", "autoattack", "bim", "cw", "ddn", "deepfool", "fab",
     "fab_t", "fgsm", "fmn", "get", "hopskipjump", "jsma", "names", "noise", "pgd", "square", "zoo",
 ]  # fmt: skip
 
 _ATTACKS: dict[str, Attack[Any]] = {
     "apgd-ce": apgd_ce, "apgd-dlr": apgd_dlr, "apgd-t": apgd_t, "autoattack": autoattack,
-    "autoattack-rand": autoattack_rand, "bim": bim, "cw": cw, "ddn": ddn, "deepfool": deepfool, "fab": fab,
+    "bim": bim, "cw": cw, "ddn": ddn, "deepfool": deepfool, "fab": fab,
     "fab-t": fab_t, "fgsm": fgsm, "fmn": fmn, "hopskipjump": hopskipjump, "jsma": jsma, "noise": noise, "pgd": pgd,
     "square": square, "zoo": zoo,
 }  # fmt: skip

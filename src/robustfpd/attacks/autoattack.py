@@ -1,22 +1,35 @@
-"""AutoAttack, the ensemble of standard leaderboards (Croce & Hein, ICML 2020)."""
+"""AutoAttack, the ensemble of standard leaderboards, as its authors publish it (Croce & Hein, ICML 2020; ICML 2021)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks.adapters.pyautoattack import fab_t, square
-from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from robustfpd.attacks.base import attack, record_queries
-from robustfpd.attacks.norms import lp_ball
+from robustfpd.attacks.adapters import ClassifierAdapter, misclassified
+from robustfpd.attacks.adapters.pyautoattack import LIBRARY_NORMS
+from robustfpd.attacks.base import attack, check_batch_size, num_classes
 from robustfpd.config import Norm
+from robustfpd.errors import InputError, unknown_name
 
+Version = Literal["standard", "plus", "rand"]
 EOT_SAMPLES = 20
-"""Samples of AutoAttack `rand` per gradient."""
-TOLERANCE = 1e-6
-"""Rounding by which a perturbation may exceed eps."""
+"""Samples of version `rand` per gradient."""
+LEAST_CLASSES = 4
+"""The targeted DLR loss takes the four largest logits."""
+LABELS = {
+    "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab": "FAB", "fab-t": "FAB-T",
+    "square": "Square",
+}  # fmt: skip
+_MEMBERS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
 
 
 def restarts_and_targets(norm: Norm) -> tuple[int, int]:
@@ -24,57 +37,75 @@ def restarts_and_targets(norm: Norm) -> tuple[int, int]:
     return (5, 5) if norm == "l1" else (1, 9)
 
 
+def members(version: Version) -> dict[str, str]:
+    """Return the attacks of a version in its order, with their names in tables; an unknown version is an InputError."""
+    if version not in _MEMBERS:
+        raise unknown_name("version of AutoAttack", version, get_args(Version))
+    return {member: LABELS[member] for member in _MEMBERS[version]}
+
+
 @attack("autoattack", library="pyautoattack")
 def autoattack(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
+    version: Version = "standard", members: Sequence[str] | None = None, seed: int = 0, batch_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """AutoAttack `standard`: APGD-CE, APGD-T, FAB-T and Square in turn, each on the images that survived the others.
+    """AutoAttack by pyautoattack, its authors' code: each attack runs on the images that survived those before it.
 
-    As in AutoAttack, L1 has 5 restarts of APGD-CE and 5 targets of APGD-T. Arguments, result and errors as in `pgd`.
-    """
-    restarts, targets = restarts_and_targets(norm)
-    members = [
-        lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, restarts=restarts, generator=generator),
-        lambda x, y: apgd_t(classifier, x, y, eps=eps, norm=norm, targets=targets, generator=generator),
-        lambda x, y: fab_t(classifier, x, y, eps=eps, norm=norm, generator=generator),
-        lambda x, y: square(classifier, x, y, eps=eps, norm=norm, generator=generator),
-    ]
-    return _ensemble(classifier, images, labels, eps, norm, members)
-
-
-@attack("autoattack-rand")
-def autoattack_rand(
-    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf",
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """AutoAttack `rand`, for random classifiers: APGD-CE and APGD-DLR with gradients averaged over 20 samples.
+    Version `standard` runs APGD-CE, APGD-T, FAB-T and Square; `plus` adds APGD-DLR and FAB, with five restarts; `rand`,
+    for random classifiers, runs APGD-CE and APGD-DLR with gradients averaged over 20 samples. With fewer than ten
+    classes there are fewer targets. The survivors equal those of
+    `AutoAttack(..., seed=seed).run_standard_evaluation(images, labels, batch_size=batch_size)`.
 
     Arguments, result and errors as in `pgd`.
+
+    Options:
+        version: `standard`, `plus` or `rand`.
+        members: attacks to run, by the library's names; None runs all of the version.
+        seed: seed of every attack and batch, as in the library; `generator` is not used.
+        batch_size: images per batch; None takes all. The library seeds every batch alike, so results depend on it.
+
+    Raises:
+        InputError: an unknown version or member, or fewer than four classes, for which APGD-T is not defined.
     """
-    members = [
-        lambda x, y: apgd_ce(classifier, x, y, eps=eps, norm=norm, eot=EOT_SAMPLES, generator=generator),
-        lambda x, y: apgd_dlr(classifier, x, y, eps=eps, norm=norm, eot=EOT_SAMPLES, generator=generator),
-    ]
-    return _ensemble(classifier, images, labels, eps, norm, members)
+    from pyautoattack import AutoAttack
 
-
-def _ensemble(
-    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, norm: Norm,
-    members: list[Callable[[Tensor, Tensor], Tensor]],
-) -> Tensor:  # fmt: skip
-    """Run attacks in turn on the surviving images; images that survive all keep the first attack's result."""
-    result, surviving = images.clone(), torch.arange(len(images), device=images.device)
-    for turn, member in enumerate(members):
-        x, y = images[surviving], labels[surviving]
-        adversarial = member(x, y)
-        inside = lp_ball(norm).norm(adversarial - x) <= eps * (1 + TOLERANCE) + TOLERANCE
-        with torch.no_grad():
-            success = inside & (classifier(adversarial).argmax(dim=1) != y)
-        keep = inside if turn == 0 else success
-        result[surviving[keep]] = adversarial[keep]
-        surviving = surviving[~success]
-        if len(surviving) == 0:
-            break
-    record_queries(classifier, None)
+    check_batch_size(batch_size)
+    if version not in _MEMBERS:
+        raise unknown_name("version of AutoAttack", version, _MEMBERS)
+    chosen = _MEMBERS[version] if members is None else tuple(members)
+    for member in chosen:
+        if member not in _MEMBERS[version]:
+            raise unknown_name(f"member of AutoAttack {version}", member, _MEMBERS[version])
+    classes = num_classes(classifier, images, labels)
+    if classes < LEAST_CLASSES and "apgd-t" in chosen:
+        raise InputError(
+            f"AutoAttack's APGD-T needs at least {LEAST_CLASSES} classes, found {classes}; use the suite standard"
+        )
+    adapter = ClassifierAdapter(classifier, images, classes)
+    with _silent_log():
+        library: Any = AutoAttack(
+            adapter, eps=eps, norm=LIBRARY_NORMS[norm], version=version, seed=seed, device=images.device
+        )
+        library.attacks_to_run = list(chosen)
+        for targeted in (library.apgd_targeted, library.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        adversarial, _ = library.run_standard_evaluation(
+            images.float(), labels, batch_size=min(batch_size or len(images), len(images))
+        )
+    result = images.clone()
+    found = misclassified(classifier, adversarial.to(images), labels)
+    result[found] = adversarial.to(images)[found].clamp(0, 1)
     return result
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """Silence the library's log: the checks of an evaluation report what it warns of."""
+    logger = logging.getLogger("auto-attack")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -23,7 +23,10 @@ STAGES: tuple[str, ...] = get_args(StageName)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 DATASETS = ("caltech101", "caltech256", "cifar10", "digits", "fashion_mnist", "folder", "mnist", "svhn")
 """Names of the data sets in `robustfpd.data`, listed here so that the command line needs no torch."""
-SUITES = ("first-look", "full", "pgd-100", "published", "published-mnist", "quick", "standard")
+SUITES = (
+    "autoattack", "autoattack-plus", "autoattack-rand", "first-look", "full", "pgd-100", "published", "published-mnist",
+    "quick", "standard",
+)  # fmt: skip
 """Names of the suites in `robustfpd.evaluation`."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Device types; an index follows a colon, as in `cuda:1`."""

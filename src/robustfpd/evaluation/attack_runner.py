@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import PRE_SQUASH, View
 from robustfpd.attacks.base import QueryCounter, check_logits, check_shape, reproducible
-from robustfpd.attacks.losses import dlr
+from robustfpd.attacks.losses import margin
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError, first_line
@@ -263,8 +263,8 @@ class AttackRunner:
         return distances.nan_to_num(0, 0, 0), failures
 
     def _margins(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """Return the margins of logits N×K: best wrong logit minus the true one, over the largest minus the third."""
-        return dlr(logits.float(), self.labels[indices]).nan_to_num(0, 0, 0)
+        """Return the margins of logits N×K: the best wrong logit minus the true one."""
+        return margin(logits.float(), self.labels[indices]).nan_to_num(0, 0, 0)
 
     def _restore_state(self) -> str:
         """Restore the weights and buffers that an attack changed; return the first one's name, empty if none was."""

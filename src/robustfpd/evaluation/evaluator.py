@@ -19,14 +19,14 @@ from robustfpd.config import Norm
 from robustfpd.device import evaluating
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, unknown_name
-from robustfpd.evaluation import checks, inputs
+from robustfpd.evaluation import checks, inputs, suites
 from robustfpd.evaluation.attack_runner import AttackRunner, forward_passes
 from robustfpd.evaluation.gallery import Gallery, gallery_folder
 from robustfpd.evaluation.inputs import Data, EvaluationData, check_count, check_module, device_of, fingerprint
 from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.loop import EvaluationLoop, EvaluationObserver, EvaluationSettings, SearchPrecision
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
-from robustfpd.evaluation.suites import SuiteContext, attack_specs
+from robustfpd.evaluation.suites import SuiteContext
 from robustfpd.provenance import environment, weights_sha256
 
 
@@ -118,7 +118,9 @@ def evaluate(
         input_checks = checks.input_checks(classifier, samples.images)
     forward += passes()
     if batch_size == "auto":
-        auto = inputs.auto_batch_size(samples.images, device, inputs.block_size(len(samples.images), None))
+        auto = suites.suite(suite).batch_size or inputs.auto_batch_size(
+            samples.images, device, inputs.block_size(len(samples.images), None)
+        )
     first_batch_size = min(group.gather(auto if batch_size == "auto" else batch_size))
     runner = AttackRunner(
         classifier, samples, device, norm, seed, first_batch_size, num_classes, bfloat16=search_precision == "bf16"
@@ -146,7 +148,7 @@ def _check_launch(group: ProcessGroup) -> None:
 def _check_settings(settings: EvaluationSettings) -> None:
     if torch.is_inference_mode_enabled():
         raise InputError("evaluations cannot run inside torch.inference_mode(), which has no gradients; leave it first")
-    for spec in attack_specs(settings.suite, SuiteContext(settings.norm)):
+    for spec in suites.attack_specs(settings.suite, SuiteContext(settings.norm)):
         attacks.get(spec.attack).check_library(settings.norm)
     if settings.batch_size != "auto":
         check_count("batch_size", settings.batch_size)

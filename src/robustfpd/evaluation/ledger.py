@@ -35,8 +35,8 @@ class LedgerRow(Config):
     outcome: Outcome
     """`failed`: the attack raised an error or left its ball."""
     margin: float
-    """Best wrong logit minus the true one, over the largest minus the third, of pre-squash logits where there are any;
-    0 where the attack raised an error. `outcome` has the decision."""
+    """Best wrong logit minus the true one, of pre-squash logits where there are any; 0 where the attack raised an
+    error. `outcome` has the decision."""
     queries: int = 0
     """Forward passes."""
     gradients: int = 0

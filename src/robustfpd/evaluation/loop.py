@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,17 +21,19 @@ from robustfpd.evaluation import checks, suites
 from robustfpd.evaluation.attack_runner import TOLERANCE, AttackOutcome, AttackRunner, fills_batches, forward_passes
 from robustfpd.evaluation.gallery import Gallery
 from robustfpd.evaluation.inputs import block_size
-from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow
+from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow, Outcome
 from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, Proportion, Verdict, WorstCase
 from robustfpd.evaluation.suites import AttackSpec, SuiteContext
 from robustfpd.provenance import environment, weights_sha256
 from robustfpd.rng import generator
 
 SearchPrecision = Literal["fp32", "bf16"]
-TRANCHE = 10
-"""An expensive attack takes this part of the images at a time, 1/10."""
-SMALLEST_TRANCHE = 64
-"""When an attack finds no adversarial example for 64 images, it would for at most 5 % of such (95 % confidence)."""
+SMALLEST_TRANCHE = 8
+"""Fewest images with the largest margins that an attack with a share takes."""
+AUDIT = 64
+"""One survivor in 64 is drawn for the audit, on which every attack of the suite is run."""
+SMALLEST_AUDIT = 4
+SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ class EvaluationLoop:
         # Blocks and batches are the same on all ranks, though a rank may halve its runner's batch size later.
         self.batch_size = runner.batch_size
         given = None if settings.batch_size == "auto" else settings.batch_size
-        self.block_size = block_size(len(runner.images), given)
+        fixed = suites.suite(settings.suite).batch_size  # then a block is one batch, as in the library
+        self.block_size = block_size(len(runner.images), given) if fixed is None else given or fixed
         self.margins = torch.full((len(runner.images),), -torch.inf)
-        """Largest margin that an attack reached on each image inside its ball, N."""
+        """Largest margin that an attack reached on each image inside its ball, N; the nearest images are attacked
+        first."""
         self.minimal_rows: dict[str, dict[int, LedgerRow]] = {}
         """Rows of attacks that search for the smallest perturbation, by attack and position of the image."""
 
@@ -103,22 +107,29 @@ class EvaluationLoop:
         context = checks.CheckContext(runner, correct, settings.radii, suites.suite(settings.suite).probes)
         # What follows from the checks must be the same on all ranks, though their rounding may differ.
         made = self.group.broadcast(input_checks + checks.before_attacks(context))
-        suite_context = SuiteContext(runner.norm, tuple(views), tuple(self.surrogates), checks.is_random(made))
+        suite_context = SuiteContext(
+            runner.norm, tuple(views), tuple(self.surrogates), checks.is_random(made), settings.seed
+        )
         specs = suites.attack_specs(settings.suite, suite_context)
         stop_early = not settings.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
 
         survivors, results, worst_case = correct.clone(), list[AttackResult](), list[WorstCase]()
         for eps in settings.radii:
+            audit: Tensor | None = None
+            attacked_by_all = survivors.clone()
             for spec in specs:
                 number, total = len(results) + 1, len(settings.radii) * len(specs)
                 self.observer.on_attack(EvaluationProgress(spec.label, eps, number, total, int(survivors.sum())))
                 indices = torch.nonzero(correct if settings.every_attack else survivors).flatten()
-                result, misclassified = self._attack(spec, eps, indices, stop_early=stop_early)
+                if stop_early and spec.share < 1 and audit is None:
+                    audit = draw_audit(indices, generator(settings.seed, "audit", repr(eps)))
+                result, attacked, misclassified = self._attack(spec, eps, indices, audit)
                 survivors[misclassified] = False
+                attacked_by_all &= attacked
                 results.append(result)
                 if self.gallery is not None:
                     self.gallery.save(final=eps == settings.radii[-1])
-            worst_case.append(WorstCase(eps=eps, robust=Proportion.of(int(survivors.sum()), count)))
+            worst_case.append(worst_case_of(eps, survivors, attacked_by_all, audit))
 
         findings = checks.AttackFindings(specs, tuple(self.ledger.rows), results, survivors, self.margins)
         made += checks.after_attacks(context, findings)
@@ -159,25 +170,42 @@ class EvaluationLoop:
         return views, passes()
 
     def _attack(
-        self, spec: AttackSpec, eps: float, indices: Tensor, *, stop_early: bool
-    ) -> tuple[AttackResult, Tensor]:
-        """Run one attack at one radius; return its result and the indices of the images that it misclassified."""
+        self, spec: AttackSpec, eps: float, indices: Tensor, audit: Tensor | None
+    ) -> tuple[AttackResult, Tensor, Tensor]:  # fmt: skip
+        """Run one attack at one radius.
+
+        With an audit sample, it attacks its share of the images, those with the largest margins, and the sample. It
+        stops if it finds no adversarial example for the farther half of the former, nor for the sample, where it goes
+        on with all images; otherwise it goes on with twice as many.
+
+        Returns:
+            Its result, which images it attacked, N booleans, and the indices of those that it misclassified.
+        """
         minimal_rows = self.minimal_rows.setdefault(spec.label, {})
         known = torch.tensor([int(i) in minimal_rows for i in indices], dtype=torch.bool)
         rows = self._judge_again(spec, eps, indices[known]) if bool(known.any()) else []
-        tranches = [indices[~known]]
-        if spec.early_stopping and stop_early:
-            draws = generator(self.runner.seed, "tranches", spec.label, repr(eps))
-            tranches = split_tranches(tranches[0], self.margins[tranches[0]], draws)
-        for tranche in tranches:
-            tranche_rows = self._attack_blocks(spec, eps, tranche)
+        order = self.margins[indices[~known]].argsort(descending=True, stable=True)
+        remaining = indices[~known][order]
+        sample = torch.empty(0, dtype=torch.long) if audit is None else audit[torch.isin(audit, remaining)]
+        count = len(remaining)
+        if audit is not None:
+            count = max(math.ceil(spec.share * count), min(SMALLEST_TRANCHE, count))
+        while len(remaining):
+            tranche = torch.cat([remaining[:count], sample[~torch.isin(sample, remaining[:count])]])
+            tranche_rows = self._attack_blocks(spec, eps, tranche.sort().values)
             rows += tranche_rows
-            if found_nothing(tranche_rows):
+            outcomes = {self.runner.data.positions[row.image]: row.outcome for row in tranche_rows}
+            if found_nothing(outcomes[i] for i in [*tranche[count // 2 :].tolist(), *sample.tolist()]):
                 break
+            everywhere = not found_nothing(outcomes[i] for i in sample.tolist())
+            remaining = remaining[~torch.isin(remaining, tranche)]
+            count, sample = len(remaining) if everywhere else 2 * count, sample[:0]
         positions = self.runner.data.positions
+        attacked = torch.zeros(len(self.margins), dtype=torch.bool)
+        attacked[[positions[row.image] for row in rows]] = True
         misclassified = [positions[row.image] for row in rows if row.outcome == "misclassified"]
         result = self._result(spec, eps, rows, skipped=len(indices) - len(rows))
-        return result, torch.tensor(misclassified, dtype=torch.long)
+        return result, attacked, torch.tensor(misclassified, dtype=torch.long)
 
     def _attack_blocks(self, spec: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
         """Run one attack on images, a block or batch at a time."""
@@ -260,22 +288,41 @@ class EvaluationLoop:
         )  # fmt: skip
 
 
-def split_tranches(indices: Tensor, margins: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Split images into tranches: half of each has the largest margins left, half is drawn at random.
-
-    Margins come from attacks with gradients and mean nothing if gradients are masked, hence the random half.
-    `margins` are the largest that attacks reached on each image.
-    """
-    by_margin = indices[margins.argsort(descending=True, stable=True)].tolist()
-    drawn = indices[torch.randperm(len(indices), generator=generator)].tolist()
-    order = dict.fromkeys(image for pair in zip(by_margin, drawn, strict=True) for image in pair)
-    size = max(SMALLEST_TRANCHE, math.ceil(len(indices) / TRANCHE))
-    return list(torch.split(torch.tensor(list(order), dtype=torch.long), size))
+def draw_audit(indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the survivors on which every attack of the suite is run: one in 64, at least four."""
+    count = max(math.ceil(len(indices) / AUDIT), SMALLEST_AUDIT)
+    return indices[torch.randperm(len(indices), generator=generator)[:count]].sort().values
 
 
-def found_nothing(rows: Sequence[LedgerRow]) -> bool:
+def found_nothing(outcomes: Iterable[Outcome]) -> bool:
     """Return whether an attack worked on all images and found no adversarial example, so that others may be skipped."""
-    return all(row.outcome == "robust" for row in rows)
+    return all(outcome == "robust" for outcome in outcomes)
+
+
+def worst_case_of(eps: float, survivors: Tensor, attacked_by_all: Tensor, audit: Tensor | None) -> WorstCase:
+    """Return the images that survive, N booleans, and how many adversarial examples the audit allows to be missed."""
+    robust, missed, audited = Proportion.of(int(survivors.sum()), len(survivors)), 0, 0
+    if audit is not None:
+        audited = int(survivors[audit].sum())
+        missed = missed_at_most(robust.count, int((survivors & ~attacked_by_all).sum()), audited)
+    return WorstCase(eps=eps, robust=robust, audited=audited, missed_at_most=missed)
+
+
+def missed_at_most(survivors: int, skipped: int, audited: int) -> int:
+    """Return the most survivors with an adversarial example of which a random sample has none, at 95 % confidence.
+
+    Args:
+        survivors: images of which the sample was drawn.
+        skipped: those of them that some attack of the suite was not run on; no others can be missed.
+        audited: size of the sample, which has no adversarial example under any attack of the suite.
+    """
+    probability, missed = 1.0, 0  # that a sample without replacement has none of the `missed`
+    while missed < skipped:
+        probability *= max(survivors - missed - audited, 0) / (survivors - missed)
+        if probability < SIGNIFICANCE:
+            break
+        missed += 1
+    return missed
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -107,6 +107,16 @@ class WorstCase(Config):
 
     eps: float
     robust: Proportion
+    audited: int = 0
+    """Survivors drawn at random on which every attack of the suite was run; 0 if it was run on all of them."""
+    missed_at_most: int = 0
+    """Survivors that may have an adversarial example although none of the audited ones has (95 % confidence)."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the robust accuracy, with the lower end that of `missed_at_most` fewer survivors."""
+        low = Proportion.of(max(self.robust.count - self.missed_at_most, 0), self.robust.total).low
+        return low, self.robust.high
 
 
 class EvaluationRecord(Config):

@@ -10,7 +10,7 @@ from typing import Any
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH
-from robustfpd.attacks.autoattack import EOT_SAMPLES, restarts_and_targets
+from robustfpd.attacks.autoattack import EOT_SAMPLES, Version, members, restarts_and_targets
 from robustfpd.config import Norm
 from robustfpd.errors import unknown_name
 
@@ -27,9 +27,9 @@ class AttackSpec:
     """Name of the view that it differentiates."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the attack."""
-    early_stopping: bool = False
-    """For expensive attacks: images with the largest margins come first, and the others are skipped when the attack
-    finds no adversarial example among these."""
+    share: float = 1.0
+    """Part of the survivors that it attacks first: those with the largest margins, and the audit sample. The others are
+    skipped if it finds no adversarial example among the farther ones of these; otherwise it goes on, see `loop`."""
 
     @property
     def iterations(self) -> int:
@@ -56,6 +56,8 @@ class SuiteContext:
     surrogates: Collection[str] = ()
     randomised: bool = False
     """The classifier's logits differ from pass to pass, so that gradients are averaged."""
+    seed: int = 0
+    """Seed of the evaluation, which AutoAttack's own code takes as its seed."""
 
     @property
     def best_view(self) -> str:
@@ -80,21 +82,23 @@ class Suite:
     attacks: Callable[[SuiteContext], list[AttackSpec]]
     probes: int
     """0 leaves these checks out."""
+    batch_size: int | None = None
+    """Images that an attack takes at a time where the user leaves the choice; None chooses by device and image size."""
 
 
 def _on_views(
-    label: str, attack: str, views: Iterable[str], *, early_stopping: bool = False, **options: Any
-) -> list[AttackSpec]:
+    label: str, attack: str, views: Iterable[str], *, share: float = 1.0, **options: Any
+) -> list[AttackSpec]:  # fmt: skip
     """Return one attack on several views."""
     labels = {view: label if view == LOGITS else f"{label}, {view}" for view in views}
-    return [AttackSpec(name, attack, view, options, early_stopping) for view, name in labels.items()]
+    return [AttackSpec(name, attack, view, options, share) for view, name in labels.items()]
 
 
-def _adaptive(context: SuiteContext, steps: int = 40) -> list[AttackSpec]:
+def _adaptive(context: SuiteContext, steps: int = 40, share: float = 1.0) -> list[AttackSpec]:
     """Return the adaptive attacks: PGD on adaptive views, and transferred attacks."""
-    transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name) for name in context.surrogates]
+    transfers = [AttackSpec(f"PGD-40, transfer from {name}", "pgd", name, {}, share) for name in context.surrogates]
     adaptive = _on_views(
-        f"PGD-{steps} margin", "pgd", context.adaptive_views, steps=steps, loss="margin", early_stop=True
+        f"PGD-{steps} margin", "pgd", context.adaptive_views, share=share, steps=steps, loss="margin", early_stop=True
     )
     return [*adaptive, *transfers]
 
@@ -125,30 +129,34 @@ def _pgd_100(context: SuiteContext) -> list[AttackSpec]:
 
 
 def _standard(context: SuiteContext) -> list[AttackSpec]:
-    """Return AutoAttack's members and the adaptive attacks; the attack without gradients comes last."""
-    cheap = [
-        *_on_views("FGSM", "fgsm", context.logit_views),
-        *_on_views("PGD-20 margin", "pgd", [context.best_view], steps=20, loss="margin", early_stop=True),
-        *_adaptive(context),
-    ]
+    """Return AutoAttack's members and the adaptive attacks; the attack without gradients comes last.
+
+    PGD attacks every image. The shares give most passes to the images next to the decision boundary: a smaller share
+    for a more expensive attack.
+    """
+    front = _on_views("PGD-20 margin", "pgd", [context.best_view], steps=20, loss="margin", early_stop=True)
     if context.randomised:
-        return [*cheap, *_eot(context, steps=100), *_on_views("Square", "square", [LOGITS], early_stopping=True)]
+        square = _on_views("Square", "square", [LOGITS], share=1 / 8)
+        return [*front, *_adaptive(context), *_eot(context, steps=100), *square]
     restarts, targets = restarts_and_targets(context.norm)
     other_views = [view for view in context.logit_views if view != context.best_view]
     return [
-        *cheap,
-        *_on_views("APGD-CE", "apgd-ce", context.logit_views, restarts=restarts),
-        *_on_views("APGD-T", "apgd-t", [context.best_view], targets=targets),
-        *_on_views("APGD-T", "apgd-t", other_views, early_stopping=True, targets=targets),
-        *_on_views("FAB-T", "fab-t", [context.best_view], early_stopping=True),
-        *_on_views("Square", "square", [LOGITS], early_stopping=True),
+        *front,
+        *_adaptive(context, share=1 / 8),
+        *_on_views("APGD-CE", "apgd-ce", [context.best_view], share=1 / 2, restarts=restarts),
+        *_on_views("APGD-CE", "apgd-ce", other_views, share=1 / 8, restarts=restarts),
+        *_on_views("APGD-T", "apgd-t", [context.best_view], share=1 / 8, targets=targets),
+        *_on_views("APGD-T", "apgd-t", other_views, share=1 / 32, targets=targets),
+        *_on_views("FAB-T", "fab-t", [context.best_view], share=1 / 32),
+        *_on_views("Square", "square", [LOGITS], share=1 / 32),
     ]
 
 
 def _full(context: SuiteContext) -> list[AttackSpec]:
-    """Return `standard` without early stopping, with more restarts, minimal-norm and decision-based attacks."""
+    """Return `standard` on all survivors, with more restarts, minimal-norm and decision-based attacks."""
     return [
-        *(replace(spec, early_stopping=False) for spec in _standard(context)),
+        *_on_views("FGSM", "fgsm", context.logit_views),
+        *(replace(spec, share=1.0) for spec in _standard(context)),
         *_on_views("PGD-100", "pgd", context.logit_views, steps=100, restarts=5, early_stop=True),
         *_on_views("APGD-DLR", "apgd-dlr", context.logit_views),
         *_on_views("FMN", "fmn", context.logit_views),
@@ -156,8 +164,16 @@ def _full(context: SuiteContext) -> list[AttackSpec]:
         *_on_views("DDN", "ddn", context.logit_views),
         *_on_views("C&W", "cw", context.logit_views),
         *_on_views("JSMA", "jsma", [context.best_view]),
-        *_on_views("ZOO", "zoo", [LOGITS], early_stopping=True),
-        *_on_views("HopSkipJump", "hopskipjump", [LOGITS], early_stopping=True),
+        *_on_views("ZOO", "zoo", [LOGITS], share=1 / 8),
+        *_on_views("HopSkipJump", "hopskipjump", [LOGITS], share=1 / 8),
+    ]
+
+
+def _autoattack(context: SuiteContext, version: Version) -> list[AttackSpec]:
+    """Return the members of a version of AutoAttack, in its order, with the code and the seed of its authors."""
+    return [
+        AttackSpec(label, "autoattack", options={"version": version, "members": (member,), "seed": context.seed})
+        for member, label in members(version).items()
     ]
 
 
@@ -195,10 +211,16 @@ _SUITES: dict[str, Suite] = {
     "published": Suite(_published(steps=40, step_size=2 / 255), probes=24),  # SVHN and CALTECH
     "published-mnist": Suite(_published(steps=100, step_size=0.1), probes=24),
     "pgd-100": Suite(_pgd_100, probes=24),
+    "autoattack": Suite(partial(_autoattack, version="standard"), probes=64, batch_size=250),
+    "autoattack-plus": Suite(partial(_autoattack, version="plus"), probes=64, batch_size=250),
+    "autoattack-rand": Suite(partial(_autoattack, version="rand"), probes=64, batch_size=250),
 }
 
 
-STRENGTH = ("full", "standard", "published-mnist", "published", "pgd-100", "quick", "first-look")
+STRENGTH = (
+    "full", "autoattack-plus", "standard", "autoattack", "autoattack-rand", "published-mnist", "published", "pgd-100",
+    "quick", "first-look",
+)  # fmt: skip
 """Suites from the strongest to the weakest."""
 
 

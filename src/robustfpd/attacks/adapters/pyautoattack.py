@@ -15,7 +15,7 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
 from robustfpd.errors import InputError
 
-_LIBRARY_NORMS: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+LIBRARY_NORMS: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 @attack("square", access="scores", library="pyautoattack")
@@ -46,7 +46,7 @@ def square(
         x, y = images[surviving], labels[surviving]
         # The library does not count the first query, the random stripes.
         library_attack = SquareAttack(
-            _WithoutTies(classifier, x, classes), _LIBRARY_NORMS[norm], queries - 1, eps, p_init=0.8,
+            _WithoutTies(classifier, x, classes), LIBRARY_NORMS[norm], queries - 1, eps, p_init=0.8,
             device=images.device,
         )  # fmt: skip
         library_attack.random_int = _random_position
@@ -105,7 +105,7 @@ def _fab(
     ball = lp_ball(norm)
 
     def search(adapter: ClassifierAdapter, x: Tensor, y: Tensor) -> Tensor:
-        library_attack = FABAttack_PT(adapter, _LIBRARY_NORMS[norm], n_iter=steps, eps=eps, device=x.device)
+        library_attack = FABAttack_PT(adapter, LIBRARY_NORMS[norm], n_iter=steps, eps=eps, device=x.device)
         best = x.clone()
         # The library counts classes by rank, from 1 for the image's own.
         for rank in range(2, 2 + (1 if targets is None else min(targets, adapter.classes - 1))):
