@@ -1,94 +1,120 @@
-"""Cost of the suite `standard` relative to AutoAttack and the adaptive attacks on every image, in passes.
+"""Cost of the suite `standard` beside AutoAttack on networks with published robust accuracies, in passes.
 
-    python benchmarks/attack_cost.py mnist/mini-baseline --eps 0.1 --num-images 500 --data-root data
+    python -m benchmarks.attack_cost --side autoattack --weights WEIGHTS --data-root DATA
+    python -m benchmarks.attack_cost --side standard --weights WEIGHTS --data-root DATA
+    python -m benchmarks.attack_cost --document docs/attacks.md
 
-The reference runs each member of pyautoattack's `standard` and each of our adaptive attacks alone on all images; its
-worst case is over all of them. Images that are misclassified without an attack are not robust in both. Prints
-worst-case accuracies and forward passes; writes results/attack_cost/MODEL-EPS.json. Takes hours for an FPD.
+Writes results/attack_cost/NETWORK.json, in which both sides keep their place; prints the table of all files, and writes
+it between the marks of a page. AutoAttack takes two hours for all networks on one core, `standard` ten minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
+import time
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import tyro
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
-from torchvision.datasets import MNIST
 
 import robustfpd as rf
-from robustfpd.attacks.adaptive import LOGITS
+from benchmarks.reference_networks import NETWORKS, load_images, load_network
 from robustfpd.attacks.base import QueryCounter
-from robustfpd.evaluation import suites as suite
+from robustfpd.io import write_json
 from robustfpd.provenance import environment
-from robustfpd.rng import generator
 
-MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
-BATCH = 100
-
-
-def autoattack_on_all(
-    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, member: str
-) -> tuple[Tensor, int]:
-    """Return which images are robust to one member, and its forward passes."""
-    counter = QueryCounter(classifier)
-    attack = AutoAttack(counter, attacks=[member], norm="Linf", eps=eps, seed=0, version="custom")
-    attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as `standard` has it
-    adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=BATCH)
-    return _correct(classifier, adversarial, labels), counter.forward_passes
+FOLDER = Path("results/attack_cost")
+BATCH = 250  # AutoAttack's default
 
 
-def adaptive_on_all(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, int]:
-    """Return which images are robust to all adaptive attacks of `standard`, each run on all, and the forward passes."""
+def main(
+    side: Literal["autoattack", "standard"] | None = None,
+    only: str = ",".join(NETWORKS),
+    num_images: int = 500,
+    weights: Path = Path("weights"),
+    data_root: Path = Path("data"),
+    folder: Path = FOLDER,
+) -> None:
+    """Measure one side of the comparison, or print the table of what is measured.
 
-    def specs(target: suite.SuiteContext) -> list[suite.AttackSpec]:
-        return [p for p in suite.suite("standard").attacks(target) if p.view != LOGITS and p.attack != "fab-t"]
-
-    suite._SUITES["adaptive alone"] = suite.Suite(specs, probes=0)
-    record = rf.evaluate(classifier, (images, labels), suite="adaptive alone", eps=eps, every_attack=True)
-    robust = torch.ones(len(images), dtype=torch.bool)
-    robust[[row.image for row in record.ledger if row.outcome == "misclassified"]] = False
-    return robust, sum(attack.forward_passes for attack in record.attacks)
-
-
-@torch.no_grad()
-def _correct(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return torch.cat([classifier(x) for x in torch.split(images, BATCH)]).argmax(dim=1) == labels
-
-
-def main() -> None:
-    """Measure one model at one radius."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--eps", type=float, required=True)
-    parser.add_argument("--num-images", type=int, default=500)
-    parser.add_argument("--data-root", default="data")
-    arguments = parser.parse_args()
+    Args:
+        side: what to run; None prints the table.
+        only: names of networks, separated by commas.
+        num_images: test images per network, drawn as `evaluate` draws them with seed 0.
+        weights: folder of the reference networks' safetensors files.
+        data_root: folder of the data sets.
+        folder: folder of the results.
+    """
     torch.set_num_threads(1)
-    test = MNIST(arguments.data_root, train=False)
-    chosen = torch.randperm(len(test), generator=generator(0, "images"))[: arguments.num_images].sort().values
-    images, labels = (test.data[chosen].float() / 255).unsqueeze(1), test.targets[chosen]
-    classifier = rf.load(arguments.model).classifier().eval()
-    robust, passes = _correct(classifier, images, labels), {}
-    for member in MEMBERS:
-        survivors, passes[member] = autoattack_on_all(classifier, images, labels, arguments.eps, member)
-        robust &= survivors
-    survivors, passes["adaptive"] = adaptive_on_all(classifier, images, labels, arguments.eps)
-    robust &= survivors
-    record = rf.evaluate(classifier, (images, labels), suite="standard", eps=arguments.eps)
-    reference = {"robust": float(robust.float().mean()), "forward": sum(passes.values()), "members": passes}
-    ours = {"robust": record.robust_accuracy, "forward": record.forward_passes, "verdict": record.verdict.status}
-    total = sum(passes.values())
-    print(f"reference: {reference['robust']:.1%}, {total:,} images forward")
-    print(f"standard: {ours['robust']:.1%}, {record.forward_passes:,}: {record.forward_passes / total:.1%}")
-    path = Path("results/attack_cost") / f"{arguments.model.replace('/', '-')}-{arguments.eps:g}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"model": arguments.model, "eps": arguments.eps, "num_images": len(images)}
-    values = {**settings, "reference": reference, "standard": ours, "environment": environment()}
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    for name in only.split(",") if side else ():
+        reference = NETWORKS[name]
+        classifier = load_network(name, weights)
+        images, labels = load_images(reference.dataset, data_root, num_images)
+        run = run_autoattack if side == "autoattack" else run_standard
+        path = folder / f"{name.replace('/', '-')}.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        settings = {"network": name, "eps": reference.eps, "num_images": num_images}
+        result = run(classifier, images, labels, reference.eps)
+        write_json(path, {**found, **settings, side: result | {"environment": environment()}})
+        print(name, side, {k: v for k, v in result.items() if k != "robust_images"}, flush=True)
+
+
+def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
+    """Return the survivors of AutoAttack `standard`, and the passes and seconds of its members."""
+    logging.disable()
+    counter, members = QueryCounter(classifier), list[dict[str, Any]]()
+    with torch.no_grad():
+        robust = torch.cat([classifier(x).argmax(dim=1) for x in images.split(BATCH)]) == labels
+    clean = int(robust.sum())
+    for member in ("apgd-ce", "apgd-t", "fab-t", "square"):
+        attack = AutoAttack(counter, attacks=[member], norm="Linf", eps=eps, seed=0, version="custom")
+        attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as version `standard` sets them
+        left, start = torch.nonzero(robust).flatten(), time.perf_counter()
+        counter.reset()
+        adversarial, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=BATCH)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            predictions = torch.cat([classifier(x).argmax(dim=1) for x in adversarial.split(BATCH)])
+        robust[left] = predictions == labels[left]
+        members.append({
+            "member": member, "robust": int(robust.sum()), "forward": counter.forward_passes,
+            "backward": counter.backward_passes, "seconds": round(seconds, 1),
+        })  # fmt: skip
+        print(members[-1], flush=True)
+    return {
+        "clean": clean, "robust": int(robust.sum()), **_totals(members), "members": members,
+        "robust_images": torch.nonzero(robust).flatten().tolist(),
+    }  # fmt: skip
+
+
+def run_standard(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
+    """Return the survivors of the suite `standard`, and its passes and seconds, checks included."""
+    start = time.perf_counter()
+    record = rf.evaluate(classifier, (images, labels), suite="standard", eps=eps, seed=0)
+    seconds = time.perf_counter() - start
+    found = {row.image for row in record.ledger if row.outcome == "misclassified"}
+    wrong = {row.image for row in record.ledger if row.attack == "clean" and row.label != row.clean_prediction}
+    members = [
+        {"member": a.attack, "attacked": a.attacked, "found": a.misclassified, "forward": a.forward_passes,
+         "backward": a.backward_passes, "seconds": round(a.seconds, 1)}
+        for a in record.attacks
+    ]  # fmt: skip
+    return {
+        "clean": record.clean.count, "robust": record.worst_case[-1].robust.count,
+        "forward": record.forward_passes, "backward": record.backward_passes, "seconds": round(seconds, 1),
+        "verdict": record.verdict.status, "reasons": list(record.verdict.reasons), "members": members,
+        "checks": record.check_forward_passes + record.check_backward_passes,
+        "robust_images": [i for i in range(len(images)) if i not in found and i not in wrong],
+    }  # fmt: skip
+
+
+def _totals(members: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: round(sum(m[key] for m in members), 1) for key in ("forward", "backward", "seconds")}
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
