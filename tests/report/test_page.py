@@ -9,7 +9,8 @@ import pytest
 from robustfpd.config import RunConfig, recipe
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord, Proportion, WorstCase
-from robustfpd.report.metrics import format_eps, worst_case_confusion
+from robustfpd.evaluation.robustness import format_eps
+from robustfpd.report.metrics import worst_case_confusion
 from robustfpd.report.page import (
     Column,
     Report,

@@ -81,6 +81,7 @@ def demo(
     title = "Feature Pyramid Decoder and undefended baselines on digits"
     page = write_report(out / "report.html", report_on([read(folder) for folder in folders], title=title))[0]
     output.print(comparison_table(records))
+    output.print_wrapped(f"FPD: {records[0].headline}")
     output.print_wrapped(comparison_sentence(records) or "")
     output.print(f"report: {page}", "try next:")
     output.print(
@@ -93,6 +94,7 @@ def demo(
         {
             "folder": str(folder), "model_name": record.model_name, "clean": record.clean_accuracy,
             "worst_case": [{"eps": w.eps, "accuracy": w.robust.value} for w in record.worst_case],
+            "robustness": record.robustness.model_dump(mode="json"), "verdict": record.verdict.status,
         }
         for folder, record in zip(folders, records, strict=True)
     ]  # fmt: skip

@@ -43,6 +43,7 @@ def evaluate(
     strict: bool = False,
     split: Literal["test", "validation"] = "test",
     space: Literal["pixels", "normalised"] | None = None,
+    certified_accuracy: tuple[float, ...] = (),
     images: DataFlags = DataFlags(),  # noqa: B008
     seed: int | None = None,
     every_attack: bool = False,
@@ -52,7 +53,9 @@ def evaluate(
     dry_run: bool = False,
     output: Output = Output(),  # noqa: B008
 ) -> None:
-    """Attack a classifier; print clean and worst-case accuracy over eps with 95 % intervals, and a verdict.
+    """Attack a classifier; print clean and robust accuracy over eps with 95 % intervals, and a verdict.
+
+    The output answers two questions: is the model robust, and is the measurement reliable?
 
     Results are written during the evaluation: repeat the command to resume an interrupted evaluation. With
     torchrun or SLURM, as in `torchrun --nproc-per-node 4 -m robustfpd evaluate ...`, the images are sharded.
@@ -72,6 +75,8 @@ def evaluate(
         split: which images; choose settings on validation, the images held out of training.
         space: where eps is measured: pixels of [0, 1], or normalised as in the published CALTECH evaluation; default
             the recipe's.
+        certified_accuracy: fraction of images that a certificate proves robust, one that holds at all eps or one for
+            each; the verdict is `broken` if attacks leave less.
         seed: seed of the choice of images and of the attacks; default the run's.
         every_attack: run every attack on every image, for an accuracy per attack; more expensive.
         batch_size: images per forward pass; default at most 64 on a CPU, a block (at most 256) on a GPU. It is
@@ -102,18 +107,20 @@ def evaluate(
             if group.is_main:
                 _dry_run(output, target, data_config, plan, split, list(others), chosen, batch_size)
             return
-        from robustfpd.report.metrics import evaluation_table, verdict_text
+        from robustfpd.report.metrics import answers_text, evaluation_table
 
         options = _load(target, data_config, plan, split, others, chosen)
     options |= plan.model_dump(include={"suite", "eps", "norm", "num_images"}) | {
         "seed": config.seed if seed is None else seed, "every_attack": every_attack,
         "batch_size": batch_size or "auto", "search_precision": search_precision,
+        "certified_accuracy": certified_accuracy or None,
     }  # fmt: skip
     record, path = _evaluate(output, target.results, _record_name(data_config, plan, split), options)
     output.print(evaluation_table(record))
     if plan.divide_by is not None:
         output.print(_divided(record, plan.divide_by))
-    output.print(verdict_text(record))
+    output.print(answers_text(record))
+    output.print(f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
     output.print(f"record: {path}", "        each image and attack in the .ledger.csv beside it")
     reported = target.path if target.kind == "run" else target.results
     output.print(f"next: {program()} report {shlex.quote(str(reported))}")
@@ -151,6 +158,7 @@ def _load(
     return {
         "classifier": attacked.to(device), "data": data, "model_name": name, "surrogates": networks,
         "class_names": class_names,
+        "dataset": data_config.dataset if (split, plan.space) == ("test", "pixels") else "",
     }  # fmt: skip
 
 
@@ -292,6 +300,7 @@ def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
         "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
         "num_images": record.num_images, "clean": accuracy(record.clean),
         "worst_case": [{"eps": worst.eps, **accuracy(worst.robust)} for worst in record.worst_case],
+        "headline": record.headline, "robustness": record.robustness.model_dump(mode="json"),
         "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},
         "forward_passes": record.forward_passes, "backward_passes": record.backward_passes, "path": str(path),
     }  # fmt: skip

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def models(output: Output = Output()) -> None:  # noqa: B008
     """List the trained networks that come with robustfpd, whose names `robustfpd evaluate` and `rf.load` take.
 
-    Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius.
+    Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius. The last line says
+    whether the model is robust at the largest radius, and whether the measurement is reliable.
 
     For example `robustfpd models`, or `robustfpd models --json`.
     """
@@ -51,7 +52,9 @@ def _record(model: ZooModel, folder: Path | None) -> EvaluationRecord | None:
     if results is None or folder is None:
         return None
     path = folder / results.name
-    return EvaluationRecord.load(path) if path.is_file() and digest(path) == results.sha256 else None
+    if not path.is_file() or digest(path) != results.sha256:
+        return None
+    return EvaluationRecord.load(path).model_copy(update={"dataset": model.dataset})  # not in older records
 
 
 def _accuracy(record: EvaluationRecord | None) -> str:
@@ -59,7 +62,8 @@ def _accuracy(record: EvaluationRecord | None) -> str:
     if record is None:
         return "not downloaded"
     rows = [("clean", record.clean), *((f"{record.norm} {w.eps:.3g}", w.robust) for w in record.worst_case)]
-    return "\n".join(f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows)
+    lines = [f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows]
+    return "\n".join([*lines, f"{record.robustness.level}; {record.verdict.status}"])
 
 
 def _measured(record: EvaluationRecord | None) -> dict[str, Any] | None:
@@ -69,5 +73,6 @@ def _measured(record: EvaluationRecord | None) -> dict[str, Any] | None:
     worst = record.worst_case[-1]
     return {
         "norm": record.norm, "eps": worst.eps, "num_images": record.num_images, "clean": record.clean_accuracy,
-        "robust": worst.robust.value,
+        "robust": worst.robust.value, "robustness": record.robustness.model_dump(mode="json"),
+        "verdict": record.verdict.status,
     }  # fmt: skip

@@ -50,7 +50,7 @@ def report(
     for run in runs:
         resolve(run)
     from robustfpd.report.html import write_report
-    from robustfpd.report.page import report_on
+    from robustfpd.report.page import report_on, robustness_of
     from robustfpd.report.sources import read
 
     sources = [read(run) for run in runs]
@@ -64,7 +64,8 @@ def report(
         {
             "name": c.name, "suite": c.record.suite, "norm": c.record.norm, "clean_accuracy": c.record.clean_accuracy,
             "robust_accuracy": {repr(w.eps): w.robust.value for w in c.record.worst_case},
-            "verdict": c.record.verdict.status,
+            "verdict": c.record.verdict.status, "headline": c.record.headline,
+            "robustness": robustness_of(c, made.columns).model_dump(mode="json"),
         }
         for c in made.columns
     ]  # fmt: skip
@@ -90,14 +91,12 @@ def _baseline(source: Source) -> list[Source]:
 
 
 def _print_summary(output: Output, made: Report, files: list[Path]) -> None:
-    from robustfpd.report.page import STATUS_SENTENCES, comparison_sentence, verdict_sentence
+    from robustfpd.report.metrics import answers_text
+    from robustfpd.report.page import comparison_sentence, robustness_of, verdict_sentence
 
     if made.first is not None:
-        verdict = made.first.record.verdict
-        sentences = f"{verdict_sentence(made.first.record)} {STATUS_SENTENCES[verdict.status]}"
-        output.print_wrapped(f"{verdict.status}: {sentences}")
-        for reason in verdict.reasons:
-            output.print_wrapped(f"- {reason}")
+        output.print_wrapped(verdict_sentence(made.first.record))
+        output.print(answers_text(made.first.record, robustness_of(made.first, made.columns)))
         compared = comparison_sentence([c.record for c in made.columns])
         if compared:
             output.print_wrapped(compared)

@@ -21,11 +21,13 @@ from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import checks, inputs, suites
 from robustfpd.evaluation.attack_runner import AttackRunner, forward_passes
+from robustfpd.evaluation.checks import contradictions
 from robustfpd.evaluation.gallery import Gallery, gallery_folder
 from robustfpd.evaluation.inputs import Data, EvaluationData, check_count, check_module, device_of, fingerprint
 from robustfpd.evaluation.ledger import Ledger, OtherEvaluation, is_unfinished
 from robustfpd.evaluation.loop import EvaluationLoop, EvaluationObserver, EvaluationSettings, SearchPrecision
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
+from robustfpd.evaluation.robustness import guessing_accuracy
 from robustfpd.evaluation.suites import SuiteContext
 from robustfpd.provenance import environment, weights_sha256
 
@@ -48,9 +50,11 @@ def evaluate(
     record_name: str = "record",
     class_names: Sequence[str] = (),
     gallery: int = 30,
+    dataset: str = "",
+    certified_accuracy: float | Sequence[float] | None = None,
     observer: EvaluationObserver | None = None,
 ) -> EvaluationRecord:
-    """Attack a classifier; return clean and robust accuracy, and a verdict on whether they can be trusted.
+    """Attack a classifier; return how robust it is, and a verdict on whether the measurement is reliable.
 
     An image that was misclassified under one attack or at a smaller radius is not attacked again: the smaller
     perturbation lies in the larger ball. Adaptive attacks are added if the classifier is an FPD.
@@ -80,6 +84,9 @@ def evaluate(
         record_name: file name of the record in `out_dir`, without `.json`.
         class_names: names of the K classes for reports; empty for numbers.
         gallery: number of misclassified and of robust images to save as pictures in `out_dir` for a report.
+        dataset: name of the data set if these are its test images, such as `cifar10`, for the best published number.
+        certified_accuracy: fraction of images that a certificate proves robust, one that holds at all radii or one for
+            each; the verdict is `broken` if attacks leave less.
         observer: callbacks for a live display.
 
     Raises:
@@ -94,6 +101,7 @@ def evaluate(
             tuple(class_names),
         )  # fmt: skip
         _check_settings(settings)
+        certified = inputs.check_certified(certified_accuracy, eps, settings.radii)
         check_count("gallery", gallery, least=0)
         samples = inputs.gather(data, num_images, seed)
         device = device_of(classifier, samples.images)
@@ -109,7 +117,7 @@ def evaluate(
 
     path = None if out_dir is None else Path(out_dir) / f"{record_name}.json"
     ledger = Ledger()
-    opened = group.run_on_main(lambda: _open(path, settings.sha256, identity, ledger))
+    opened = group.run_on_main(lambda: _open(path, settings.sha256, identity, ledger, certified))
     if isinstance(opened, OtherEvaluation):
         raise opened
     if opened is not None:
@@ -131,8 +139,11 @@ def evaluate(
     loop = EvaluationLoop(settings, runner, others, ledger, group, observer or EvaluationObserver(), pictures)
     with evaluating(classifier), _without_autocast(device):
         record = loop.run(input_checks, forward)
-    group.run_on_main(lambda: _save(record, path, ledger))
-    return group.broadcast(record)
+    guessing = guessing_accuracy(samples.labels.tolist(), num_classes)
+    record = record.model_copy(
+        update={"dataset": dataset, "guessing": guessing, "certified_accuracy": certified}
+    )  # fmt: skip
+    return group.run_on_main(lambda: _save(record, path, ledger))
 
 
 def _check_launch(group: ProcessGroup) -> None:
@@ -202,12 +213,14 @@ def _without_autocast(device: torch.device) -> Iterator[None]:
 
 
 def _open(
-    path: Path | None, sha256: str, identity: Mapping[str, Any], ledger: Ledger
+    path: Path | None, sha256: str, identity: Mapping[str, Any], ledger: Ledger, certified: tuple[float, ...]
 ) -> EvaluationRecord | OtherEvaluation | None:
     """Return the finished record at `path`; without one, open the ledger. Another evaluation's files are returned."""
     try:
         record = _finished(path, sha256, identity)
-        if record is None and path is not None:
+        if path is not None:
+            if record is not None:
+                return _judge_again(record, path, certified)
             ledger.open(path.with_suffix(LEDGER), identity)
         return record
     except OtherEvaluation as other:
@@ -234,7 +247,20 @@ def _finished(path: Path | None, sha256: str, identity: Mapping[str, Any]) -> Ev
     return record
 
 
-def _save(record: EvaluationRecord, path: Path | None, ledger: Ledger) -> None:
+def _judge_again(record: EvaluationRecord, path: Path, certified: tuple[float, ...]) -> EvaluationRecord:
+    """Compare a finished record with the records beside it now, and with the certified accuracy if one is given."""
+    changed = record.model_copy(update={"certified_accuracy": certified or record.certified_accuracy})
+    changed = contradictions.judged(changed, contradictions.read_beside(changed, path))
+    if (changed.certified_accuracy, changed.verdict.status) != (record.certified_accuracy, record.verdict.status):
+        changed.save(path)
+    return changed
+
+
+def _save(record: EvaluationRecord, path: Path | None, ledger: Ledger) -> EvaluationRecord:
+    """Compare the record with those beside it, write it, and return it with the outcome."""
+    others = [] if path is None else contradictions.read_beside(record, path)
+    record = contradictions.judged(record, others)
     if path is not None:
         record.save(path)
         ledger.finish()
+    return record

@@ -139,6 +139,36 @@ def check_radii(eps: float | Sequence[float], norm: Norm) -> tuple[float, ...]:
     return tuple(radii)
 
 
+def check_certified(
+    certified: float | Sequence[float] | None, eps: float | Sequence[float], radii: Sequence[float]
+) -> tuple[float, ...]:
+    """Return the certified accuracy at each radius, smallest first; empty if there is none.
+
+    Args:
+        certified: a fraction, which holds at all radii, or one for each radius of `eps`.
+        eps: radius or radii as given.
+        radii: the same, checked, smallest first.
+
+    Raises:
+        InputError: not a fraction, or not one for each radius.
+    """
+    if certified is None:
+        return ()
+    values = list(certified) if isinstance(certified, Iterable) else [certified]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(f"certified_accuracy must be a fraction in [0, 1], found {value!r}; 65 % is 0.65")
+    if len(values) == 1:
+        return tuple(map(float, values * len(radii)))
+    given = list(eps) if isinstance(eps, Iterable) else [eps]
+    if len(values) != len(given):
+        raise InputError(
+            f"certified_accuracy must be one fraction, or one for each of the {len(given)} radii, found {len(values)}"
+        )
+    by_radius = {float(radius): float(value) for radius, value in zip(given, values, strict=True)}
+    return tuple(by_radius[radius] for radius in radii)
+
+
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """Raise an InputError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
-from robustfpd.evaluation.ledger import LedgerRow, read_rows, write_rows
+from robustfpd.evaluation.ledger import CLEAN, LedgerRow, read_rows, write_rows
+from robustfpd.evaluation.robustness import Robustness, best_published, guessing_accuracy, level
 from robustfpd.io import write_json, writing
 
 FORMAT = 3
+DERIVED = ("headline", "robustness")
+"""Properties that are written to the JSON for its readers, and not read back."""
 LEDGER = ".ledger.csv"
 CheckOutcome = Literal["passed", "suspicious", "failed", "skipped"]
 Status = Literal["trusted", "suspect", "broken"]
@@ -35,7 +40,7 @@ class Check(Config):
 
 
 class Verdict(Config):
-    """Conclusion from all checks of an evaluation."""
+    """Answer to "is the measurement reliable?", from all checks of an evaluation."""
 
     status: Status
     """`broken` if a check failed, `suspect` if one is suspicious, `trusted` otherwise."""
@@ -145,7 +150,7 @@ class EvaluationRecord(Config):
     """SHA-256 of the classifier's weights; None if they cannot be read as bytes."""
     environment: dict[str, Any]
     verdict: Verdict
-    """Whether the robust accuracy can be trusted."""
+    """Whether the robust accuracy can be trusted; `robustness` answers whether the model is robust."""
     check_forward_passes: int = 0
     """Images that went forward for checks and preparation."""
     check_backward_passes: int = 0
@@ -155,6 +160,17 @@ class EvaluationRecord(Config):
     """Names of the K classes; empty if unknown."""
     settings_sha256: str
     """SHA-256 of all settings that decide the result."""
+    dataset: str = ""
+    """Name of the data set whose test images these are, for the best published number; empty if unknown."""
+    guessing: float | None = None
+    """Accuracy of guessing, 1/K or the share of the most frequent label, whichever is larger; None in older records."""
+    certified_accuracy: tuple[float, ...] = ()
+    """Certified accuracy by radius, a fraction, as given to `evaluate`; empty without one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_derived(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if k not in DERIVED} if isinstance(values, dict) else values
 
     @property
     def forward_passes(self) -> int:
@@ -181,11 +197,33 @@ class EvaluationRecord(Config):
         """Fraction of images that survive every attack at the largest radius; see `worst_case` for other radii."""
         return self.worst_case[-1].robust.value
 
+    @property
+    def robustness(self) -> Robustness:
+        """Answer to "is the model robust?" at the largest radius."""
+        worst, clean, guessing = self.worst_case[-1], self.clean, self.guessing
+        if guessing is None:
+            labels = [row.label for row in self.ledger if row.attack == CLEAN]
+            guessing = guessing_accuracy(labels, len(self.class_names))
+        reached = level(
+            robust=worst.robust.value, low=worst.robust.low, clean=clean.value, images=clean.total, eps=worst.eps,
+            guessing=guessing, status=self.verdict.status,
+        )  # fmt: skip
+        return Robustness(
+            level=reached, norm=self.norm, eps=worst.eps, accuracy=worst.robust.value, clean_accuracy=clean.value,
+            guessing=guessing, published=best_published(self.dataset, self.norm, worst.eps),
+        )  # fmt: skip
+
+    @property
+    def headline(self) -> str:
+        """Both answers in sentences: is the model robust, and is the measurement reliable?"""
+        return self.robustness.headline(next(iter(self.verdict.reasons), None))
+
     def save(self, path: Path) -> Path:
         """Write JSON, and the ledger as CSV beside it; return the JSON's path."""
+        derived = {"headline": self.headline, "robustness": self.robustness.model_dump(mode="json")}
         with writing(path):
             write_rows(path.with_suffix(LEDGER), self.ledger)
-            write_json(path, self.model_dump(mode="json", exclude={"ledger"}))
+            write_json(path, {**derived, **self.model_dump(mode="json", exclude={"ledger"})})
         return path
 
     @classmethod

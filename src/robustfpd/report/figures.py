@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import LossLandscape
-from robustfpd.report.metrics import NORM_NAMES, attack_metrics
+from robustfpd.evaluation.robustness import NORM_NAMES
+from robustfpd.report.metrics import attack_metrics
 from robustfpd.training import EpochMetrics
 
 COLOURS = ("#2f7fc1", "#d1495b", "#2a9461", "#9a6fb0", "#b9751b", "#6b7f8c")

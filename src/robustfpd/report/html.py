@@ -15,6 +15,7 @@ from markupsafe import Markup
 from robustfpd.errors import InputError
 from robustfpd.evaluation.gallery import gallery_folder
 from robustfpd.evaluation.record import Check
+from robustfpd.evaluation.robustness import NORM_NAMES, format_eps
 from robustfpd.io import write_text, writing
 from robustfpd.report import figures, metrics, page
 from robustfpd.report.thumbnails import thumbnails
@@ -56,11 +57,13 @@ def render(report: page.Report) -> str:
     environment.filters["quoted"] = _quoted
     records = [c.record for c in report.columns]
     config = report.sources[0].config
+    robustness = page.robustness_of(report.columns[0], report.columns) if records else None
     return environment.get_template("report.html").render(
         report=report,
         first=report.first,
-        eps=metrics.format_eps,
-        norms=metrics.NORM_NAMES,
+        eps=format_eps,
+        norms=NORM_NAMES,
+        level=lambda level: f"level-{level.replace(' ', '-')}",
         percent=lambda value: f"{100 * value:.1f} %",
         number=lambda value: "" if value is None else f"{value:.4g}",
         attack_metrics=metrics.attack_metrics,
@@ -69,6 +72,8 @@ def render(report: page.Report) -> str:
         style=(HERE / "report.css").read_text(encoding="utf-8"),
         script=(HERE / "report.js").read_text(encoding="utf-8"),
         sentence=page.verdict_sentence(records[0]) if records else None,
+        robustness=robustness,
+        references=robustness and metrics.reference_accuracies(records[0], robustness),
         comparison=page.comparison_sentence(records) if records else None,
         checks=_checks(report.columns),
         meanings=check_meanings(),

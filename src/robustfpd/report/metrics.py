@@ -16,9 +16,11 @@ from sklearn.metrics import confusion_matrix
 
 from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow
 from robustfpd.evaluation.ledger import CLEAN
+from robustfpd.evaluation.robustness import Robustness
 
-NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-STATUS_STYLES = {"trusted": "green", "suspect": "yellow", "broken": "red"}
+STATUS_STYLES = {"trusted": "bold", "suspect": "bold yellow", "broken": "bold red"}
+"""Of the verdict on the measurement: green belongs to a robust model."""
+LEVEL_STYLES = {"robust": "bold green", "partly robust": "bold", "not robust": "bold red", "unknown": "bold"}
 COLUMNS = (
     "run", "suite", "norm", "eps", "attack", "images", "attacked", "misclassified", "accuracy", "low", "high",
     "median_norm", "median_queries", "passes", "seconds", "failed", "skipped", "verdict",
@@ -86,13 +88,6 @@ def class_name(record: EvaluationRecord, number: int) -> str:
     return record.class_names[number] if number < len(record.class_names) else str(number)
 
 
-def format_eps(eps: float) -> str:
-    """Return a radius as text: `0.1`, or `8/255`."""
-    levels = eps * 255
-    is_level = abs(levels - round(levels)) < 1e-6 and len(f"{eps:.6g}") > 5
-    return f"{round(levels)}/255" if is_level else f"{eps:.4g}"
-
-
 def evaluation_table(record: EvaluationRecord) -> Table:
     """Return clean and worst-case accuracy by radius with intervals, and each attack's result."""
     title = f"{record.model_name}: {record.num_images} images, {record.norm}, suite {record.suite}"
@@ -113,23 +108,54 @@ def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
     rows += [(f"{w.eps:.3g}", [r.worst_case[i].robust for r in records]) for i, w in enumerate(first.worst_case)]
     for eps, cells in rows:
         table.add_row(eps, *(f"{100 * p.value:.1f} [{100 * p.low:.0f}, {100 * p.high:.0f}]" for p in cells))
+    table.add_section()
+    table.add_row("robust?", *(_level_text(r.robustness) for r in records))
+    table.add_row("reliable?", *(Text(r.verdict.status, STATUS_STYLES[r.verdict.status]) for r in records))
     return table
 
 
+def answers_text(record: EvaluationRecord, robustness: Robustness | None = None) -> Text:
+    """Return the headline, and the answers to "is the model robust?" and "is the measurement reliable?".
+
+    Args:
+        record: the evaluation.
+        robustness: default the record's; a report's has the baseline.
+    """
+    robustness = robustness or record.robustness
+    text = Text(f"{record.headline}\n\n", style="bold")
+    lines = Text("Is the model robust? ", style="").append_text(_level_text(robustness))
+    lines.append("".join(f"\n  {name}: {value}" for name, value in reference_accuracies(record, robustness)))
+    return Text("").append_text(text).append_text(lines).append("\n").append_text(verdict_text(record))
+
+
+def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> list[tuple[str, str]]:
+    """Return the robust accuracy and what it compares with, as names and texts."""
+    rows = [("robust accuracy", str(record.worst_case[-1].robust)), ("clean accuracy", str(record.clean))]
+    if robustness.guessing is not None:
+        rows.append(("guessing", f"{100 * robustness.guessing:.1f} %"))
+    if robustness.baseline is not None:
+        b = robustness.baseline
+        rows.append((f"baseline {b.name}", f"{100 * b.accuracy:.1f} % [{100 * b.low:.1f}, {100 * b.high:.1f}]"))
+    if robustness.published is not None:
+        published = robustness.published
+        rows.append(("best published", f"{100 * published.accuracy:.2f} % ({published.source})"))
+    return rows
+
+
 def verdict_text(record: EvaluationRecord) -> Text:
-    """Return the verdict, evidence and fix of each check that failed or is suspicious, and the number of passes."""
+    """Return the verdict on the measurement, and evidence and fix of each check that failed or is suspicious."""
     verdict = record.verdict
     passed = sum(c.outcome == "passed" for c in verdict.checks)
     skipped = [c.name for c in verdict.checks if c.outcome == "skipped"]
     not_applicable = f", not applicable: {', '.join(skipped)}" if skipped else ""
-    text = Text("verdict: ").append(verdict.status, style=f"bold {STATUS_STYLES[verdict.status]}")
+    text = Text("Is the measurement reliable? ").append(verdict.status, style=STATUS_STYLES[verdict.status])
     text.append(f" ({passed} of {len(verdict.checks)} checks passed{not_applicable})")
     unsettled = [c for c in verdict.checks if c.outcome in ("failed", "suspicious")]
     for check in sorted(unsettled, key=lambda c: c.outcome):  # failed ones first
         text.append(f"\n  {check.name}: {check.evidence}")
         if check.fix:
             text.append(f"\n    → {check.fix}", style="bold")
-    return text.append(f"\npasses: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
+    return text
 
 
 def csv_text(records: Iterable[EvaluationRecord]) -> str:
@@ -151,6 +177,10 @@ def csv_text(records: Iterable[EvaluationRecord]) -> str:
         for metrics in attack_metrics(record):
             writer.writerow({**common, **vars(metrics.result), **vars(metrics)})
     return buffer.getvalue()
+
+
+def _level_text(robustness: Robustness) -> Text:
+    return Text(robustness.level, LEVEL_STYLES[robustness.level])
 
 
 def _result(result: AttackResult) -> str:

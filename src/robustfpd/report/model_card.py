@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from robustfpd.config import RunConfig, load_run
 from robustfpd.errors import unknown_name
 from robustfpd.evaluation import EvaluationRecord
+from robustfpd.evaluation.robustness import NORM_NAMES, format_eps
 from robustfpd.models import load, zoo
 from robustfpd.models.checkpoint import WEIGHTS
-from robustfpd.report.metrics import NORM_NAMES, format_eps
 from robustfpd.report.sources import evaluation_command, training_command
 
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from robustfpd.errors import InputError, unknown_name
 from robustfpd.evaluation import EvaluationRecord
-from robustfpd.report.metrics import NORM_NAMES, class_name, format_eps, worst_case_confusion
+from robustfpd.evaluation.checks import contradictions
+from robustfpd.evaluation.robustness import NORM_NAMES, BaselineAccuracy, Robustness, format_eps
+from robustfpd.report.metrics import class_name, worst_case_confusion
 from robustfpd.report.sources import Source, StoredEvaluation, evaluation_command, flatten, training_command
 
 STATUS_SENTENCES = {
-    "trusted": "No check found a reason to doubt this number.",
-    "suspect": "Do not rely on this number yet: a check found evidence against it.",
-    "broken": "This number means nothing: a check failed.",
+    "trusted": "No check found a reason to doubt the robust accuracy. This is not an answer to whether it is high.",
+    "suspect": "Do not rely on the robust accuracy: a check found evidence that it is too high.",
+    "broken": "The robust accuracy means nothing: a check failed.",
 }
 MAX_CONFUSIONS = 10
 
@@ -69,6 +71,7 @@ def report_on(
     Raises:
         InputError: runs were evaluated, but none with that suite and norm.
     """
+    sources = _judged(sources)
     problems = [problem for source in sources for problem in source.problems]
     matching = [
         [e for e in s.evaluations if suite in (None, e.record.suite) and norm in (None, e.record.norm)] for s in sources
@@ -98,6 +101,19 @@ def report_on(
     return Report(heading, tuple(sources), tuple(columns), tuple(problems))
 
 
+def _judged(sources: Sequence[Source]) -> list[Source]:
+    """Return the sources with each record compared with the others of the same weights."""
+    stored = [(e.path.resolve(), e.record) for source in sources for e in source.evaluations]
+
+    def judged(evaluation: StoredEvaluation) -> StoredEvaluation:
+        others = [(path.stem, record) for path, record in stored if path != evaluation.path.resolve()]
+        others = list(contradictions.comparable(evaluation.record, others))
+        # A record's own check may have seen records that this report does not show.
+        return replace(evaluation, record=contradictions.judged(evaluation.record, others)) if others else evaluation
+
+    return [replace(source, evaluations=tuple(map(judged, source.evaluations))) for source in sources]
+
+
 def _kind(evaluation: StoredEvaluation) -> tuple[str, str]:
     return evaluation.record.suite, evaluation.record.norm
 
@@ -121,6 +137,25 @@ def _limits(columns: Sequence[Column]) -> list[str]:
         if [w.eps for w in other.record.worst_case] != [w.eps for w in columns[0].record.worst_case]:
             problems.append(f"{other.name} was attacked at other radii than {columns[0].name}")
     return problems
+
+
+def robustness_of(column: Column, columns: Sequence[Column]) -> Robustness:
+    """Return how robust a network is, beside its undefended baseline's robust accuracy if `columns` have it."""
+    record, config = column.record, column.source.config
+    eps = record.worst_case[-1].eps
+    if config is None or config.model.defence == "none":
+        return record.robustness
+    for other in columns:
+        undefended = other.source.config is not None and other.source.config.model.defence == "none"
+        robust = next((w.robust for w in other.record.worst_case if w.eps == eps), None)
+        if undefended and robust is not None and _same_images(record, other.record):
+            baseline = BaselineAccuracy(name=other.name, accuracy=robust.value, low=robust.low, high=robust.high)
+            return record.robustness.model_copy(update={"baseline": baseline})
+    return record.robustness
+
+
+def _same_images(a: EvaluationRecord, b: EvaluationRecord) -> bool:
+    return (a.data_sha256, a.norm) == (b.data_sha256, b.norm)
 
 
 def verdict_sentence(record: EvaluationRecord) -> str:

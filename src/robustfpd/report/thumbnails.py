@@ -12,7 +12,8 @@ from PIL import Image
 
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.gallery import GalleryImage, GalleryIndex, Picture
-from robustfpd.report.metrics import class_name, format_eps
+from robustfpd.evaluation.robustness import format_eps
+from robustfpd.report.metrics import class_name
 
 MAX_BYTES = 2_000_000
 """Of all pictures, as base64."""

@@ -6,7 +6,7 @@ To add a check: write a function that returns a `Check`, enter it below under it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from robustfpd.attacks.base import preserve_state, reproducible
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import attacks as attack_checks
 from robustfpd.evaluation.checks import gradients, inputs, outputs
-from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, run_check, skipped
+from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, is_random, run_check, skipped
 from robustfpd.evaluation.record import Check
 
 __all__ = ["NAMES", "AttackFindings", "CheckContext", "after_attacks", "before_attacks", "input_checks", "is_random"]
@@ -63,7 +63,7 @@ RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
 """Of the results of the suite's attacks."""
 NAMES = (
     *INPUT_CHECKS, *SETTING_CHECKS, *CLASSIFIER_CHECKS, *PROBE_CHECKS, *SURVIVOR_CHECKS, *RESULT_CHECKS,
-    "search-precision",
+    "search-precision", "contradictions",
 )  # fmt: skip
 """All checks of an evaluation, in the order of the verdict."""
 
@@ -101,8 +101,3 @@ def _probe_checks(context: CheckContext) -> list[Check]:
         reason = f"PGD-{attack_checks.STEPS} cannot be run: {first_line(error)}"
         return [skipped(name, reason) for name in PROBE_CHECKS]
     return [run_check(name, partial(check, context, by_pgd)) for name, check in PROBE_CHECKS.items()]
-
-
-def is_random(checks: Sequence[Check]) -> bool:
-    """Return whether the classifier's logits differ from pass to pass."""
-    return any(c.name == "randomised-outputs" and c.outcome == "suspicious" for c in checks)

@@ -46,6 +46,8 @@ FIXES = {
     "unchanged-state": "find the code that writes to parameters or buffers in evaluation mode, often batch statistics",
     "idle-attacks": "check the attack's settings, and that the classifier has gradients",
     "search-precision": "evaluate with search_precision=fp32",
+    "contradictions": "report the lower accuracy, and find which is wrong: repeat both with the same code and images; "
+    "compare norm, eps and pixel range with those of the certificate",
 }
 """What to do about each check of an evaluation that is not passed."""
 
@@ -108,6 +110,11 @@ def judge(
 def skipped(name: str, reason: str) -> Check:
     """Return a check that was not made."""
     return Check(name=name, outcome="skipped", evidence=reason)
+
+
+def is_random(checks: Sequence[Check]) -> bool:
+    """Return whether the classifier's logits differ from pass to pass."""
+    return any(c.name == "randomised-outputs" and c.outcome == "suspicious" for c in checks)
 
 
 def run_check(name: str, check: Callable[[], Check]) -> Check:
