@@ -1,4 +1,4 @@
-"""Evaluate any PyTorch classifier: robust accuracy over eps, and a verdict on whether to trust it.
+"""Evaluate any PyTorch classifier: is it robust, and is the measurement reliable?
 
 python examples/evaluate_my_model.py
 """
@@ -27,6 +27,8 @@ record = rf.evaluate(model.eval(), (images[1500:1564], labels[1500:1564]), suite
 print(f"clean accuracy {record.clean}")
 for worst in record.worst_case:
     print(f"robust accuracy at eps {worst.eps} {worst.robust}")
-print(f"verdict: {record.verdict.status}")
+print(record.headline)
+print(f"is the model robust? {record.robustness.level}")
+print(f"is the measurement reliable? {record.verdict.status}")
 for reason in record.verdict.reasons:
     print(f"- {reason}")

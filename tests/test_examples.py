@@ -29,7 +29,7 @@ def test_evaluate_my_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     run("evaluate_my_model.py", monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
     assert "robust accuracy at eps 0.1" in printed
-    assert "verdict: " in printed
+    assert "is the measurement reliable? " in printed
 
 
 def test_defend_my_model(

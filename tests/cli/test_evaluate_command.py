@@ -12,7 +12,7 @@ from robustfpd.cli import main
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.ledger import Ledger, LedgerRow
 from robustfpd.models.import_model import import_model
-from robustfpd.report.metrics import verdict_text
+from robustfpd.report.metrics import answers_text
 from robustfpd.report.paths import resolve_network
 
 MODULE = """
@@ -76,7 +76,8 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     main(["evaluate", "--model", "mynets:make", *FAST])
     out = capsys.readouterr().out
     assert "mynets:make: 40 images, linf, suite first-look" in out
-    assert "verdict: " in out
+    assert "Is the model robust? not robust" in out
+    assert "Is the measurement reliable? trusted" in out
     assert "images forward" in out
     record = EvaluationRecord.load(Path("runs/mynets-make-evaluation/digits-first-look-linf.json"))
     assert record.num_images == 40
@@ -116,15 +117,15 @@ def test_what_cannot_be_evaluated_is_an_error(
 
 def test_strict_ends_with_3_unless_the_number_can_be_trusted(capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", "--model", "mynets:make", *FAST, "--strict"])
-    assert "verdict: trusted" in capsys.readouterr().out
+    assert "The measurement is reliable." in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--model", "mynets:scaled", *FAST, "--strict"])
     assert ended.value.code == 3
     out = capsys.readouterr().out
-    assert "verdict: suspect" in out
+    assert "Is the measurement reliable? suspect" in out
     assert "vanishing-gradients: zero gradients" in out
     main(["evaluate", "--model", "mynets:scaled", *FAST])
-    assert "verdict: suspect" in capsys.readouterr().out
+    assert "measurement is not reliable" in capsys.readouterr().out
 
 
 def test_surrogates_are_attacked_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,16 +185,50 @@ def test_an_interrupted_evaluation_is_resumed(
     assert (folder / "digits-first-look-linf.json").read_bytes() == before
 
 
-def test_the_verdict_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", "--model", "mynets:scaled", *FAST])
+    out = capsys.readouterr().out
     record = EvaluationRecord.load(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json"))
-    text = str(verdict_text(record))
-    assert text.splitlines()[0].startswith("verdict: suspect (")
+    headline, _, *lines = str(answers_text(record)).splitlines()
+    assert headline == record.headline
+    assert lines[:4] == [
+        "Is the model robust? not robust",
+        f"  robust accuracy: {record.worst_case[0].robust}",
+        f"  clean accuracy: {record.clean}",
+        f"  guessing: {100 * (record.guessing or 0):.1f} %",
+    ]
+    assert lines[4].startswith("Is the measurement reliable? suspect (")
     suspicious = [check for check in record.verdict.checks if check.outcome == "suspicious"]
-    assert text.splitlines()[1:-1:2] == [f"  {reason}" for reason in record.verdict.reasons]
-    assert text.splitlines()[2:-1:2] == [f"    → {check.fix}" for check in suspicious]
-    assert text.splitlines()[-1] == (
-        f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward"
-    )
+    assert lines[5::2] == [f"  {reason}" for reason in record.verdict.reasons]
+    assert lines[6::2] == [f"    → {check.fix}" for check in suspicious]
+    assert all(line in out.splitlines() for line in (headline, *lines))
+    assert f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward" in out
     values = json.loads(Path("runs/mynets-scaled-evaluation/digits-first-look-linf.json").read_text())
     assert values["verdict"]["status"] == "suspect"
+
+
+def test_json_has_both_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--model", "mynets:make", *FAST, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    record = EvaluationRecord.load(Path(found["path"]))
+    assert (record.dataset, found["headline"]) == ("digits", record.headline)
+    assert found["robustness"] == record.robustness.model_dump(mode="json")
+    assert found["robustness"]["level"] == "not robust"
+    assert found["verdict"]["status"] == "trusted"
+
+
+def test_a_certified_accuracy_that_attacks_contradict_breaks_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", "--model", "mynets:make", *FAST])
+    assert "certified" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--model", "mynets:make", *FAST, "--certified-accuracy", "0.65", "--strict"])
+    assert ended.value.code == 3
+    out = " ".join(capsys.readouterr().out.split())
+    assert "is below the certified accuracy, 65.0 %" in out
+    assert "Is the measurement reliable? broken" in out
+    assert "65 % is 0.65" in _fails(capsys, "--model", "mynets:make", *FAST, "--certified-accuracy", "65")
+
+
+def test_only_test_images_in_pixels_have_a_published_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(run), "--split", "validation", "--num-images", "8", "--suite", "first-look", "--json"])
+    assert EvaluationRecord.load(Path(json.loads(capsys.readouterr().out)["path"])).dataset == ""

@@ -24,7 +24,8 @@ def test_one_run_is_reported_with_its_baseline_beside_it(runs: Path, capsys: pyt
     page = runs / "mine" / "report.html"
     assert f"report: {page}, also as report.csv" in said
     record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
-    assert f"{record.verdict.status}: " in said
+    assert record.headline in said
+    assert f"Is the measurement reliable? {record.verdict.status} (" in said
     text = page.read_text(encoding="utf-8")
     assert "mine-baseline" in text
     assert "Settings that differ" in text
@@ -53,6 +54,9 @@ def test_json_has_the_files_and_the_numbers(runs: Path, tmp_path: Path, capsys: 
     record = EvaluationRecord.load(runs / "mine" / "evaluation" / "first.json")
     assert found["runs"][0]["clean_accuracy"] == record.clean_accuracy
     assert list(found["runs"][0]["robust_accuracy"].values()) == [w.robust.value for w in record.worst_case]
+    assert found["runs"][0]["headline"] == record.headline
+    assert found["runs"][0]["robustness"]["baseline"]["name"] == found["runs"][1]["name"]
+    assert found["runs"][1]["robustness"]["baseline"] is None
     main(["report", str(runs / "mine"), "--quiet"])
     assert capsys.readouterr().out == ""
 

@@ -67,7 +67,8 @@ def test_records_that_agree_pass() -> None:
 def test_without_anything_to_compare_the_check_is_skipped() -> None:
     record = _record({0.1: range(20)})
     assert _check(record).outcome == "skipped"
-    for change in ({"weights_sha256": "x"}, {"data_sha256": "x"}, {"norm": "l2"}):
+    changes: tuple[dict[str, Any], ...] = ({"weights_sha256": "x"}, {"data_sha256": "x"}, {"norm": "l2"})
+    for change in changes:
         assert _check(record, _record({0.1: range(90)}, "quick", **change)).outcome == "skipped"
     unknown = _record({0.1: range(20)}, weights_sha256=None)
     assert _check(unknown, _record({0.1: range(90)}, "quick", weights_sha256=None)).outcome == "skipped"

@@ -167,3 +167,30 @@ def test_an_error_of_one_rank_ends_all(
     assert first.status == error
     assert first.value.startswith(message)
     assert second.status == "ReportedByOtherRank"  # the command line prints nothing for it
+
+
+def beside_a_contradiction(folder: Path) -> str:
+    """Evaluate beside a record that finds more adversarial examples at a smaller radius; only rank 0 may read it."""
+    from robustfpd.evaluation.checks import contradictions
+
+    if not ProcessGroup.current().is_main:
+        contradictions.read_beside = lambda record, path: 1 / 0  # type: ignore[assignment, return-value]
+    return _evaluate(Net(), folder).headline
+
+
+def test_rank_0_reads_the_records_beside_and_all_ranks_return_the_verdict(
+    single: tuple[dict[str, Any], int], tmp_path: Path
+) -> None:
+    other = EvaluationRecord(**{**single[0], "environment": {}, **_without_survivors(single[0])})
+    other.save(tmp_path / "other.json")
+    results = Ranks(beside_a_contradiction, tmp_path, 2).join()
+    assert [r.status for r in results] == ["done", "done"], results
+    assert results[0].value == results[1].value == EvaluationRecord.load(tmp_path / "record.json").headline
+    assert "measurement is not reliable (contradictions: " in results[0].value
+
+
+def _without_survivors(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of the same evaluation at a smaller radius under which no image is robust."""
+    attacks = [{**a, "seconds": 0.0} for a in values["attacks"]]
+    worst = {"eps": 0.005, "robust": {"count": 0, "total": 75, "low": 0.0, "high": 0.05}}
+    return {"worst_case": [worst], "attacks": attacks, "ledger": []}

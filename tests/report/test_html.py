@@ -98,7 +98,8 @@ def test_the_page_loads_nothing_and_is_well_formed(page: str) -> None:
 def test_every_part_of_a_real_evaluation_is_there(page: str) -> None:
     text = unescape(page)
     for part in (
-        "a small network classifies", "trusted", "clean accuracy", "worst-case robust accuracy, L∞ eps 0.1",
+        "a small network classifies", "Is the model robust?", "Is the measurement reliable?", "trusted", "guessing",
+        "clean accuracy", "worst-case robust accuracy, L∞ eps 0.1",
         "Misclassified under attack", "Robust: the attack", "Loss landscape", "Confusion matrix",
         "Seed 0, batches of 64",
         "The most frequent mistakes", "There are no training curves",
@@ -137,8 +138,8 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
         expected += [eps, *(str(Proportion.of(count, 200)) for count in counts)]
     start = cells.index(expected[0])
     assert cells[start : start + len(expected)] == expected
-    beside = ["FPD", "trusted", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
-    assert cells[5:10] == beside
+    beside = ["FPD", "partly robust", "trusted", str(Proportion.of(190, 200)), str(Proportion.of(60, 200)), "0.2"]
+    assert cells[6:12] == beside
     assert "75.0 % [68.6, 80.5]" in compared
     assert "Where they differ most, at eps 0.1, FPD reaches" in compared
     assert compared.count("<title>FPD and baselines: robustness report</title>") == 1
@@ -188,8 +189,8 @@ def test_a_report_is_a_page_and_a_csv_and_replaces_its_own_files(make_source: Ma
 def test_tables_hold_the_numbers(make_record: MakeRecord) -> None:
     records = [make_record("A", (150, 60)), make_record("B", (100, 10))]
     columns = [list(c.cells) for c in comparison_table(records).columns]
-    assert columns[0] == ["0 (clean)", "0.1", "0.2"]
-    assert columns[1] == ["95.0 [91, 97]", "75.0 [69, 80]", "30.0 [24, 37]"]
+    assert columns[0] == ["0 (clean)", "0.1", "0.2", "robust?", "reliable?"]
+    assert list(map(str, columns[1])) == ["95.0 [91, 97]", "75.0 [69, 80]", "30.0 [24, 37]", "partly robust", "trusted"]
     assert str(columns[2][2]).startswith("5.0 [")
     columns = [list(c.cells) for c in evaluation_table(records[0]).columns]
     assert columns[1] == [str(Proportion.of(k, 200)) for k in (190, 150, 60)]

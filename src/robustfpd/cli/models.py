@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def models(output: Output = Output()) -> None:  # noqa: B008
     """List the trained networks that come with robustfpd, whose names `robustfpd evaluate` and `rf.load` take.
 
-    Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius. The last line says
+    Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius. The last lines answer
     whether the model is robust at the largest radius, and whether the measurement is reliable.
 
     For example `robustfpd models`, or `robustfpd models --json`.
@@ -58,12 +58,13 @@ def _record(model: ZooModel, folder: Path | None) -> EvaluationRecord | None:
 
 
 def _accuracy(record: EvaluationRecord | None) -> str:
-    """Return clean and worst-case accuracy, one line each."""
+    """Return clean and worst-case accuracy and both answers, one line each."""
     if record is None:
         return "not downloaded"
     rows = [("clean", record.clean), *((f"{record.norm} {w.eps:.3g}", w.robust) for w in record.worst_case)]
     lines = [f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows]
-    return "\n".join([*lines, f"{record.robustness.level}; {record.verdict.status}"])
+    answers = f"{'robust?':<11} {record.robustness.level}", f"{'reliable?':<11} {record.verdict.status}"
+    return "\n".join([*lines, *answers])
 
 
 def _measured(record: EvaluationRecord | None) -> dict[str, Any] | None:

@@ -116,7 +116,7 @@ def guessing_accuracy(labels: Sequence[int], num_classes: int) -> float | None:
 
     Args:
         labels: of the images.
-        num_classes: number K of classes; 0 if unknown, then the labels tell how many there are at least.
+        num_classes: number K of classes; 0 if unknown, then the largest label decides.
     """
     classes = max(num_classes, 1 + max(labels, default=-1))
     if classes == 0:

@@ -135,7 +135,7 @@ def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> li
         rows.append(("guessing", f"{100 * robustness.guessing:.1f} %"))
     if robustness.baseline is not None:
         b = robustness.baseline
-        rows.append((f"baseline {b.name}", f"{100 * b.accuracy:.1f} % [{100 * b.low:.1f}, {100 * b.high:.1f}]"))
+        rows.append(("baseline", f"{100 * b.accuracy:.1f} % [{100 * b.low:.1f}, {100 * b.high:.1f}] ({b.name})"))
     if robustness.published is not None:
         published = robustness.published
         rows.append(("best published", f"{100 * published.accuracy:.2f} % ({published.source})"))
