@@ -9,6 +9,7 @@ import pytest
 
 from robustfpd.cli import main
 from robustfpd.config import recipe
+from robustfpd.evaluation import EvaluationRecord
 from robustfpd.models import zoo
 from robustfpd.report.paths import resolve_network
 
@@ -64,6 +65,9 @@ def test_the_table_fits_and_lists_what_was_measured(places: Path, capsys: pytest
         assert f"clean       {100 * clean['count'] / clean['total']:.1f} [{100 * clean['low']:.1f}, " in line
         assert f"linf 0.0314 {100 * robust['count'] / robust['total']:.1f} [{100 * robust['low']:.1f}, " in following
         assert "kB, checkout" in following
+        answers = EvaluationRecord.load(places / "models" / name / "results" / "first.json")
+        assert f"robust?     {answers.robustness.level}" in out
+        assert f"reliable?   {answers.verdict.status}" in out
     assert "FPD" in out
     for words in ("two-phase", "noise 0.2", "no defence", "adversarial", "eps 0.1"):
         assert words in out

@@ -17,7 +17,7 @@ from robustfpd.evaluation.checks import NAMES
 from robustfpd.evaluation.gallery import GalleryIndex
 from robustfpd.report import thumbnails
 from robustfpd.report.html import check_meanings, render, write_report
-from robustfpd.report.metrics import COLUMNS, comparison_table, csv_text, evaluation_table
+from robustfpd.report.metrics import COLUMNS, answers_text, comparison_table, csv_text, evaluation_table
 from robustfpd.report.page import report_on
 from robustfpd.report.sources import read
 
@@ -144,6 +144,36 @@ def test_every_network_is_named_with_its_numbers(compared: str) -> None:
     assert "Where they differ most, at eps 0.1, FPD reaches" in compared
     assert compared.count("<title>FPD and baselines: robustness report</title>") == 1
     assert "recipe of third net" in compared
+
+
+@pytest.mark.parametrize(
+    ("robust", "level", "style"),
+    [
+        ((0, 0), "not robust", "bold red"), ((150, 60), "partly robust", "bold"),
+        ((190, 180), "robust", "bold green"),
+    ],
+)  # fmt: skip
+def test_only_a_robust_model_is_green(
+    make_source: MakeSource, robust: tuple[int, ...], level: str, style: str
+) -> None:  # fmt: skip
+    report = report_on([make_source("net", robust)])
+    text = answers_text(report.columns[0].record)
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert (styles[level], styles["trusted"]) == (style, "bold")
+    page = render(report)
+    body = page[page.index("<body>") :]
+    assert set(re.findall(r'class="[^"]*level-([a-z-]+)', body)) == {level.replace(" ", "-")}
+    green = re.search(r"^(.*) \{ color: var\(--good\); \}", page, flags=re.MULTILINE)
+    assert green is not None
+    assert green.group(1) == ".level-robust"
+
+
+def test_the_headline_of_an_unreliable_measurement_says_so(make_source: MakeSource) -> None:
+    check = Check(name="single-step", outcome="suspicious", evidence="12 under FGSM only")
+    page = render(report_on([make_source("net", (190, 180), verdict=Verdict.of([check]))]))
+    headline = "Robust accuracy at most 90.0 % at L∞ 0.2: the measurement is not reliable (single-step: 12 under"
+    assert f'<p class="headline">{headline}' in page
+    assert "level-robust" not in page[page.index("<body>") :]
 
 
 def test_names_are_escaped(make_source: MakeSource) -> None:

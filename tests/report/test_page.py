@@ -19,6 +19,7 @@ from robustfpd.report.page import (
     frequent_confusions,
     repeat_commands,
     report_on,
+    robustness_of,
     verdict_sentence,
 )
 from robustfpd.report.sources import Source, StoredEvaluation
@@ -79,6 +80,42 @@ def test_a_suite_or_norm_without_an_evaluation_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         report_on([make_source("a")], **options)
+
+
+def test_records_of_the_same_weights_that_contradict_each_other_are_broken(
+    make_source: MakeSource, make_record: MakeRecord
+) -> None:
+    kinds: list[dict[str, object]] = [
+        {"suite": "quick", "robust": (100, 60)}, {"suite": "standard", "robust": (150, 60)},
+    ]  # fmt: skip
+    stored = [
+        StoredEvaluation(Path(f"{i}.json"), make_record("a", weights_sha256="w", **kind), None)
+        for i, kind in enumerate(kinds)
+    ]
+    report = report_on([_with(make_source("a"), *stored)])
+    assert {e.record.verdict.status for e in report.sources[0].evaluations} == {"broken"}
+    assert report.columns[0].record.suite == "standard"
+    assert "is above" in report.columns[0].record.headline
+    others = [s.model_copy(update={"weights_sha256": w}) for s, w in zip((e.record for e in stored), "xy", strict=True)]
+    apart = [StoredEvaluation(e.path, record, None) for e, record in zip(stored, others, strict=True)]
+    assert report_on([_with(make_source("a"), *apart)]).columns[0].record == others[1]
+
+
+def test_the_baseline_s_robust_accuracy_stands_beside_the_network_s(make_source: MakeSource) -> None:
+    undefended = RunConfig().baseline()
+    sources = [
+        make_source("FPD"),
+        make_source("other"),
+        dataclasses.replace(make_source("plain", (40, 9)), config=undefended),
+    ]
+    columns = report_on(sources).columns
+    baseline = robustness_of(columns[0], columns).baseline
+    assert baseline is not None
+    assert (baseline.name, baseline.accuracy) == ("plain", 9 / 200)
+    assert robustness_of(columns[2], columns).baseline is None
+    elsewhere = dataclasses.replace(make_source("plain", (40, 9), data_sha256="f" * 64), config=undefended)
+    columns = report_on([sources[0], elsewhere]).columns
+    assert robustness_of(columns[0], columns).baseline is None
 
 
 def test_runs_without_an_evaluation_make_a_report_too(make_source: MakeSource) -> None:
