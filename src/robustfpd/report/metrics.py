@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from sklearn.metrics import confusion_matrix
 
-from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow
+from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow, WorstCase
 from robustfpd.evaluation.ledger import CLEAN
 from robustfpd.evaluation.robustness import Robustness
 
@@ -125,12 +125,18 @@ def answers_text(record: EvaluationRecord, robustness: Robustness | None = None)
     text = Text(f"{record.headline}\n\n", style="bold")
     lines = Text("Is the model robust? ", style="").append_text(_level_text(robustness))
     lines.append("".join(f"\n  {name}: {value}" for name, value in reference_accuracies(record, robustness)))
+    forward, backward = (passes / record.num_images for passes in (record.forward_passes, record.backward_passes))
+    lines.append(f"\n  cost: {forward:,.0f} forward and {backward:,.0f} backward passes an image, checks included")
     return Text("").append_text(text).append_text(lines).append("\n").append_text(verdict_text(record))
 
 
 def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> list[tuple[str, str]]:
     """Return the robust accuracy and what it compares with, as names and texts."""
-    rows = [("robust accuracy", str(record.worst_case[-1].robust)), ("clean accuracy", str(record.clean))]
+    worst = record.worst_case[-1]
+    rows = [("robust accuracy", str(worst.robust))]
+    if worst.audited:
+        rows.append(("with the audit", audit_text(worst)))
+    rows.append(("clean accuracy", str(record.clean)))
     if robustness.guessing is not None:
         rows.append(("guessing", f"{100 * robustness.guessing:.1f} %"))
     if robustness.baseline is not None:
@@ -140,6 +146,15 @@ def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> li
         published = robustness.published
         rows.append(("best published", f"{100 * published.accuracy:.2f} % ({published.source})"))
     return rows
+
+
+def audit_text(worst: WorstCase) -> str:
+    """Return the interval with what the audit allows to be missed, and where it comes from."""
+    low, high = worst.interval
+    return (
+        f"[{100 * low:.1f}, {100 * high:.1f}]: no attack of the suite finds an adversarial example for {worst.audited} of "
+        f"the {worst.robust.count} survivors, drawn at random; at most {worst.missed_at_most} of all can have one"
+    )
 
 
 def verdict_text(record: EvaluationRecord) -> Text:

@@ -21,8 +21,8 @@ from robustfpd.evaluation.suites import STRENGTH
 NAME = "contradictions"
 SAME = ("format", "weights_sha256", "data_sha256", "norm")
 """Fields that are equal in records that can be compared."""
-NOT_RANKED = ("published", "published-mnist")
-"""Suites that repeat the authors' attacks, which are weaker than those of `quick` on some networks."""
+NOT_RANKED = ("published", "published-mnist", "autoattack", "autoattack-rand", "autoattack-plus")
+"""Suites that repeat their authors' attacks, without adaptive ones: those of `quick` are stronger on some networks."""
 Named = Sequence[tuple[str, EvaluationRecord]]
 
 
@@ -35,6 +35,8 @@ class _Result:
     """How the evidence names the record."""
     eps: float
     robust: Proportion
+    missed_at_most: int = 0
+    """Survivors that the record's audit allows to be missed."""
 
     def __str__(self) -> str:
         radius = f"{NORM_NAMES[self.record.norm]} {format_eps(self.eps)}"
@@ -138,13 +140,19 @@ def _missed(record: EvaluationRecord, name: str, other: EvaluationRecord) -> Ite
 
 def _ordered(record: EvaluationRecord, name: str, other: EvaluationRecord) -> Iterator[tuple[_Result, _Result]]:
     """Yield pairs whose first must not exceed the second: a larger radius, or a stronger suite at an equal radius."""
-    ours = [_Result(record, "this record", w.eps, w.robust) for w in record.worst_case]
-    theirs = [_Result(other, name, w.eps, w.robust) for w in other.worst_case]
+    ours = [_Result(record, "this record", w.eps, w.robust, w.missed_at_most) for w in record.worst_case]
+    theirs = [_Result(other, name, w.eps, w.robust, w.missed_at_most) for w in other.worst_case]
     for a, b in itertools.product(ours, theirs):
         if math.isclose(a.eps, b.eps):
-            yield from ((x, y) for x, y in ((a, b), (b, a)) if _rank(x) < _rank(y))
+            yield from ((x, y) for x, y in ((a, b), (b, a)) if _rank(x) < _rank(y) or _missed_too_many(x, y))
         else:
             yield (a, b) if a.eps > b.eps else (b, a)
+
+
+def _missed_too_many(a: _Result, b: _Result) -> bool:
+    """Return whether `standard` or `full` leaves more than AutoAttack, by more images than its audit allows."""
+    includes_autoattack = a.record.suite in ("standard", "full") and b.record.suite.startswith("autoattack")
+    return includes_autoattack and a.robust.count - a.missed_at_most > b.robust.count
 
 
 def _rank(result: _Result) -> float:
