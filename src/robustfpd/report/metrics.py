@@ -152,8 +152,8 @@ def audit_text(worst: WorstCase) -> str:
     """Return the interval with what the audit allows to be missed, and where it comes from."""
     low, high = worst.interval
     return (
-        f"[{100 * low:.1f}, {100 * high:.1f}]: no attack of the suite finds an adversarial example for {worst.audited} of "
-        f"the {worst.robust.count} survivors, drawn at random; at most {worst.missed_at_most} of all can have one"
+        f"[{100 * low:.1f}, {100 * high:.1f}]: no attack finds an adversarial example for {worst.audited} of the "
+        f"{worst.robust.count} survivors, drawn at random; at most {worst.missed_at_most} of all can have one"
     )
 
 
