@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tests.attacks.conftest import Linear
 
 
 def best_gain(slope: Tensor, image: Tensor, eps: float, norm: str) -> float:
@@ -28,6 +31,16 @@ def best_gain(slope: Tensor, image: Tensor, eps: float, norm: str) -> float:
     if np.linalg.norm(step(t)) > eps:
         t = float(brentq(lambda t: np.linalg.norm(step(t)) - eps, 0, t, xtol=1e-14))
     return float(steep @ step(t))
+
+
+def smallest_eps(classifier: Linear, images: Tensor, labels: Tensor, norm: str) -> Tensor:
+    """Return the smallest eps that reaches the boundary between the classes 0 and 1, N, by bisection."""
+    smallest, largest = [], {"linf": 1, "l2": 8, "l1": 64}[norm]
+    for x, label, logits in zip(images, labels.tolist(), classifier(images).detach().double(), strict=True):
+        slope = classifier.weight[1 - label] - classifier.weight[label]
+        needed = float(logits[label] - logits[1 - label])
+        smallest.append(brentq(lambda e, g=slope, x=x, n=needed: best_gain(g, x, e, norm) - n, 0, largest))
+    return torch.tensor(smallest)
 
 
 def margins(classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from typing import Any
 
 from robustfpd.attacks.adapters.art import hopskipjump, jsma, zoo
 from robustfpd.attacks.adapters.foolbox import cw, ddn, deepfool, fmn
-from robustfpd.attacks.adapters.pyautoattack import fab, fab_t, square
+from robustfpd.attacks.adapters.pyautoattack import fab, fab_t
 from robustfpd.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from robustfpd.attacks.autoattack import autoattack
 from robustfpd.attacks.base import Attack
 from robustfpd.attacks.pgd import bim, fgsm, noise, pgd
+from robustfpd.attacks.square import square
 from robustfpd.errors import unknown_name
 
 __all__ = [

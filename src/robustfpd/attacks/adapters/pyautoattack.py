@@ -1,63 +1,19 @@
-"""AutoAttack's black-box and boundary attacks from pyautoattack: Square, FAB and targeted FAB.
+"""AutoAttack's boundary attacks from pyautoattack: FAB and targeted FAB.
 
-Andriushchenko et al., ECCV 2020 (Square); Croce & Hein, ICML 2020 (FAB) and "Mind the Box", ICML 2021 (L1).
+Croce & Hein, ICML 2020, and "Mind the Box", ICML 2021 (L1).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.attacks.adapters import ClassifierAdapter, closer, minimize_batch, misclassified
-from robustfpd.attacks.base import attack, check_positive, num_classes, record_queries
+from robustfpd.attacks.adapters import ClassifierAdapter, closer, minimize_batch
+from robustfpd.attacks.base import attack, check_positive
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm
-from robustfpd.errors import InputError
 
 LIBRARY_NORMS: dict[str, str] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-
-
-@attack("square", access="scores", library="pyautoattack")
-def square(
-    classifier: nn.Module, images: Tensor, labels: Tensor, *, eps: float, norm: Norm = "linf", queries: int = 5000,
-    restarts: int = 1, generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Square Attack: random search over squares of pixels, by logits alone (Andriushchenko et al., ECCV 2020).
-
-    Arguments, result and errors as in `pgd`. Records the queries per image.
-
-    Options:
-        queries: forward passes per image and restart.
-        restarts: random searches per image; an image is not attacked again once it is misclassified.
-    """
-    from pyautoattack.square import SquareAttack
-
-    check_positive(queries=queries, restarts=restarts)
-    if norm != "linf" and min(images.shape[2:]) < 5:
-        raise InputError(f"square in {norm} needs images of at least 5×5 pixels, found {tuple(images.shape[2:])}")
-    ball, classes, result = lp_ball(norm), num_classes(classifier, images, labels), images.clone()
-    done = misclassified(classifier, images, labels)
-    used = torch.ones(len(images), dtype=torch.long, device=images.device)
-    for _ in range(restarts):
-        surviving = (~done).nonzero().flatten()
-        if len(surviving) == 0:
-            break
-        x, y = images[surviving], labels[surviving]
-        # The library does not count the first query, the random stripes.
-        library_attack = SquareAttack(
-            _WithoutTies(classifier, x, classes), LIBRARY_NORMS[norm], queries - 1, eps, p_init=0.8,
-            device=images.device,
-        )  # fmt: skip
-        library_attack.random_int = _random_position
-        library_attack.init_hyperparam(x.float())
-        queries_used, candidates = library_attack.attack_single_run(x.float(), y)
-        delta = (candidates.to(x) - x).nan_to_num(0, 0, 0)
-        result[surviving] = (x + ball.project(delta, x, eps)).clamp(0, 1)
-        used[surviving] += queries_used.long()
-        done[surviving] = misclassified(classifier, result[surviving], y)
-    record_queries(classifier, used)
-    return result
 
 
 @attack("fab", minimal=True, library="pyautoattack")
@@ -118,17 +74,3 @@ def _fab(
         return best
 
     return minimize_batch(classifier, images, labels, search)
-
-
-class _WithoutTies(ClassifierAdapter):
-    """Break ties between logits: Square counts a margin of zero as success, and saturated logits have many ties."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = super().forward(images)
-        winner = F.one_hot(logits.argmax(dim=1), logits.shape[1])
-        return logits + winner * 1e-6 * logits.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-
-
-def _random_position(low: int, high: int) -> Tensor:
-    """Return a square's position, `high` included; the library excludes it and never changes the last row or column."""
-    return torch.randint(low, high + 1, (1,))
