@@ -7,12 +7,13 @@ classifier itself misclassifies it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustfpd.attacks.bpda import BPDA, non_differentiable_modules, straight_through
+from robustfpd.attacks.half_precision import SinglePrecision
 from robustfpd.attacks.losses import LossFunction
 from robustfpd.models import FPD, FPDClassifier
 from robustfpd.models.denoise import Bottleneck, NonLocal
@@ -50,6 +51,10 @@ def adaptive_views(classifier: nn.Module, images: Tensor) -> dict[str, View]:
     front pass and the back pass alone; cross-entropy plus and minus the restoration loss. For any other module:
     straight-through gradients past its non-differentiable submodules, which a pass of a few `images` finds.
     """
+    if isinstance(classifier, SinglePrecision):
+        dtype, found = classifier.dtype, adaptive_views(classifier.classifier, images.to(classifier.dtype))
+        # A view with a loss of its own returns more to it than logits.
+        return {n: replace(v, module=SinglePrecision(v.module, dtype, scaled=v.loss is None)) for n, v in found.items()}
     result = {name: View(module) for name, module in views(classifier).items()}
     if isinstance(classifier, FPDClassifier):
         return result | _fpd_views(classifier.fpd)

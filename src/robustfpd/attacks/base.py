@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, ParamSpec
 import torch
 from torch import Tensor, nn
 
+from robustfpd.attacks.half_precision import HALF, SinglePrecision
 from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
 from robustfpd.device import evaluating
@@ -33,7 +34,7 @@ class Attack(Generic[P]):
 
     The classifier runs in evaluation mode with frozen parameters. Afterwards its training flags, parameters and
     gradients and the global random states are unchanged. All randomness, the classifier's own included, depends on
-    `generator` only.
+    `generator` only. Images in half precision are attacked in float32, see `SinglePrecision`.
 
     Raises on a call:
         InputError: `images` are not N×C×H×W in [0, 1]; `labels` are not N class indices; `eps` is not a valid radius;
@@ -66,8 +67,12 @@ class Attack(Generic[P]):
         self.check_library(arguments["norm"])
         if self.access == "gradients" and torch.is_inference_mode_enabled():
             raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")
+        dtype = images.dtype
+        if dtype in HALF:
+            arguments["classifier"] = SinglePrecision(arguments["classifier"], dtype)
+            arguments["images"] = images.float()
         with preserve_state(arguments["classifier"]), reproducible(arguments["generator"]):
-            adversarial = self.function(*bound.args, **bound.kwargs)
+            adversarial = self.function(*bound.args, **bound.kwargs).to(dtype)
         if bool(((adversarial < 0) | (adversarial > 1)).any()):
             raise InputError(
                 f"attack {self.name} ended outside [0, 1]; does the classifier change its input in place? "
@@ -187,6 +192,8 @@ def record_queries(classifier: nn.Module, queries: Tensor | None) -> None:
 
     None discards what a member of an ensemble recorded for some of the images.
     """
+    if isinstance(classifier, SinglePrecision):
+        classifier = classifier.classifier
     if isinstance(classifier, QueryCounter):
         classifier.per_image = None if queries is None else queries.detach().to("cpu", torch.long)
 

@@ -1,4 +1,7 @@
-"""Losses that attacks maximize: logits N×K and labels N → N, larger where an attack is closer to success."""
+"""Losses that attacks maximize: logits N×K and labels N → N, larger where an attack is closer to success.
+
+Logits in half precision are converted to float32: `EPSILON` is zero in float16.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustfpd.attacks.half_precision import HALF
 from robustfpd.errors import unknown_name
 
 LossName = Literal["ce", "margin", "dlr"]
@@ -21,11 +25,12 @@ EPSILON = 1e-12
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy; its gradient vanishes in float32 where the logits are far apart."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(_single(logits), labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Return max_{k≠y} z_k - z_y: positive exactly where the image is misclassified."""
+    logits = _single(logits)
     true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     return others.amax(dim=1) - true
@@ -36,6 +41,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
     It is invariant to shifts and scales of the logits. With two classes, which have no third logit, it is the margin.
     """
+    logits = _single(logits)
     if logits.shape[1] < 3:
         return margin(logits, labels)
     top = logits.topk(3, dim=1).values
@@ -48,6 +54,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     `targets` are wrong classes, N. With three classes (z_π2 + z_π3)/2 is subtracted: with z_π3 alone the ratio would
     be constant where π3 is the target. With two classes it is the margin.
     """
+    logits = _single(logits)
     true, target = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (labels, targets))
     if logits.shape[1] < 3:
         return target - true
@@ -66,3 +73,7 @@ def loss_function(loss: Loss) -> LossFunction:
     if loss not in _LOSSES:
         raise unknown_name("loss", loss, _LOSSES)
     return _LOSSES[loss]
+
+
+def _single(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in HALF else logits

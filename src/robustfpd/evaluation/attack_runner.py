@@ -25,7 +25,7 @@ from robustfpd.rng import generator
 CHANGED = "it changed the classifier's"
 """The note of a row starts with this if its attack changed a weight or a buffer; the outcome counts."""
 TOLERANCE = 1e-5
-"""How far an adversarial image may lie outside its ball, by rounding, relative and absolute; more in half precision."""
+"""How far an adversarial image may lie outside its ball, by rounding, relative and absolute."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate", "cannot allocate memory", "not enough memory", "alloc_failed")
 
 
@@ -251,9 +251,8 @@ class AttackRunner:
         adversarial, images = adversarial.cpu(), images.cpu()  # not all devices have float64
         delta = (adversarial.double() - images.double()).nan_to_num(torch.inf)
         distances = lp_ball(self.norm).norm(delta).float()
-        tolerance = max(TOLERANCE, torch.finfo(adversarial.dtype).eps)
         low, high = adversarial.flatten(1).amin(dim=1), adversarial.flatten(1).amax(dim=1)
-        inside = (distances <= eps * (1 + tolerance) + tolerance) | (minimal & distances.isfinite())
+        inside = (distances <= eps * (1 + TOLERANCE) + TOLERANCE) | (minimal & distances.isfinite())
         valid = inside & (low >= 0) & (high <= 1)
         ball = f"it left the {self.norm} ball of radius {eps:.4g}"
         failures = [

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import View, as_classifier, views
 from robustfpd.attacks.base import preserve_state, reproducible
+from robustfpd.attacks.half_precision import HALF, SinglePrecision
 from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
@@ -168,6 +169,8 @@ def _check_classifier(
         speed, count = _speed(classifier, images.to(device))
         images, labels = images[:count], None if integers is None else integers[:count]
         logits = _logits(classifier, images, device)
+        if images.dtype in HALF:
+            classifier, images = SinglePrecision(classifier, images.dtype), images.float()
         checks += [check, speed]
         checks += _checks_in_order(_context(classifier, images, logits, device, seed), logits, checks)
         evidence = f"{classes} logits" + (f" for {num_classes} classes" if num_classes else "; classes not given")

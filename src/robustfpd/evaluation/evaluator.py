@@ -15,6 +15,7 @@ from torch import nn
 
 from robustfpd import attacks
 from robustfpd.attacks import adaptive
+from robustfpd.attacks.half_precision import HALF, SinglePrecision
 from robustfpd.config import Norm
 from robustfpd.device import evaluating
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup, shared_errors
@@ -125,6 +126,10 @@ def evaluate(
     with _without_autocast(device), forward_passes(classifier) as passes:
         input_checks = checks.input_checks(classifier, samples.images)
     forward += passes()
+    if samples.images.dtype in HALF:
+        classifier = SinglePrecision(classifier, samples.images.dtype)
+        others = {name: SinglePrecision(module, samples.images.dtype) for name, module in others.items()}
+        samples = dataclasses.replace(samples, images=samples.images.float())
     if batch_size == "auto":
         auto = suites.suite(suite).batch_size or inputs.auto_batch_size(
             samples.images, device, inputs.block_size(len(samples.images), None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks.adaptive import PRE_SQUASH
 from robustfpd.attacks.base import QueryCounter
+from robustfpd.attacks.half_precision import SinglePrecision
 from robustfpd.errors import first_line
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.ledger import LedgerRow
@@ -69,6 +70,8 @@ class CheckContext:
         self.has_pre_squash = PRE_SQUASH in runner.views
         self.white_box: nn.Module = runner.views[PRE_SQUASH].module if self.has_pre_squash else self.classifier
         """Module to differentiate: returns pre-squash logits where the classifier has them."""
+        self.rounding = _rounding(runner.classifier, runner.images)
+        """Relative rounding of the classifier's numbers: 1e-7 in float32, 1e-3 in float16, 8e-3 in bfloat16."""
         indices = torch.nonzero(correct).flatten()
         shuffled = indices[torch.randperm(len(indices), generator=generator(runner.seed, "probes"))]
         self.images, self.labels = self.take(shuffled[:NUM_IMAGES].sort().values)
@@ -83,6 +86,14 @@ class CheckContext:
     def generator(self, purpose: str) -> torch.Generator:
         """Return the random generator of one check."""
         return generator(self.seed, "check", purpose)
+
+
+def _rounding(classifier: nn.Module, images: Tensor) -> float:
+    """Return the rounding of the coarsest type among images and parameters."""
+    dtypes = {p.dtype for p in classifier.parameters() if p.is_floating_point()} | {images.dtype}
+    if isinstance(classifier, SinglePrecision):
+        dtypes.add(classifier.dtype)
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from robustfpd.evaluation.checks.context import NUM_IMAGES, AttackFindings, Chec
 from robustfpd.evaluation.record import Check
 
 STEP = 1e-3  # of the finite differences, in pixels: far above float32's rounding, a quarter of a grey level
-COARSE = 1e-5  # relative rounding of a dtype above which finite differences of that step are lost
+COARSE = 1e-5  # relative rounding of the classifier above which finite differences of that step are lost
 DIRECTIONS = 4
 VANISHED = 0.1  # share of images without a gradient that is suspicious
 WORST = 0.15  # share of the images that decides: a defence may hide the gradients of a few classes only
@@ -48,8 +48,8 @@ def gradient_agreement(context: CheckContext) -> Check:
     """Check that gradients agree with finite differences along random directions."""
     name, errors = "gradient-agreement", list[float]()
     draws = context.generator(name)
-    if torch.finfo(context.images.dtype).eps > COARSE:
-        return skipped(name, f"{context.images.dtype} is too coarse for finite differences")
+    if context.rounding > COARSE:
+        return skipped(name, "the classifier calculates in half precision, too coarse for finite differences")
     for place in _places(context):
         x = place.clamp(STEP, 1 - STEP)
         gradient = _gradient(context, x, context.labels, margin)

@@ -24,7 +24,8 @@ SATURATED = 0.2  # share of logits at a common bound that is suspicious
 def randomised_outputs(context: CheckContext) -> Check:
     """Check that logits are the same in every pass."""
     logits = torch.stack([context.classifier(context.images).float() for _ in range(PASSES)])  # passes N K
-    return _equal("randomised-outputs", logits[0], logits, f"in {PASSES} passes", TOLERANCE)
+    tolerance = max(TOLERANCE, context.rounding)
+    return _equal("randomised-outputs", logits[0], logits, f"in {PASSES} passes", tolerance)
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def finite_outputs(context: CheckContext) -> Check:
 def squashed_outputs(context: CheckContext) -> Check:
     """Check that outputs are logits: neither probabilities nor saturated at a bound."""
     name, logits = "squashed-outputs", context.classifier(context.images).float()
-    probabilities = float(logits.min()) >= 0 and bool((logits.sum(dim=1) - 1).abs().max() < 1e-3)
+    probabilities = float(logits.min()) >= 0 and bool((logits.sum(dim=1) - 1).abs().max() < max(1e-3, context.rounding))
     bound = float(logits.abs().max())
     saturated = float((logits.abs() >= bound * (1 - 1e-3)).float().mean())
     values = {"saturated": saturated, "bound": bound, "classes": float(logits.shape[1])}
@@ -68,7 +69,8 @@ def batch_composition(context: CheckContext) -> Check:
     shuffled = torch.empty_like(batch)
     shuffled[order] = context.classifier(x[order]).float()
     others = torch.stack([single, shuffled])  # 2 N K
-    return _equal("batch-composition", batch, others, "alone or in another order", 10 * TOLERANCE)
+    tolerance = 10 * max(TOLERANCE, context.rounding)
+    return _equal("batch-composition", batch, others, "alone or in another order", tolerance)
 
 
 def _equal(name: str, logits: Tensor, others: Tensor, described: str, tolerance: float) -> Check:
