@@ -350,7 +350,7 @@ def test_the_baseline_model_differs_in_the_defence_only() -> None:
     ("values", "message"),
     [
         ({"evaluation": {"eps": []}}, "evaluation: eps must hold at least one radius"),
-        ({"evaluation": {"eps": [-0.1]}}, "evaluation: eps must be a positive number, found -0.1"),
+        ({"evaluation": {"eps": [-0.1]}}, "evaluation: eps must be 0 or a positive number, found -0.1"),
         ({"evaluation": {"eps": [2]}}, "evaluation: eps must be at most 1 in linf .*8/255 is eight grey levels"),
         ({"adversarial": {"eps": 8}}, "adversarial: eps must be at most 1 in linf"),
         ({"training": {"noise": float("inf")}}, "training.noise: .* finite"),

@@ -69,9 +69,9 @@ def test_arguments_reach_the_attack_checked_and_complete() -> None:
     ("options", "message"),
     [
         ({"eps": 8.0}, "eps must be at most 1 in linf"),
-        ({"eps": 0}, "eps must be a positive number, found 0"),
-        ({"eps": True}, "eps must be a positive number, found True"),
-        ({"eps": None}, "eps must be a positive number, found None"),
+        ({"eps": -1}, "eps must be 0 or a positive number, found -1"),
+        ({"eps": True}, "eps must be 0 or a positive number, found True"),
+        ({"eps": None}, "eps must be 0 or a positive number, found None"),
         ({"norm": "l7"}, "unknown norm 'l7'"),
         ({"norm": "l1"}, "custom does not offer norm 'l1'; it offers linf, l2"),
         ({"images": X * 255}, "divide by 255"),
@@ -87,6 +87,16 @@ def test_invalid_inputs_are_refused_before_the_attack_runs(options: dict[str, An
     custom = _custom(lambda **arguments: called.append(arguments), norms=("linf", "l2"))
     with pytest.raises(InputError, match=message):
         custom(NET, **{"images": X, "labels": Y, "eps": 0.1, **options})
+    assert called == []
+
+
+def test_a_radius_of_0_returns_the_images_and_does_not_call_the_attack() -> None:
+    called: list[Any] = []
+    custom = _custom(lambda **arguments: called.append(arguments), norms=("linf", "l2"))
+    for eps in (0, 0.0, torch.tensor(0.0)):
+        adversarial = custom(NET, images=X, labels=Y, eps=eps)
+        assert torch.equal(adversarial, X)
+        assert adversarial.data_ptr() != X.data_ptr()
     assert called == []
 
 
@@ -236,13 +246,11 @@ INVALID_LABELS = [
 INVALID_EPS: list[tuple[Norm, Any, str]] = [
     ("linf", 8, "eps must be at most 1 in linf .*, found 8; 8/255 is eight grey levels"),
     ("linf", 1.01, "eps must be at most 1 in linf .*, found 1.01"),
-    ("linf", 0, "eps must be a positive number, found 0"),
-    ("l2", 0.0, "eps must be a positive number, found 0.0"),
-    ("l1", -1, "eps must be a positive number, found -1"),
-    ("l2", float("nan"), "eps must be a positive number, found nan"),
-    ("l2", float("inf"), "eps must be a positive number, found inf"),
-    ("l2", "0.1", "eps must be a positive number, found '0.1'"),
-    ("l2", True, "eps must be a positive number, found True"),
+    ("l1", -1, "eps must be 0 or a positive number, found -1"),
+    ("l2", float("nan"), "eps must be 0 or a positive number, found nan"),
+    ("l2", float("inf"), "eps must be 0 or a positive number, found inf"),
+    ("l2", "0.1", "eps must be 0 or a positive number, found '0.1'"),
+    ("l2", True, "eps must be 0 or a positive number, found True"),
 ]
 
 
@@ -310,6 +318,9 @@ def test_checks_return_valid_inputs_and_name_the_argument() -> None:
         check_labels(torch.tensor([-2]), 1)
     with pytest.raises(InputError, match=r"^radius must be a positive number"):
         check_eps(-1, "l2", "radius")
+    assert check_eps(0, "l2", zero=True) == 0.0
+    with pytest.raises(InputError, match=r"^eps must be a positive number, found 0$"):
+        check_eps(0, "l2")
 
 
 @pytest.mark.parametrize("eps", [np.float32(0.125), np.float64(0.125), np.array(0.125), torch.tensor(0.125)])

@@ -84,6 +84,15 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert {row.attack for row in record.ledger} == {"clean", "FGSM", "PGD-40"}
 
 
+def test_a_radius_of_0_is_the_clean_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--model", "mynets:make", *FAST, "--eps", "0", "0.05"]
+    main([*arguments, "--dry-run"])
+    assert "eps 0 0.05" in capsys.readouterr().out
+    main(arguments)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "% [" in line]
+    assert [row[0] for row in rows] == ["0", "0.05"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

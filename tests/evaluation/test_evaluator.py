@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -417,8 +418,7 @@ def test_a_model_that_raises_is_left_as_it_was(linear: Linear, small: Data) -> N
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"eps": 8}, "eps must be at most 1 in linf"),
-    ({"eps": 0}, "eps must be a positive number, found 0"),
-    ({"eps": [0.1, -0.1]}, "eps must be a positive number, found -0.1"),
+    ({"eps": [0.1, -0.1]}, "eps must be 0 or a positive number, found -0.1"),
     ({"eps": []}, "eps must hold at least one radius, found none"),
     ({"eps": 0.1, "norm": "l7"}, "unknown norm 'l7'"),
     ({"eps": 0.1, "suite": "quik"}, "unknown suite 'quik'; did you mean 'quick'"),
@@ -468,6 +468,31 @@ def test_a_classifier_that_returns_no_logits_is_refused(data: Data) -> None:
 @pytest.mark.parametrize("eps", [np.float32(0.25), torch.tensor(0.25), np.array([0.25]), (torch.tensor(0.25),)])
 def test_radii_may_be_numbers_of_numpy_and_torch(linear: Linear, data: Data, eps: Any) -> None:
     assert [w.eps for w in evaluate(linear, data, suite="first-look", eps=eps).worst_case] == [0.25]
+
+
+def test_at_radius_0_the_accuracy_is_that_of_the_clean_images(linear: Linear, data: Data) -> None:
+    with_zero = evaluate(linear, data, suite="quick", eps=[0.05, 0.0])
+    without = evaluate(linear, data, suite="quick", eps=0.05)
+    assert [(w.eps, w.robust) for w in with_zero.worst_case[:1]] == [(0.0, with_zero.clean)]
+    assert with_zero.worst_case[1:] == with_zero.under_attack == without.worst_case
+    rows = [[r.model_copy(update={"seconds": 0.0}) for r in record.ledger] for record in (with_zero, without)]
+    assert rows[0] == rows[1]
+    assert with_zero.verdict == without.verdict
+
+
+@pytest.mark.parametrize("every_attack", [False, True])
+def test_without_another_radius_no_attack_is_run_and_no_ball_checked(
+    linear: Linear, data: Data, tmp_path: Path, every_attack: bool
+) -> None:
+    record = evaluate(linear, data, suite="quick", eps=0, out_dir=tmp_path, every_attack=every_attack)
+    assert (record.robust_accuracy, record.attacks, record.under_attack) == (record.clean_accuracy, (), ())
+    assert {r.attack for r in record.ledger} == {"clean"}
+    assert record.backward_passes == 0
+    outcomes = {c.name: c for c in record.verdict.checks}
+    assert outcomes["gradient-agreement"].evidence == outcomes["large-eps"].evidence == "no radius is above 0"
+    assert outcomes["batch-composition"].outcome == "passed"
+    assert record.verdict.status == "trusted"
+    assert evaluate(linear, data, suite="quick", eps=0, out_dir=tmp_path, every_attack=every_attack) == record
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

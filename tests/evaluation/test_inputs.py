@@ -56,10 +56,9 @@ def test_data_that_are_none_are_refused(linear: Linear, data: Any, message: str)
 @pytest.mark.parametrize(
     ("eps", "norm", "message"),
     [
-        (0.0, "l2", "eps must be a positive number, found 0.0"),
-        (-1.0, "l1", "eps must be a positive number, found -1.0"),
-        (float("nan"), "linf", "eps must be a positive number, found nan"),
-        (float("inf"), "l2", "eps must be a positive number, found inf"),
+        (-1.0, "l1", "eps must be 0 or a positive number, found -1.0"),
+        (float("nan"), "linf", "eps must be 0 or a positive number, found nan"),
+        (float("inf"), "l2", "eps must be 0 or a positive number, found inf"),
         (8.0, "linf", "eps must be at most 1 in linf .* found 8.0; 8/255 is eight grey levels"),
         ("0.1", "linf", "eps must be a number or several, found the text '0.1'"),
     ],

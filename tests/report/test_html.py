@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from torch import Tensor, nn
 
+import robustfpd as rf
 from robustfpd.errors import InputError
 from robustfpd.evaluation import Check, EvaluationRecord, Proportion, Verdict
 from robustfpd.evaluation.checks import NAMES
@@ -225,6 +227,28 @@ def test_tables_hold_the_numbers(make_record: MakeRecord) -> None:
     columns = [list(c.cells) for c in evaluation_table(records[0]).columns]
     assert columns[1] == [str(Proportion.of(k, 200)) for k in (190, 150, 60)]
     assert columns[2] == ["clean", "FGSM 40/190\nPGD-40 39/190", "FGSM 130/190\nPGD-40 129/190"]
+
+
+def test_a_radius_of_0_is_one_row_of_each_table(digits: tuple[nn.Module, Tensor, Tensor], tmp_path: Path) -> None:
+    net, images, labels = digits
+    with_zero, only_zero = (
+        rf.evaluate(net, (images[:20], labels[:20]), suite="first-look", eps=eps, model_name=f"net {eps}")
+        for eps in ([0.0, 0.05, 0.1], 0.0)
+    )
+    columns = [list(c.cells) for c in evaluation_table(with_zero).columns]
+    assert columns[0] == ["0", "0.05", "0.1"]
+    assert columns[1][0] == str(with_zero.clean)
+    assert list(evaluation_table(only_zero).columns[0].cells) == ["0"]
+    columns = [list(c.cells) for c in comparison_table([with_zero, with_zero]).columns]
+    assert columns[0] == ["0 (clean)", "0.05", "0.1"]
+    rows = list(csv.DictReader(io.StringIO(csv_text([with_zero, only_zero]))))
+    assert [r["attack"] for r in rows if float(r["eps"]) == 0] == ["clean", "clean"]
+    for name, record in (("with", with_zero), ("only", only_zero)):
+        record.save(tmp_path / name / "record.json")
+        page = tmp_path / f"{name}.html"
+        write_report(page, report_on([read(tmp_path / name)]))
+        shown = re.findall('<th scope="row">(0.*?)</th>', page.read_text())
+        assert shown == ["0 (clean)", *(f"{w.eps:g}" for w in record.under_attack)]
 
 
 def test_the_csv_reads_back_as_the_record(measured_record: EvaluationRecord) -> None:

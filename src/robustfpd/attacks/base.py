@@ -36,6 +36,9 @@ class Attack(Generic[P]):
     gradients and the global random states are unchanged. All randomness, the classifier's own included, depends on
     `generator` only. Images in half precision are attacked in float32, see `SinglePrecision`.
 
+    With `eps` 0 the images are returned unchanged, as in other libraries, and the classifier is not called; minimal
+    attacks search as with any other `eps`.
+
     Raises on a call:
         InputError: `images` are not N×C×H×W in [0, 1]; `labels` are not N class indices; `eps` is not a valid radius;
             the attack does not offer `norm`; a required library is not installed.
@@ -58,12 +61,14 @@ class Attack(Generic[P]):
         bound.apply_defaults()
         arguments: dict[str, Any] = bound.arguments
         lp_ball(arguments["norm"], self.norms, self.name)
-        arguments["eps"] = check_eps(arguments["eps"], arguments["norm"])
+        arguments["eps"] = check_eps(arguments["eps"], arguments["norm"], zero=True)
         # A copy: a classifier that normalises in place would overwrite the caller's images.
         arguments["images"] = images = check_images(arguments["images"]).detach().clone()
         arguments["labels"] = check_labels(arguments["labels"], len(images)).to(images.device)
         if arguments["generator"] is None:
             arguments["generator"] = torch.Generator().manual_seed(0)
+        if arguments["eps"] == 0 and not self.minimal:
+            return images
         self.check_library(arguments["norm"])
         if self.access == "gradients" and torch.is_inference_mode_enabled():
             raise InputError("gradient attacks cannot run inside torch.inference_mode(); leave it for the attack")

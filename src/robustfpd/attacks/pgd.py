@@ -80,7 +80,7 @@ def pgd(
         classifier: images N×C×H×W in [0, 1] → logits N×K.
         images: N×C×H×W in [0, 1].
         labels: N, the true classes (or the classifier's own predictions).
-        eps: radius of the ball, in pixels of [0, 1] (8/255, not 8).
+        eps: radius of the ball, in pixels of [0, 1] (8/255, not 8); 0 returns the images.
         norm: `linf`, `l2` or `l1`.
         steps: gradient steps per restart.
         step_size: length of every step in `norm`. None starts at eps (in L1 at 4·√d·eps for d pixels) and decays to

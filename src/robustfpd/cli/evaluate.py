@@ -65,7 +65,7 @@ def evaluate(
     `robustfpd evaluate --model mynets:make --dataset cifar10 --eps 8/255`.
 
     Args:
-        eps: radii of the perturbation, for example 0.03 or 8/255; default the recipe's.
+        eps: radii of the perturbation, for example 0.03 or 8/255, or 0 for the clean accuracy; default the recipe's.
         norm: norm of the perturbation; default the recipe's.
         suite: the attacks, standard for AutoAttack and adaptive attacks; default the recipe's.
         num_images: number of images; default the recipe's.
@@ -177,7 +177,8 @@ def _dry_run(
     rows = []
     for spec in specs:
         attack = attacks.get(spec.attack)
-        radii = 1 if attack.minimal else len(plan.eps)  # a search for the smallest perturbation runs once for all eps
+        radii = sum(eps > 0 for eps in plan.eps)
+        radii = min(radii, 1) if attack.minimal else radii  # a search for the smallest perturbation runs once for all
         per_image = gradient if attack.access == "gradients" else forward
         rows.append((spec, radii, spec.iterations * radii * images * per_image))
     seconds = forward * images + sum(spent for *_, spent in rows)
@@ -330,12 +331,12 @@ def _radius(text: str, norm: str) -> float:
         radius = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise InputError(f"eps must hold numbers such as 0.03 or 8/255, found {text!r}") from None
-    return check_eps(radius, norm)
+    return check_eps(radius, norm, zero=True)
 
 
 def _divided(record: EvaluationRecord, count: int) -> str:
     """Return the accuracies as the published evaluation prints them: counts over a fixed number."""
-    robust = "".join(f", {100 * w.robust.count / count:.2f} % at eps {w.eps:.4g}" for w in record.worst_case)
+    robust = "".join(f", {100 * w.robust.count / count:.2f} % at eps {w.eps:.4g}" for w in record.under_attack)
     return (
         f"divided by {count:,} instead of {record.num_images:,} images, as the published evaluation does: "
         f"{100 * record.clean.count / count:.2f} % clean{robust}"

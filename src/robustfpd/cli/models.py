@@ -61,7 +61,7 @@ def _accuracy(record: EvaluationRecord | None) -> str:
     """Return clean and worst-case accuracy and both answers, one line each."""
     if record is None:
         return "not downloaded"
-    rows = [("clean", record.clean), *((f"{record.norm} {w.eps:.3g}", w.robust) for w in record.worst_case)]
+    rows = [("clean", record.clean), *((f"{record.norm} {w.eps:.3g}", w.robust) for w in record.under_attack)]
     lines = [f"{label:<11} {str(accuracy).replace(' %', '')}" for label, accuracy in rows]
     answers = f"{'robust?':<11} {record.robustness.level}", f"{'reliable?':<11} {record.verdict.status}"
     return "\n".join([*lines, *answers])

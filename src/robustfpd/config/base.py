@@ -14,16 +14,17 @@ Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
 
-def check_eps(eps: Any, norm: str, name: str = "eps") -> float:
-    """Return the radius `eps` of an Lp ball as a float.
+def check_eps(eps: Any, norm: str, name: str = "eps", *, zero: bool = False) -> float:
+    """Return the radius `eps` of an Lp ball as a float; 0 only with `zero`.
 
     Raises:
         InputError: it is not a positive number, or above 1 in linf, where pixels lie in [0, 1].
     """
     if getattr(eps, "ndim", None) == 0:  # scalars of torch and numpy
         eps = eps.item()
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps <= 0:
-        raise InputError(f"{name} must be a positive number, found {eps!r}")
+    is_number = isinstance(eps, (int, float)) and not isinstance(eps, bool) and math.isfinite(eps)
+    if not is_number or eps < 0 or (eps == 0 and not zero):
+        raise InputError(f"{name} must be {'0 or ' if zero else ''}a positive number, found {eps!r}")
     if norm == "linf" and eps > 1:
         raise InputError(
             f"{name} must be at most 1 in linf (pixels lie in [0, 1]), found {eps}; 8/255 is eight grey levels"

@@ -188,7 +188,7 @@ class EvaluationConfig(Config):
     norm: Norm = "linf"
     """Norm of the perturbation."""
     eps: tuple[float, ...] = (8 / 255,)
-    """Radii of the perturbation, in pixels of [0, 1]."""
+    """Radii of the perturbation, in pixels of [0, 1]; at 0 no attack is run."""
     num_images: int = Field(default=1000, ge=1)
     """Number of test images, the first after a seeded shuffle."""
     space: Literal["pixels", "normalised"] = "pixels"
@@ -201,7 +201,7 @@ class EvaluationConfig(Config):
         if not self.eps:
             raise ValueError("eps must hold at least one radius")
         for eps in self.eps:
-            check_eps(eps, self.norm)
+            check_eps(eps, self.norm, zero=True)
         return self
 
 

@@ -133,7 +133,7 @@ def check_radii(eps: float | Sequence[float], norm: Norm) -> tuple[float, ...]:
         raise InputError(f"eps must be a number or several, found the text {eps!r}")
     lp_ball(norm)
     several = eps if isinstance(eps, Iterable) and getattr(eps, "ndim", None) != 0 else [eps]
-    radii = sorted({check_eps(e, norm) for e in several})
+    radii = sorted({check_eps(e, norm, zero=True) for e in several})
     if not radii:
         raise InputError("eps must hold at least one radius, found none")
     return tuple(radii)

@@ -102,9 +102,10 @@ class EvaluationLoop:
             forward: images that these and other preparations sent forward.
         """
         settings, runner, count = self.settings, self.runner, len(self.runner.images)
+        attacked_radii = tuple(eps for eps in settings.radii if eps > 0)
         correct = self._classify()
         views, forward_for_views = self._set_views()
-        context = checks.CheckContext(runner, correct, settings.radii, suites.suite(settings.suite).probes)
+        context = checks.CheckContext(runner, correct, attacked_radii, suites.suite(settings.suite).probes)
         # What follows from the checks must be the same on all ranks, though their rounding may differ.
         made = self.group.broadcast(input_checks + checks.before_attacks(context))
         suite_context = SuiteContext(
@@ -117,8 +118,8 @@ class EvaluationLoop:
         for eps in settings.radii:
             audit: Tensor | None = None
             attacked_by_all = survivors.clone()
-            for spec in specs:
-                number, total = len(results) + 1, len(settings.radii) * len(specs)
+            for spec in specs if eps > 0 else ():
+                number, total = len(results) + 1, len(attacked_radii) * len(specs)
                 self.observer.on_attack(EvaluationProgress(spec.label, eps, number, total, int(survivors.sum())))
                 indices = torch.nonzero(correct if settings.every_attack else survivors).flatten()
                 if stop_early and spec.share < 1 and audit is None:

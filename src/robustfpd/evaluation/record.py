@@ -193,6 +193,11 @@ class EvaluationRecord(Config):
         return self.clean.value
 
     @property
+    def under_attack(self) -> tuple[WorstCase, ...]:
+        """The worst cases at radii above 0; at 0 it is `clean`."""
+        return tuple(worst for worst in self.worst_case if worst.eps > 0)
+
+    @property
     def robust_accuracy(self) -> float:
         """Fraction of images that survive every attack at the largest radius; see `worst_case` for other radii."""
         return self.worst_case[-1].robust.value

@@ -38,7 +38,7 @@ def accuracy_curves(records: Sequence[EvaluationRecord]) -> str:
     """Draw worst-case accuracy against eps, a line per network, with its 95 % band. Returns SVG."""
     with _figure(SIZE) as (figure, axes):
         for index, record in enumerate(records):
-            points = [(0.0, record.clean), *((worst.eps, worst.robust) for worst in record.worst_case)]
+            points = [(0.0, record.clean), *((worst.eps, worst.robust) for worst in record.under_attack)]
             eps = [e for e, _ in points]
             colour, style, marker = line_style(index)
             axes.plot(

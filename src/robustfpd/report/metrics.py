@@ -93,7 +93,7 @@ def evaluation_table(record: EvaluationRecord) -> Table:
     title = f"{record.model_name}: {record.num_images} images, {record.norm}, suite {record.suite}"
     table = Table("eps", "accuracy [95 % interval]", "attacks: images misclassified / attacked", title=title)
     table.add_row("0", str(record.clean), "clean")
-    for worst in record.worst_case:
+    for worst in record.under_attack:
         results = [_result(a) for a in record.attacks if a.eps == worst.eps]
         table.add_row(f"{worst.eps:.4g}", str(worst.robust), "\n".join(results), end_section=True)
     return table
@@ -105,7 +105,7 @@ def comparison_table(records: Sequence[EvaluationRecord]) -> Table:
     title = f"Accuracy in % [95 % interval], {first.num_images} images"
     table = Table("eps", *(r.model_name for r in records), title=title)
     rows = [("0 (clean)", [r.clean for r in records])]
-    rows += [(f"{w.eps:.3g}", [r.worst_case[i].robust for r in records]) for i, w in enumerate(first.worst_case)]
+    rows += [(f"{w.eps:.3g}", [r.under_attack[i].robust for r in records]) for i, w in enumerate(first.under_attack)]
     for eps, cells in rows:
         table.add_row(eps, *(f"{100 * p.value:.1f} [{100 * p.low:.0f}, {100 * p.high:.0f}]" for p in cells))
     table.add_section()
@@ -186,7 +186,7 @@ def csv_text(records: Iterable[EvaluationRecord]) -> str:
             "run": record.model_name, "suite": record.suite, "norm": record.norm, "images": record.num_images,
             "verdict": record.verdict.status,
         }  # fmt: skip
-        totals = [("clean", 0.0, record.clean), *(("worst case", w.eps, w.robust) for w in record.worst_case)]
+        totals = [("clean", 0.0, record.clean), *(("worst case", w.eps, w.robust) for w in record.under_attack)]
         for attack, eps, p in totals:
             writer.writerow({**common, "attack": attack, "eps": eps, "accuracy": p.value, "low": p.low, "high": p.high})
         for metrics in attack_metrics(record):

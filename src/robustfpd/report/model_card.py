@@ -93,7 +93,7 @@ def _card_data(name: str, dataset: str, records: Sequence[EvaluationRecord]) -> 
     for record in records:
         where = f"suite {record.suite}, {NORM_NAMES[record.norm]} eps"
         accuracies = [("clean accuracy", record.clean)]
-        accuracies += [(f"robust accuracy, {where} {format_eps(w.eps)}", w.robust) for w in record.worst_case]
+        accuracies += [(f"robust accuracy, {where} {format_eps(w.eps)}", w.robust) for w in record.under_attack]
         results += [
             EvalResult(
                 task_type="image-classification", dataset_type=dataset, dataset_name=dataset, metric_type="accuracy",

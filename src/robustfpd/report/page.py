@@ -161,6 +161,9 @@ def _same_images(a: EvaluationRecord, b: EvaluationRecord) -> bool:
 def verdict_sentence(record: EvaluationRecord) -> str:
     """Return the result in one sentence."""
     worst = record.worst_case[-1]
+    if worst.eps == 0:
+        count = f"{worst.robust} of {record.num_images:,} images"
+        return f"{record.model_name} classifies {count} correctly without an attack."
     return (
         f"{record.model_name} classifies {worst.robust} of {record.num_images:,} images correctly under all attacks of "
         f"suite {record.suite} within {NORM_NAMES[record.norm]} {format_eps(worst.eps)}."
@@ -173,9 +176,9 @@ def comparison_sentence(records: Sequence[EvaluationRecord]) -> str | None:
     Others are those that were attacked on the same images at common radii; without any, returns None.
     """
     first = records[0]
-    robust = {w.eps: w.robust for w in first.worst_case}
+    robust = {w.eps: w.robust for w in first.under_attack}
     pairs = {
-        other.model_name: [(w.eps, robust[w.eps], w.robust) for w in other.worst_case if w.eps in robust]
+        other.model_name: [(w.eps, robust[w.eps], w.robust) for w in other.under_attack if w.eps in robust]
         for other in records[1:]
         if other.data_sha256 == first.data_sha256
     }

@@ -61,6 +61,12 @@ RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
     "idle-attacks": attack_checks.idle_attacks,
 }
 """Of the results of the suite's attacks."""
+OF_BALLS = frozenset({
+    "eps-units", "finite-outputs", "vanishing-gradients", "gradient-agreement", "gradient-stability", *PROBE_CHECKS,
+    *SURVIVOR_CHECKS,
+})  # fmt: skip
+"""Checks that need a radius above 0."""
+NO_BALL = "no radius is above 0"
 NAMES = (
     *INPUT_CHECKS, *SETTING_CHECKS, *CLASSIFIER_CHECKS, *PROBE_CHECKS, *SURVIVOR_CHECKS, *RESULT_CHECKS,
     "search-precision", "contradictions",
@@ -75,24 +81,29 @@ def input_checks(classifier: nn.Module, images: Tensor) -> list[Check]:
 
 def before_attacks(context: CheckContext) -> list[Check]:
     """Check settings, logits and gradients; runs no attack."""
-    made = [check(context) for check in SETTING_CHECKS.values()]
+    made = [
+        skipped(name, NO_BALL) if name in OF_BALLS and not context.radii else check(context)
+        for name, check in SETTING_CHECKS.items()
+    ]
     if len(context.images) == 0:
         return [*made, *(skipped(name, "no image is classified correctly") for name in CLASSIFIER_CHECKS)]
     with preserve_state(context.runner.classifier), reproducible(context.generator("before attacks")):
-        return [*made, *(run_check(name, partial(check, context)) for name, check in CLASSIFIER_CHECKS.items())]
+        return [*made, *(_run(name, partial(check, context), context) for name, check in CLASSIFIER_CHECKS.items())]
 
 
 def after_attacks(context: CheckContext, findings: AttackFindings) -> list[Check]:
     """Run attacks on a few images and check how they behave; check the results of the suite's attacks."""
     with preserve_state(context.runner.classifier), reproducible(context.generator("after attacks")):
         made = _probe_checks(context)
-        survivors = [run_check(name, partial(check, context, findings)) for name, check in SURVIVOR_CHECKS.items()]
+        survivors = [_run(name, partial(check, context, findings), context) for name, check in SURVIVOR_CHECKS.items()]
     made += [*survivors, *(check(context, findings) for check in RESULT_CHECKS.values())]
     return [*made, attack_checks.search_precision(context, findings, more_steps=survivors[0])]
 
 
 def _probe_checks(context: CheckContext) -> list[Check]:
     """Run the checks that share one PGD attack; skip them if it cannot run."""
+    if not context.radii:
+        return [skipped(name, NO_BALL) for name in PROBE_CHECKS]
     if len(context.probes[0]) == 0:
         return [skipped(name, "the suite has no images for attacks of the checks") for name in PROBE_CHECKS]
     try:
@@ -101,3 +112,9 @@ def _probe_checks(context: CheckContext) -> list[Check]:
         reason = f"PGD-{attack_checks.STEPS} cannot be run: {first_line(error)}"
         return [skipped(name, reason) for name in PROBE_CHECKS]
     return [run_check(name, partial(check, context, by_pgd)) for name, check in PROBE_CHECKS.items()]
+
+
+def _run(name: str, check: Callable[[], Check], context: CheckContext) -> Check:
+    """Run one check; skip it if it needs a ball and no radius is above 0."""
+    return skipped(name, NO_BALL) if name in OF_BALLS and not context.radii else run_check(name, check)
+

@@ -59,7 +59,7 @@ class CheckContext:
     Args:
         runner: attack runner of the evaluation, with its views.
         correct: which images are classified correctly, N.
-        radii: radii of the evaluation, smallest first.
+        radii: radii above 0 of the evaluation, smallest first; there may be none.
         probes: number of images for the checks that run attacks.
     """
 
