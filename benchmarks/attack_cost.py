@@ -68,7 +68,7 @@ def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: f
     logging.disable()
     counter, members = QueryCounter(classifier), list[dict[str, Any]]()
     with torch.no_grad():
-        robust = torch.cat([classifier(x).argmax(dim=1) for x in images.split(BATCH)]) == labels
+        robust = torch.cat([classifier(x).argmax(dim=1) for x in torch.split(images, BATCH)]) == labels
     clean = int(robust.sum())
     for member in ("apgd-ce", "apgd-t", "fab-t", "square"):
         attack = AutoAttack(counter, attacks=[member], norm="Linf", eps=eps, seed=0, version="custom")
@@ -78,7 +78,7 @@ def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: f
         adversarial, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=BATCH)
         seconds = time.perf_counter() - start
         with torch.no_grad():
-            predictions = torch.cat([classifier(x).argmax(dim=1) for x in adversarial.split(BATCH)])
+            predictions = torch.cat([classifier(x).argmax(dim=1) for x in torch.split(adversarial, BATCH)])
         robust[left] = predictions == labels[left]
         members.append({
             "member": member, "robust": int(robust.sum()), "forward": counter.forward_passes,

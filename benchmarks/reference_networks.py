@@ -61,7 +61,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features N×width×H/stride×W/stride of N×C×H×W."""
-        return (self.conv2(self.conv1(x).relu()) + self.shortcut(x)).relu()
+        features: Tensor = (self.conv2(self.conv1(x).relu()) + self.shortcut(x)).relu()
+        return features
 
 
 class ResNet2B(nn.Module):

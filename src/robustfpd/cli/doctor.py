@@ -56,7 +56,7 @@ def doctor(
 
     from robustfpd import data
     from robustfpd.evaluation import diagnose
-    from robustfpd.evaluation.inputs import draw_images
+    from robustfpd.evaluation.loaders import draw_images
 
     with output.console.status(f"checking {target.name}"):
         classifier = target.classifier()

@@ -200,7 +200,7 @@ def _dry_run(
         "attacks": [
             {
                 "label": spec.label, "attack": spec.attack, "view": spec.view, "options": dict(spec.options),
-                "early_stopping": spec.early_stopping, "radii": radii, "iterations_per_image": spec.iterations,
+                "share": spec.share, "radii": radii, "iterations_per_image": spec.iterations,
                 "estimated_seconds": round(spent, 1),
             }
             for spec, radii, spent in rows

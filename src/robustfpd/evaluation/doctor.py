@@ -21,7 +21,8 @@ from robustfpd.errors import InputError
 from robustfpd.evaluation.attack_runner import AttackRunner
 from robustfpd.evaluation.checks import CLASSIFIER_CHECKS, SETTING_CHECKS, inputs, outputs
 from robustfpd.evaluation.checks.context import CheckContext, judge, run_check, skipped
-from robustfpd.evaluation.inputs import EvaluationData, check_count, check_module, concatenate, device_of, draw_images
+from robustfpd.evaluation.inputs import EvaluationData, check_count, check_module, device_of
+from robustfpd.evaluation.loaders import draw_images, read
 from robustfpd.evaluation.record import Check
 from robustfpd.rng import generator
 
@@ -79,7 +80,7 @@ def diagnose(
 
     Args:
         classifier: any module, images N×C×H×W → logits N×K, or one of our models. Its modes are restored.
-        data: (images, labels) or a loader of such batches, in any range and form.
+        data: (images, labels) or a loader of such batches, in any range and form; see `evaluate`.
         num_images: number of images, drawn by `seed`; at least 20 to explain a low accuracy.
         num_classes: number of classes of the data; None takes the classifier's.
         seed: seed of the choice of images and of the checks.
@@ -95,11 +96,11 @@ def diagnose(
     check_count("num_images", num_images)
     if torch.is_inference_mode_enabled():
         raise InputError("gradients cannot be checked inside torch.inference_mode(); call diagnose outside of it")
-    images, labels = concatenate(data)
+    images, labels, ids = read(data, num_images, seed)
     if not isinstance(images, Tensor) or images.ndim != 4 or images.numel() == 0:
         found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"images must be a tensor N×C×H×W with at least one image, found {found}")
-    indices = draw_images(len(images), num_images, seed)
+    indices = draw_images(len(images), num_images, seed) if ids is None else torch.arange(len(images))
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu().reshape(labels.shape or (1,))  # a scalar has no length
         labels = labels[indices] if len(labels) == len(images) else labels

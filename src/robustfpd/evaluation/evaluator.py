@@ -66,11 +66,13 @@ def evaluate(
     Args:
         classifier: images N×C×H×W in [0, 1] → logits N×K, or one of our models. It is attacked in evaluation mode;
             its flags, parameters, gradients and buffers are restored.
-        data: (images, labels), or a loader of such batches.
+        data: (images, labels), or a loader of such batches. A loader is read no further than needed.
         suite: name of a suite: `quick`, `standard`, `full`, `published`, …
         eps: radius or radii, in pixels of [0, 1]. At 0 no attack is run: the accuracy is that of the clean images.
         norm: `linf`, `l2` or `l1`.
-        num_images: number of images, drawn by `seed`; None takes all.
+        num_images: number of images, drawn by `seed`; None takes all. A `DataLoader` that shuffles is read in the
+            order of its data set. Of an iterable whose images cannot be counted before they are read (a generator, an
+            iterable data set, a custom batch sampler) these are the first images.
         seed: seed of the choice of images and of the attacks.
         out_dir: folder for `record.json` and `record.ledger.csv`. The ledger is written during the evaluation: an
             interrupted evaluation resumes when it is repeated, and a finished one is read.

@@ -16,14 +16,15 @@ from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import Norm, check_eps
 from robustfpd.data import ImageSet
 from robustfpd.device import evaluating
-from robustfpd.errors import InputError, first_line
+from robustfpd.errors import InputError
+from robustfpd.evaluation.loaders import draw_images, read
 from robustfpd.models import FPD, Baseline, FPDClassifier
-from robustfpd.rng import generator
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 MIN_BLOCKS = 4  # also for few images, so that four ranks can share them
+DIGEST_BATCH = 64
 CPU_BATCH_SIZE = 64  # larger batches are no faster on a CPU
 CPU_BATCH_VALUES = 1 << 20  # pixel values per batch on a CPU; a network's features take hundreds of times as much
 
@@ -46,56 +47,36 @@ class EvaluationData:
 
     def digest(self) -> str:
         """Return the SHA-256 of the images as 8-bit pixels, and the labels."""
-        return ImageSet((self.images * 255).round().to(torch.uint8), self.labels).digest()
+        parts = torch.split(self.images, DIGEST_BATCH)  # no float copy of all images
+        return ImageSet(torch.cat([(part * 255).round().to(torch.uint8) for part in parts]), self.labels).digest()
 
     def exact_digest(self) -> str:
         """Return the SHA-256 of every bit of the images, and the labels."""
         sha256 = hashlib.sha256(repr((self.images.dtype, tuple(self.images.shape))).encode())
         for values in (self.images, self.labels):
-            sha256.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha256.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return sha256.hexdigest()
 
 
 def gather(data: Data, num_images: int | None, seed: int) -> EvaluationData:
     """Return images and labels on the CPU, checked; `num_images` of them, drawn by `seed`, in the order of `data`.
 
+    Of data whose images cannot be counted before they are read, these are the first ones; see `loaders.read`.
+
     Raises:
         InputError: no images N×C×H×W in [0, 1], or no labels that fit them.
     """
-    images, labels = concatenate(data)
-    images = check_images(images).detach().cpu()
-    labels = check_labels(labels, len(images)).cpu()
     if num_images is not None:
         check_count("num_images", num_images)
+    images, labels, ids = read(data, num_images, seed)
+    images = check_images(images).detach().cpu()
+    labels = check_labels(labels, len(images)).cpu()
+    if ids is not None:
+        return EvaluationData(images, labels, ids)
     if num_images is None or num_images >= len(images):
         return EvaluationData(images, labels, torch.arange(len(images)))
     chosen = draw_images(len(images), num_images, seed)
     return EvaluationData(images[chosen], labels[chosen], chosen)
-
-
-def draw_images(count: int, num_images: int, seed: int) -> Tensor:
-    """Return the sorted indices of at most `num_images` of `count` images, drawn by `seed`."""
-    return torch.randperm(count, generator=generator(seed, "images"))[:num_images].sort().values
-
-
-def concatenate(data: Any) -> tuple[Any, Any]:
-    """Return the images and labels of (images, labels) or of a loader of such batches, unchecked."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list)):
-        return data[0], data[1]
-    if not isinstance(data, Iterable):
-        raise InputError(f"data must be (images, labels) or batches of such, found {type(data).__name__}")
-    batches = list(data)
-    if not batches:
-        raise InputError("data must hold at least one image, found none")
-    invalid = [b for b in batches if not isinstance(b, (tuple, list)) or len(b) != 2]
-    if invalid or not all(isinstance(t, Tensor) for b in batches for t in b):
-        found = type((invalid or batches)[0]).__name__
-        raise InputError(f"data must be (images, labels) or batches of such, as tensors; found batches of {found}")
-    try:
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    except RuntimeError as error:
-        raise InputError(f"batches of data have different shapes: {first_line(error)}") from None
-    return images, labels
 
 
 def fingerprint(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[str, int]:
