@@ -17,7 +17,7 @@ from torchvision.datasets import MNIST, FashionMNIST, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import robustfpd as rf
-from robustfpd.evaluation.inputs import draw_images
+from robustfpd.evaluation.loaders import draw_images
 
 MNIST_STATISTICS = (0.1307,), (0.3081,)
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
