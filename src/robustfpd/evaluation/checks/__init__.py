@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustfpd.attacks.base import preserve_state, reproducible
 from robustfpd.errors import first_line
 from robustfpd.evaluation.checks import attacks as attack_checks
-from robustfpd.evaluation.checks import gradients, inputs, outputs
+from robustfpd.evaluation.checks import binarisation, gradients, inputs, outputs
 from robustfpd.evaluation.checks.context import AttackFindings, CheckContext, is_random, run_check, skipped
 from robustfpd.evaluation.record import Check
 
@@ -54,6 +54,10 @@ SURVIVOR_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
     "rugged-loss": gradients.rugged_loss,
 }
 """Of the images that survived the suite."""
+STRENGTH_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
+    "binarisation": binarisation.binarisation,
+}
+"""Run the suite's attacks on problems with known solutions."""
 RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
     "black-box": attack_checks.black_box,
     "failed-attacks": attack_checks.failed_attacks,
@@ -63,13 +67,13 @@ RESULT_CHECKS: dict[str, Callable[[CheckContext, AttackFindings], Check]] = {
 """Of the results of the suite's attacks."""
 OF_BALLS = frozenset({
     "eps-units", "finite-outputs", "vanishing-gradients", "gradient-agreement", "gradient-stability", *PROBE_CHECKS,
-    *SURVIVOR_CHECKS,
+    *SURVIVOR_CHECKS, *STRENGTH_CHECKS,
 })  # fmt: skip
 """Checks that need a radius above 0."""
 NO_BALL = "no radius is above 0"
 NAMES = (
-    *INPUT_CHECKS, *SETTING_CHECKS, *CLASSIFIER_CHECKS, *PROBE_CHECKS, *SURVIVOR_CHECKS, *RESULT_CHECKS,
-    "search-precision", "contradictions",
+    *INPUT_CHECKS, *SETTING_CHECKS, *CLASSIFIER_CHECKS, *PROBE_CHECKS, *SURVIVOR_CHECKS, *STRENGTH_CHECKS,
+    *RESULT_CHECKS, "search-precision", "contradictions",
 )  # fmt: skip
 """All checks of an evaluation, in the order of the verdict."""
 
@@ -96,7 +100,8 @@ def after_attacks(context: CheckContext, findings: AttackFindings) -> list[Check
     with preserve_state(context.runner.classifier), reproducible(context.generator("after attacks")):
         made = _probe_checks(context)
         survivors = [_run(name, partial(check, context, findings), context) for name, check in SURVIVOR_CHECKS.items()]
-    made += [*survivors, *(check(context, findings) for check in RESULT_CHECKS.values())]
+        strength = [_run(name, partial(check, context, findings), context) for name, check in STRENGTH_CHECKS.items()]
+    made += [*survivors, *strength, *(check(context, findings) for check in RESULT_CHECKS.values())]
     return [*made, attack_checks.search_precision(context, findings, more_steps=survivors[0])]
 
 

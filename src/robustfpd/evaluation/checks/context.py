@@ -42,6 +42,7 @@ FIXES = {
     "earlier-iterate": "keep the best iterate of an attack, not the last, and take smaller steps",
     "more-steps": "run the suite full, or attacks with more steps",
     "rugged-loss": "attack a smoothed loss: remove what makes it rugged, or average gradients over noise",
+    "binarisation": "use stronger attacks (more steps, a margin loss), or find what masks the gradients",
     "black-box": "find what masks the gradients; until then report the lower robust accuracy",
     "failed-attacks": "fix the error in the ledger's column `note`, and evaluate again",
     "unchanged-state": "find the code that writes to parameters or buffers in evaluation mode, often batch statistics",
@@ -75,6 +76,8 @@ class CheckContext:
         indices = torch.nonzero(correct).flatten()
         shuffled = indices[torch.randperm(len(indices), generator=generator(runner.seed, "probes"))]
         self.images, self.labels = self.take(shuffled[:NUM_IMAGES].sort().values)
+        self.num_probes = probes
+        """Number asked for; `probes` are fewer where fewer are classified correctly."""
         self.probes = self.take(shuffled[:probes].sort().values)
         """Images and labels for the checks that run attacks."""
 
