@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -41,24 +42,6 @@ class HonestNetwork:
     """(folder of data sets, folder of weights) → classifier in evaluation mode."""
 
 
-class OrderStatistic(nn.Module):
-    """Replaces each pixel by an order statistic of its neighbourhood, which is differentiable almost everywhere.
-
-    Args:
-        first, last: range of the ranks that are averaged, of the nine of a 3×3 neighbourhood; (4, 5) is the median.
-    """
-
-    def __init__(self, first: int = 4, last: int = 5) -> None:
-        super().__init__()
-        self.ranks = slice(first, last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Filter images N×C×H×W."""
-        n, c, h, w = images.shape
-        windows = F.unfold(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3).reshape(n, c, 9, h * w)
-        return windows.sort(dim=2).values[:, :, self.ranks].mean(dim=2).reshape(n, c, h, w)
-
-
 class Residual(nn.Module):
     """Two convolutions with batch normalization, plus the input."""
 
@@ -69,7 +52,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features N×width×H×W of N×width×H×W."""
-        return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
+        added: Tensor = x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return added.relu()
 
 
 def lenet(activation: Callable[[], nn.Module] = nn.ReLU, pool: type[nn.Module] = nn.MaxPool2d) -> nn.Module:
@@ -154,7 +138,7 @@ def _trained(
     return build
 
 
-def _timm(name: str, epochs: int, **options: int) -> Callable[[Path, Path], nn.Module]:
+def _timm(name: str, epochs: int, **options: Any) -> Callable[[Path, Path], nn.Module]:
     return _trained(lambda: timm.create_model(name, num_classes=len(PHOTOGRAPHS), **options), "photographs", epochs)
 
 
@@ -173,11 +157,11 @@ def _zoo(name: str) -> Callable[[Path, Path], nn.Module]:
 
 
 def _filtered(make: Callable[[], nn.Module], ranks: tuple[int, int]) -> Callable[[Path, Path], nn.Module]:
-    return lambda data_root, weights: nn.Sequential(OrderStatistic(*ranks), make()).eval()
+    return lambda data_root, weights: nn.Sequential(defences.OrderStatistic(*ranks), make()).eval()
 
 
 def _filtered_lenet(data_root: Path, weights: Path) -> nn.Module:
-    return nn.Sequential(OrderStatistic(), _trained(lenet, "mnist", 3)(data_root, weights)).eval()
+    return nn.Sequential(defences.OrderStatistic(), _trained(lenet, "mnist", 3)(data_root, weights)).eval()
 
 
 HONEST: dict[str, HonestNetwork] = {

@@ -60,6 +60,38 @@ class NormalisedNet(Net):
         return hidden
 
 
+class Pooled(nn.Module):
+    """LeNet with max pooling, which has kinks where pixels of the background are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+class OrderStatistic(nn.Module):
+    """Replaces each pixel by order statistics of its neighbourhood, which are differentiable almost everywhere.
+
+    Args:
+        first, last: range of the ranks that are averaged, of the nine of a 3×3 neighbourhood; 4, 5 is the median.
+    """
+
+    def __init__(self, first: int = 4, last: int = 5) -> None:
+        super().__init__()
+        self.ranks = slice(first, last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        n, c, h, w = images.shape
+        windows = F.unfold(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3).reshape(n, c, 9, h * w)
+        return windows.sort(dim=2).values[:, :, self.ranks].mean(dim=2).reshape(n, c, h, w)
+
+
 @functools.cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, test images and labels; the split on which `digits/mini-fpd` was trained."""
@@ -107,6 +139,11 @@ def plain(seed: int = 0) -> Net:
 @functools.cache
 def pgd_trained(seed: int = 0) -> nn.Module:
     return _seeded(lambda: train(Net(), 14, eps=0.1, seed=seed), seed)
+
+
+@functools.cache
+def pooled() -> nn.Module:
+    return _seeded(lambda: train(Pooled(), 14, eps=0.1))
 
 
 @functools.cache
@@ -476,5 +513,7 @@ BAD: dict[str, Bad] = {
 }
 """By name."""
 
-HONEST: dict[str, Callable[[], nn.Module]] = {"plain": plain, "PGD-trained": pgd_trained, "FPD": fpd}
+HONEST: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain, "PGD-trained": pgd_trained, "FPD": fpd, "max pooling, PGD-trained": pooled,
+}  # fmt: skip
 """By name."""

@@ -19,6 +19,7 @@ import robustfpd as rf
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import View, adaptive_views
 from robustfpd.attacks.base import attack
+from robustfpd.attacks.losses import margin
 from robustfpd.config import Norm
 from robustfpd.evaluation import EvaluationRecord, checks, evaluate
 from robustfpd.evaluation.attack_runner import AttackRunner
@@ -294,6 +295,27 @@ def test_gradient_agreement(honest: defences.Net, honest_context: CheckContext) 
     assert few_classes.outcome == "suspicious"
     good = gradients.gradient_agreement(honest_context)
     assert (good.outcome, good.values["error"] < 0.01) == ("passed", True)
+
+
+@pytest.mark.parametrize("first", [defences.OrderStatistic(), defences.OrderStatistic(3, 6), nn.MaxPool2d(3, 1, 1)])
+def test_gradient_agreement_passes_networks_with_kinks_where_pixels_are_equal(
+    honest: defences.Net, first: nn.Module
+) -> None:
+    context = _context(Before(honest, first).eval())
+    made = gradients.gradient_agreement(context)
+    assert (made.outcome, made.values["error"] < 0.15) == ("passed", True), made.evidence
+    gradient = gradients._gradient(context, context.images, context.labels, margin)
+    assert gradient is not None
+    x = context.images.clamp(1e-3, 1 - 1e-3)  # at the images themselves the error does not shrink with the step
+    errors = gradients._disagreement(context, x, gradient, gradients.STEPS[1], torch.Generator().manual_seed(0))
+    assert float(errors.quantile(0.85)) > gradients.DISAGREEMENT
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, -1.0])
+def test_gradient_agreement_finds_wrong_gradients_of_networks_with_kinks(honest: defences.Net, scale: float) -> None:
+    kinked = Before(honest, defences.OrderStatistic(3, 6))
+    wrong = After(kinked, lambda z: z.detach() + scale * (z - z.detach()))  # gradients of another size or sign
+    assert gradients.gradient_agreement(_context(wrong.eval())).outcome == "suspicious"
 
 
 def test_gradient_stability(honest: defences.Net, honest_context: CheckContext) -> None:

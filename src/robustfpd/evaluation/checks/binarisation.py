@@ -35,7 +35,7 @@ PROBLEMS = 16
 LEAST_PROBLEMS = 4
 RANDOM = 100  # queries of the random search that the attacks are compared with
 BUDGET = 5000  # forward and backward passes of the attacks on all problems; building them takes 6,500 at most
-SOLVED = 0.8  # share of the problems below which the check is suspicious
+SOLVED = 0.75  # share of the problems below which the check is suspicious
 CHANGING = 1e-3  # relative change of the features from pass to pass that counts as random
 
 
@@ -74,9 +74,13 @@ def binarisation(context: CheckContext, findings: AttackFindings) -> Check:
 
 
 def _is_white_box(spec: AttackSpec) -> bool:
-    """Return whether a suite relies on the attack to find adversarial examples by gradients at the radius."""
+    """Return whether a suite relies on the attack to find adversarial examples by gradients at the radius.
+
+    Of AutoAttack's own members APGD-CE does: the others need more than two classes, or search for minimal norms.
+    """
     attack = attacks.get(spec.attack)
-    return attack.access == "gradients" and not attack.minimal and not spec.early_stopping
+    binary = spec.attack != "autoattack" or spec.options["members"] == ("apgd-ce",)
+    return attack.access == "gradients" and not attack.minimal and binary
 
 
 def _build(context: CheckContext) -> BinaryProblems | str:
