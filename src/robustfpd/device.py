@@ -5,7 +5,8 @@ The module imports torch only where it is used, so that the command line can che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+TIMED_SECONDS = 0.5
+"""How long `timed` repeats."""
 BF16_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs with bfloat16 tensor cores (Ampere)."""
 
@@ -108,3 +111,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in before:
             m.training = training
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds of several calls of `action`, after one to warm up."""
+    import torch
+
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds[1:]) < TIMED_SECONDS:
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

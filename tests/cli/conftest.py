@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from robustfpd.cli import common, main
+from robustfpd import device
+from robustfpd.cli import main
 
 
 @pytest.fixture(autouse=True)
 def _quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs time each action once or twice."""
-    monkeypatch.setattr(common, "TIMED_SECONDS", 0.02)
+    monkeypatch.setattr(device, "TIMED_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="session")

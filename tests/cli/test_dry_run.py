@@ -45,7 +45,7 @@ def test_a_dry_run_of_train_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_evaluate_is_an_upper_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_of_evaluate_estimates_its_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = _json(capsys, "train", "digits/mini", *FAST, "model.head=tanh")
     assert trained["stages"][0] | {"validation_accuracy": 0, "best_epoch": 0} == {
         "stage": "two-phase", "folder": "runs/digits-mini", "epochs": 2, "stopped_early": False, "best_epoch": 0,
@@ -58,7 +58,7 @@ def test_a_dry_run_of_evaluate_is_an_upper_bound(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "6 of 359 test images of digits" in out
     assert "PGD-40, pre-squash" in out
-    assert "so most evaluations take far less" in out
+    assert "dry run: 6 images were attacked, nothing was written" in out
     assert max(map(len, out.splitlines())) <= 80
     planned = _json(capsys, *words, "--dry-run")
     assert sorted(tmp_path.rglob("*")) == before
@@ -70,10 +70,14 @@ def test_a_dry_run_of_evaluate_is_an_upper_bound(tmp_path: Path, capsys: pytest.
     assert found["worst_case"][1]["accuracy"] == record.robust_accuracy
     assert found["verdict"]["status"] == record.verdict.status
     assert planned["estimated_seconds"] > 0
+    assert planned["estimated_forward_passes"] == pytest.approx(record.forward_passes, rel=0.02)
+    assert planned["estimated_backward_passes"] == record.backward_passes  # of the same six images
+    assert (planned["attacked"], planned["not_reached"]) == (6, [])
     for attack in planned["attacks"]:  # and a forward pass for the prediction, of the pre-tanh logits as well
         rows = [row for row in record.ledger if row.attack == attack["label"]]
         assert max(row.queries for row in rows) <= attack["iterations_per_image"] + 2
         assert max(row.gradients for row in rows) <= attack["iterations_per_image"]
+        assert len(rows) == attack["estimated_images"]
     assert list(dict.fromkeys(a.attack for a in record.attacks)) == [a["label"] for a in planned["attacks"]]
     main(words)
     assert f"next: robustfpd report {run}" in capsys.readouterr().out

@@ -177,7 +177,7 @@ def test_an_interrupted_evaluation_is_resumed(
         main(whole)
     assert ended.value.code == 130
     assert "are kept in runs/mynets-make-evaluation" in capsys.readouterr().out
-    assert not (folder / "digits-first-look-linf.json").exists()
+    assert not EvaluationRecord.load(folder / "digits-first-look-linf.json").complete
     kept = (folder / "digits-first-look-linf.ledger.csv").read_text()
     monkeypatch.setattr(Ledger, "add", add)
     main(whole)

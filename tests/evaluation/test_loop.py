@@ -4,15 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from scipy.stats import hypergeom
 from tests.evaluation.conftest import install_suite, make_spy
 from torch import Tensor, nn
 
 from robustfpd import attacks
 from robustfpd.evaluation import evaluate
+from robustfpd.evaluation.audit import draw_audit
 from robustfpd.evaluation.ledger import Outcome
-from robustfpd.evaluation.loop import draw_audit, found_nothing, missed_at_most, worst_case_of
-from robustfpd.evaluation.record import Proportion
+from robustfpd.evaluation.loop import found_nothing
 from robustfpd.evaluation.suites import AttackSpec
 from robustfpd.rng import generator
 
@@ -25,42 +24,12 @@ EPS = 0.5
 """At this radius an image in `_Succeeds` is misclassified, and few are under random noise."""
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 3), (64, 4), (256, 4), (500, 8), (1000, 16)])
-def test_the_audit_is_a_random_sample(count: int, size: int) -> None:
-    images = torch.arange(count) * 3 + 1
-    samples = [draw_audit(images, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
-    assert samples[0] == samples[1]
-    assert count <= 3 or samples[0] != samples[2]
-    for sample in samples:
-        assert len(sample) == len(set(sample)) == size
-        assert set(sample) <= set(images.tolist())
-
-
 @pytest.mark.parametrize(
     ("outcomes", "expected"),
     [(["robust"], True), (["robust", "misclassified"], False), (["robust", "failed"], False), (["failed"], False)],
 )
 def test_images_are_skipped_only_after_robust_ones(outcomes: list[Outcome], expected: bool) -> None:
     assert found_nothing(outcomes) is expected
-
-
-@pytest.mark.parametrize(("survivors", "skipped", "audited"), [(450, 400, 8), (100, 100, 10), (40, 3, 4), (20, 0, 4)])
-def test_the_audit_bounds_what_is_missed(survivors: int, skipped: int, audited: int) -> None:
-    missed = missed_at_most(survivors, skipped, audited)
-    assert 0 <= missed <= skipped
-    assert hypergeom.pmf(0, survivors, missed, audited) >= 0.05  # as many would be overlooked with 5 % probability
-    assert missed == skipped or hypergeom.pmf(0, survivors, missed + 1, audited) < 0.05
-
-
-def test_the_interval_includes_what_the_audit_allows_to_be_missed() -> None:
-    survivors, everywhere = torch.ones(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
-    audit = torch.arange(0, 100, 10)
-    worst = worst_case_of(0.1, survivors, everywhere, audit)
-    assert (worst.robust.count, worst.audited, worst.missed_at_most) == (100, 10, missed_at_most(100, 100, 10))
-    assert worst.interval == (Proportion.of(100 - worst.missed_at_most, 100).low, 1.0)
-    assert worst_case_of(0.1, survivors, ~everywhere, audit).missed_at_most == 0
-    unaudited = worst_case_of(0.1, survivors, everywhere, None)
-    assert (unaudited.audited, unaudited.missed_at_most) == (0, 0)
 
 
 class _Succeeds:
@@ -215,3 +184,22 @@ def test_shares_change_no_result_of_a_plain_network(monkeypatch: pytest.MonkeyPa
     assert 40 < with_.worst_case[0].robust.count < with_.clean.count
     assert sum(a.skipped for a in with_.attacks) > 0 == sum(a.skipped for a in without.attacks)
     assert with_.forward_passes < without.forward_passes
+
+
+@pytest.mark.parametrize(("size", "steps", "blocks"), [(6, 40, {12}), (224, 40, {4}), (224, 1000, {1})])
+def test_photographs_on_a_cpu_are_attacked_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, size: int, steps: int, blocks: set[int]
+) -> None:
+    sizes = set()
+
+    def attack(classifier: Any, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        sizes.add(len(images))
+        return images.clone()
+
+    monkeypatch.setattr(AttackSpec, "iterations", steps)
+    monkeypatch.setitem(attacks._ATTACKS, "square", make_spy(attack))
+    install_suite(monkeypatch, AttackSpec("Square", "square"))
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(12, 3, size, size)
+    evaluate(net, (images, net(images).argmax(1)), suite="ours", eps=0.01)
+    assert sizes == blocks

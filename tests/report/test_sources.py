@@ -121,6 +121,16 @@ def _unfinished(run: Path) -> None:
     (run / "evaluation" / "record.unfinished.json").write_text("{}")
 
 
+def _partial(run: Path) -> None:
+    path = run / "evaluation" / "record.json"
+    values = json.loads(path.read_text())
+    evidence = "the evaluation ended after its limit of 5 minutes"
+    values["verdict"]["checks"].append({"name": "complete", "outcome": "suspicious", "evidence": evidence})
+    values["attacks"][-1]["not_attacked"] = 7
+    path.write_text(json.dumps({**values, "complete": False}))
+    (run / "evaluation" / "record.unfinished.json").write_text("{}")
+
+
 def _no_record(run: Path) -> None:
     (run / "evaluation" / "record.json").unlink()
 
@@ -178,6 +188,8 @@ def _bytes_in_metrics(run: Path) -> None:
         (_no_record, "lost its record: so far ", "Validation accuracy and gate"),
         (_no_ledger, "record.ledger.csv is missing: no confusion", "a small network"),
         (_unfinished, "was not finished: so far ", "Validation accuracy and gate"),
+        (_partial, "record is partial: the evaluation ended after its limit of 5 minutes", "an upper bound, because"),
+        (_partial, "record is partial: ", "7 not attacked"),
         (_newer, "is not an evaluation record of format 3, found format 99", "Validation accuracy and gate"),
         (_damaged, "record.json cannot be read", "Validation accuracy and gate"),
         (_no_picture, "1 of the pictures in", "picture missing"),

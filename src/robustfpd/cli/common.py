@@ -1,4 +1,4 @@
-"""Code that several commands share: output, the data set to evaluate on, checks of arguments, timing."""
+"""Code that several commands share: output, the data set to evaluate on, checks of arguments."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json as json_format
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,6 @@ from rich.text import Text
 from robustfpd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from robustfpd.config import DataConfig, RunConfig
@@ -224,21 +222,3 @@ def check_folder(data: DataConfig) -> None:
         raise InputError(
             f"no folder {root.absolute()}; give the one that holds a folder of images per class as --data-root"
         )
-
-
-TIMED_SECONDS = 0.5
-"""How long `timed` repeats."""
-
-
-def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Return the least seconds of several calls of `action`, after one to warm up."""
-    import torch
-
-    seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds[1:]) < TIMED_SECONDS:
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])

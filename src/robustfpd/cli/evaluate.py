@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Sequence
+import time
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from robustfpd.cli.common import RUN, DataFlags, ModelFlag, Output, TrustFlag
+from robustfpd.cli.dry_run import dry_run as dry_run_of
 from robustfpd.config import SUITES, Norm
-from robustfpd.distributed import init_process_group, shared_errors
+from robustfpd.distributed import init_process_group, shared_errors, sigterm_as_interrupt
 from robustfpd.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
-    from torch import nn
 
-    from robustfpd.config import DataConfig, EvaluationConfig, TaskConfig
+    from robustfpd.config import DataConfig, EvaluationConfig
     from robustfpd.evaluation import EvaluationRecord, Proportion
-    from robustfpd.evaluation.suites import AttackSpec
     from robustfpd.report.paths import Target
 
 SUITE = tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(SUITES), help_behavior_hint="")
@@ -38,6 +36,7 @@ def evaluate(
     norm: Norm | None = None,
     suite: Annotated[str | None, SUITE] = None,
     num_images: int | None = None,
+    max_minutes: float | None = None,
     surrogate: tuple[str, ...] = (),
     trust_code: TrustFlag = False,
     strict: bool = False,
@@ -68,7 +67,10 @@ def evaluate(
         eps: radii of the perturbation, for example 0.03 or 8/255, or 0 for the clean accuracy; default the recipe's.
         norm: norm of the perturbation; default the recipe's.
         suite: the attacks, standard for AutoAttack and adaptive attacks; default the recipe's.
-        num_images: number of images; default the recipe's.
+        num_images: number of images; default the recipe's; for photographs on a CPU and the suite quick as many of
+            these as take about 8 minutes, at least 16.
+        max_minutes: end after about this time with what is known; repeat the command with more, or none, to go on.
+            Default none; 9 minutes where the number of images depends on the time.
         surrogate: networks from which attacks are transferred, given as for run or model; for a network that comes
             with robustfpd, default its baseline.
         strict: exit with code 3 unless the verdict is `trusted`.
@@ -84,12 +86,14 @@ def evaluate(
         search_precision: precision of the attacks' gradients; with bf16, adversarial examples are confirmed in fp32.
             Report results of fp32.
         device: auto, cpu, cuda or mps; with several processes each uses the GPU of its local rank.
-        dry_run: print the attacks and an upper bound of their time, from one timed batch; attack and write nothing.
+        dry_run: print the attacks and an estimate of their time; attacks a few images, for at most about 2 minutes,
+            and writes nothing.
     """
-    from robustfpd.cli.common import check_settings, named_network, program
+    from robustfpd.cli.common import check_settings, named_network
     from robustfpd.config import RunConfig
     from robustfpd.device import check_device_name, resolve_device
 
+    started = time.perf_counter()
     group = init_process_group(device, timedelta(days=7))  # an attack on a block may take hours on one rank alone
     with shared_errors():
         output = output if group.is_main else Output(quiet=True)
@@ -101,32 +105,55 @@ def evaluate(
         check_settings(config.model_copy(update={"data": data_config, "evaluation": plan}))
         if batch_size is not None and batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, found {batch_size}")
+        if max_minutes is not None and not 0 < max_minutes < float("inf"):
+            raise InputError(f"--max-minutes must be a number above 0, found {max_minutes}")
         others = _surrogates(surrogate, target, plan, trust_code)
-        chosen = resolve_device(device, group.world_size)
-        if dry_run:
-            if group.is_main:
-                _dry_run(output, target, data_config, plan, split, list(others), chosen, batch_size)
-            return
-        from robustfpd.report.metrics import answers_text, evaluation_table
-
-        options = _load(target, data_config, plan, split, others, chosen)
+        options = _load(target, data_config, plan, split, others, resolve_device(device, group.world_size))
     options |= plan.model_dump(include={"suite", "eps", "norm", "num_images"}) | {
         "seed": config.seed if seed is None else seed, "every_attack": every_attack,
-        "batch_size": batch_size or "auto", "search_precision": search_precision,
+        "batch_size": batch_size or "auto", "search_precision": search_precision, "max_minutes": max_minutes,
         "certified_accuracy": certified_accuracy or None,
     }  # fmt: skip
-    record, path = _evaluate(output, target.results, _record_name(data_config, plan, split), options)
+    name = _record_name(data_config, plan, split)
+    if num_images is None:
+        options |= group.broadcast(_fitted(output, options, plan, target.results / f"{name}.json", started))
+    if dry_run:
+        dry_run_of(output, options, plan, target.results / f"{name}.json", f"{split} images of {data_config.dataset}")
+        return
+    record, path = _evaluate(output, target.results, name, options)
+    _print(output, record, path, plan, target)
+    if strict and record.verdict.status != "trusted":
+        raise SystemExit(3)
+
+
+def _fitted(
+    output: Output, options: dict[str, Any], plan: EvaluationConfig, path: Path, started: float
+) -> dict[str, Any]:
+    """Return number of images and time limit where the user gave no number, and print why they are not the recipe's."""
+    from robustfpd.cli.image_count import affordable
+
+    count = affordable(options, plan, path, started)
+    if count.reason:
+        output.print_wrapped(f"{options['model_name']}: {count.reason}")
+    limit = options["max_minutes"] or count.max_minutes
+    return {"num_images": count.num_images, "max_minutes": limit}
+
+
+def _print(output: Output, record: EvaluationRecord, path: Path, plan: EvaluationConfig, target: Target) -> None:
+    """Print tables, verdict and files of an evaluation."""
+    from robustfpd.cli.common import program
+    from robustfpd.report.metrics import answers_text, evaluation_table
+
     output.print(evaluation_table(record))
     if plan.divide_by is not None:
         output.print(_divided(record, plan.divide_by))
     output.print(answers_text(record))
-    output.print(f"passes: {record.forward_passes:,} images forward, {record.backward_passes:,} backward")
     output.print(f"record: {path}", "        each image and attack in the .ledger.csv beside it")
+    if not record.complete:
+        output.print("partial: repeat the command with a larger --max-minutes to go on where it ended")
     reported = target.path if target.kind == "run" else target.results
     output.print(f"next: {program()} report {shlex.quote(str(reported))}")
     output.print_result(_summary(record, path))
-    if strict and record.verdict.status != "trusted":
-        raise SystemExit(3)
 
 
 def _surrogates(names: tuple[str, ...], target: Target, plan: EvaluationConfig, trust_code: bool) -> dict[str, Target]:
@@ -162,104 +189,6 @@ def _load(
     }  # fmt: skip
 
 
-def _dry_run(
-    output: Output, target: Target, data_config: DataConfig, plan: EvaluationConfig, split: str, surrogates: list[str],
-    device: torch.device, batch_size: int | None,
-) -> None:  # fmt: skip
-    """Print the attacks and an upper bound of their time; attack and write nothing."""
-    from robustfpd import attacks, data
-    from robustfpd.cli.display import duration
-
-    counts = data.count(data_config)
-    available = counts.test if split == "test" else counts.validation
-    task, images = target.task or counts.info.task, min(plan.num_images, available)
-    specs, forward, gradient = _timed_suite(target.classifier().to(device), task, plan, surrogates, device, batch_size)
-    rows = []
-    for spec in specs:
-        attack = attacks.get(spec.attack)
-        radii = sum(eps > 0 for eps in plan.eps)
-        radii = min(radii, 1) if attack.minimal else radii  # a search for the smallest perturbation runs once for all
-        per_image = gradient if attack.access == "gradients" else forward
-        rows.append((spec, radii, spec.iterations * radii * images * per_image))
-    seconds = forward * images + sum(spent for *_, spent in rows)
-    path = target.results / f"{_record_name(data_config, plan, split)}.json"
-    output.print(
-        f"{target.name}: {images:,} of {available:,} {split} images of {counts.info.name}, {task}",
-        f"suite {plan.suite}, {plan.norm}, eps {' '.join(f'{e:.4g}' for e in plan.eps)}",
-        _attack_table(rows),
-        f"time    at most about {duration(seconds)}, and the checks: an image is not attacked again once",
-        "        it is misclassified, so most evaluations take far less",
-        f"        timed now on {device}: {1000 * forward:.3g} ms an image, {1000 * gradient:.3g} ms with its gradient",
-        f"record  {path}",
-        "        an existing evaluation is resumed or read",
-        "dry run: nothing was attacked or written",
-    )
-    output.print_result({
-        "model_name": target.name, "suite": plan.suite, "norm": plan.norm, "eps": list(plan.eps), "split": split,
-        "num_images": images, "dataset": counts.info.name, "device": str(device), "path": str(path),
-        "attacks": [
-            {
-                "label": spec.label, "attack": spec.attack, "view": spec.view, "options": dict(spec.options),
-                "share": spec.share, "radii": radii, "iterations_per_image": spec.iterations,
-                "estimated_seconds": round(spent, 1),
-            }
-            for spec, radii, spent in rows
-        ],
-        "estimated_seconds": round(seconds, 1), "bound": "upper",
-    })  # fmt: skip
-
-
-def _timed_suite(
-    classifier: nn.Module, task: TaskConfig, plan: EvaluationConfig, surrogates: list[str], device: torch.device,
-    batch_size: int | None,
-) -> tuple[list[AttackSpec], float, float]:  # fmt: skip
-    """Return the suite's attacks, and the seconds an image takes forward, and forward and backward, in a batch."""
-    import torch
-
-    from robustfpd.attacks.adaptive import LOGITS, adaptive_views
-    from robustfpd.attacks.base import preserve_state
-    from robustfpd.cli.common import timed
-    from robustfpd.evaluation.inputs import auto_batch_size, block_size
-    from robustfpd.evaluation.suites import SuiteContext, attack_specs
-
-    images = torch.rand(1, task.in_channels, *task.image_size, device=device)
-    count = batch_size or auto_batch_size(images, device, block_size(plan.num_images, None))
-    images = torch.rand(count, *images.shape[1:], device=device)
-
-    def gradient() -> None:
-        images.requires_grad_()
-        torch.autograd.grad(classifier(images).sum(), images)
-
-    def forward() -> None:
-        with torch.no_grad():
-            classifier(images)
-
-    with preserve_state(classifier):
-        # In normalised space attacks see the logits only.
-        views = adaptive_views(classifier, images[:4]) if plan.space == "pixels" else (LOGITS,)
-        seconds = timed(forward, device) / count, timed(gradient, device) / count
-    return attack_specs(plan.suite, SuiteContext(plan.norm, tuple(views), tuple(surrogates))), *seconds
-
-
-def _attack_table(rows: Sequence[tuple[AttackSpec, int, float]]) -> Table:
-    """Return the attacks in their order, with their options and the time they take at most."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from robustfpd.cli.display import duration
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("attack", no_wrap=True)
-    table.add_column("options")
-    for heading in ("radii", "iterations", "at most"):
-        table.add_column(heading, justify="right")
-    for spec, radii, seconds in rows:
-        options = {k: v for k, v in spec.options.items() if k != "early_stop" and str(v) not in spec.label}
-        shown = " ".join(f"{name}={value}" for name, value in options.items())
-        table.add_row(spec.label, shown, str(radii), f"{spec.iterations:,}", duration(seconds))
-    return table
-
-
 def _record_name(data: DataConfig, plan: EvaluationConfig, split: str) -> str:
     """Return the name of the record's files."""
     source = data.dataset if split == "test" else f"{data.dataset}-{split}"
@@ -276,7 +205,7 @@ def _evaluate(output: Output, folder: Path, name: str, options: dict[str, Any]) 
         unfinished = evaluation.is_unfinished(path)
         done = path.is_file() and not unfinished
         try:
-            with evaluation_display(output.console, options["model_name"]) as observer:
+            with sigterm_as_interrupt(), evaluation_display(output.console, options["model_name"]) as observer:
                 record = evaluation.evaluate(**options, out_dir=folder, record_name=path.stem, observer=observer)
         except evaluation.OtherEvaluation:
             continue
@@ -299,7 +228,7 @@ def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
 
     return {
         "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
-        "num_images": record.num_images, "clean": accuracy(record.clean),
+        "num_images": record.num_images, "complete": record.complete, "clean": accuracy(record.clean),
         "worst_case": [{"eps": worst.eps, **accuracy(worst.robust)} for worst in record.worst_case],
         "headline": record.headline, "robustness": record.robustness.model_dump(mode="json"),
         "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},

@@ -257,9 +257,9 @@ def _stage_seconds(
     """Time single batches of random images: return the seconds of a training step, and of the stage at most."""
     import torch
 
-    from robustfpd.cli.common import timed
     from robustfpd.data import ImageSet
     from robustfpd.data.image_set import batches_per_epoch
+    from robustfpd.device import timed
     from robustfpd.training.metrics import robust_accuracy, validate
 
     procedure, settings, task = run.procedure, run.adversarial, counts.info.task

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,6 +32,7 @@ from robustfpd.evaluation.loop import EvaluationLoop, EvaluationObserver, Evalua
 from robustfpd.evaluation.record import LEDGER, EvaluationRecord
 from robustfpd.evaluation.robustness import guessing_accuracy
 from robustfpd.evaluation.suites import SuiteContext
+from robustfpd.evaluation.time_limit import TimeLimit
 from robustfpd.provenance import environment, weights_sha256
 
 
@@ -54,6 +57,7 @@ def evaluate(
     dataset: str = "",
     certified_accuracy: float | Sequence[float] | None = None,
     observer: EvaluationObserver | None = None,
+    max_minutes: float | None = None,
 ) -> EvaluationRecord:
     """Attack a classifier; return how robust it is, and a verdict on whether the measurement is reliable.
 
@@ -91,6 +95,10 @@ def evaluate(
         certified_accuracy: fraction of images that a certificate proves robust, one that holds at all radii or one for
             each; the verdict is `broken` if attacks leave less.
         observer: callbacks for a live display.
+        max_minutes: end after about this time with what is known: the record is not `complete`, its robust accuracy
+            is an upper bound, and its verdict is never `trusted`. A batch under attack is not interrupted, so that the
+            evaluation ends at most a batch later. Repeat it with `out_dir` and a larger limit, or
+            none, to go on. Ctrl-C leaves such a record in `out_dir` too.
 
     Raises:
         InputError: invalid images, labels, radii, suite or classifier, or a folder that holds another evaluation.
@@ -106,6 +114,7 @@ def evaluate(
         _check_settings(settings)
         certified = inputs.check_certified(certified_accuracy, eps, settings.radii)
         check_count("gallery", gallery, least=0)
+        limit = TimeLimit(_check_minutes(max_minutes), group)
         samples = inputs.gather(data, num_images, seed)
         device = device_of(classifier, samples.images)
         with _without_autocast(device), forward_passes(classifier) as passes:
@@ -125,8 +134,10 @@ def evaluate(
         raise opened
     if opened is not None:
         return opened
+    ledger.checks.results, ledger.checks.passes = group.broadcast((ledger.checks.results, ledger.checks.passes))
     with _without_autocast(device), forward_passes(classifier) as passes:
-        input_checks = checks.input_checks(classifier, samples.images)
+        resume = partial(ledger.checks.resume, passes=lambda: (passes(), 0))
+        input_checks = checks.input_checks(classifier, samples.images, resume)
     forward += passes()
     if samples.images.dtype in HALF:
         classifier = SinglePrecision(classifier, samples.images.dtype)
@@ -143,14 +154,27 @@ def evaluate(
     pictures = None
     if path is not None and group.is_main:
         pictures = Gallery(gallery_folder(path), runner, settings.sha256, gallery)
-    loop = EvaluationLoop(settings, runner, others, ledger, group, observer or EvaluationObserver(), pictures)
-    with evaluating(classifier), _without_autocast(device):
-        record = loop.run(input_checks, forward)
+    loop = EvaluationLoop(settings, runner, others, ledger, group, observer or EvaluationObserver(), pictures, limit)
     guessing = guessing_accuracy(samples.labels.tolist(), num_classes)
-    record = record.model_copy(
-        update={"dataset": dataset, "guessing": guessing, "certified_accuracy": certified}
-    )  # fmt: skip
-    return group.run_on_main(lambda: _save(record, path, ledger))
+    about = {"dataset": dataset, "guessing": guessing, "certified_accuracy": certified}
+    with evaluating(classifier), _without_autocast(device):
+        try:
+            record = loop.run(input_checks, forward)
+        except KeyboardInterrupt:
+            if group.is_main and loop.state is not None:
+                limit.end_now("when it was interrupted")
+                _save(loop.conclude(loop.state, runner.batch_size).model_copy(update=about), path, ledger)
+            raise
+    return group.run_on_main(lambda: _save(record.model_copy(update=about), path, ledger))
+
+
+def _check_minutes(minutes: Any) -> float | None:
+    """Return the time limit in minutes, checked."""
+    if minutes is None:
+        return None
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf:
+        raise InputError(f"max_minutes must be a number above 0, found {minutes!r}")
+    return float(minutes)
 
 
 def _check_launch(group: ProcessGroup) -> None:
@@ -267,7 +291,9 @@ def _save(record: EvaluationRecord, path: Path | None, ledger: Ledger) -> Evalua
     """Compare the record with those beside it, write it, and return it with the outcome."""
     others = [] if path is None else contradictions.read_beside(record, path)
     record = contradictions.judged(record, others)
-    if path is not None:
+    if path is not None and record.complete:
         record.save(path)
         ledger.finish()
+    elif path is not None:
+        record.save_summary(path)  # the ledger is there, and may have rows that were not read again
     return record

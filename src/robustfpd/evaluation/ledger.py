@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 from robustfpd.config import Config, parse
 from robustfpd.errors import InputError
+from robustfpd.evaluation.saved_checks import SavedChecks
 from robustfpd.io import write_json, write_text, writing
 
 Outcome = Literal["misclassified", "robust", "failed"]
+CHECKS = ".checks.jsonl"
+"""Ends the name of the file of finished checks, which is deleted at the end."""
 CLEAN = "clean"
 """`attack` of the rows of clean images."""
 
@@ -62,6 +65,7 @@ class Ledger:
     def __init__(self) -> None:
         self.rows: list[LedgerRow] = []
         self.path: Path | None = None
+        self.checks = SavedChecks()
         self._known: list[LedgerRow] = []
         self._next = 0
 
@@ -73,6 +77,7 @@ class Ledger:
         """
         given = json.loads(json.dumps(settings))
         rows = _interrupted_rows(path, given)
+        self.checks.open(path.with_name(_stem(path) + CHECKS), resumed=_settings(path) == given)
         with writing(path):
             write_rows(path, rows)  # without an incomplete last line
             write_json(_settings_file(path), given)
@@ -102,6 +107,7 @@ class Ledger:
         """Mark the evaluation as finished."""
         if self.path is not None:
             _settings_file(self.path).unlink(missing_ok=True)
+            self.checks.finish()
 
     def _truncate(self) -> None:
         if self._next < len(self._known) and self.path is not None:
@@ -109,8 +115,21 @@ class Ledger:
         self._known, self._next = [], 0
 
 
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".json").removesuffix(".ledger.csv")
+
+
 def _settings_file(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".json").removesuffix(".ledger.csv") + ".unfinished.json")
+    return path.with_name(_stem(path) + ".unfinished.json")
+
+
+def _settings(path: Path) -> Any:
+    """Return the settings of an interrupted evaluation; None without one, or where the file is damaged."""
+    marker = _settings_file(path)
+    try:
+        return json.loads(marker.read_text()) if marker.is_file() else None
+    except ValueError:
+        return None
 
 
 def _interrupted_rows(path: Path, settings: Mapping[str, Any]) -> list[LedgerRow]:
@@ -118,10 +137,7 @@ def _interrupted_rows(path: Path, settings: Mapping[str, Any]) -> list[LedgerRow
     marker = _settings_file(path)
     if not marker.is_file():
         return []
-    try:
-        found = json.loads(marker.read_text())
-    except ValueError:
-        found = None
+    found = _settings(path)
     if not isinstance(found, dict):
         raise InputError(f"{marker} is damaged; delete it and {path} to start again")
     try:

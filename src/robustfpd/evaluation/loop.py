@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,21 +21,22 @@ from robustfpd.distributed import ProcessGroup, shared_errors
 from robustfpd.errors import InputError
 from robustfpd.evaluation import checks, suites
 from robustfpd.evaluation.attack_runner import TOLERANCE, AttackOutcome, AttackRunner, fills_batches, forward_passes
+from robustfpd.evaluation.audit import draw_audit, worst_case
 from robustfpd.evaluation.gallery import Gallery
-from robustfpd.evaluation.inputs import block_size
+from robustfpd.evaluation.inputs import CPU_BATCH_SIZE, block_size
 from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow, Outcome
-from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, Proportion, Verdict, WorstCase
+from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, Proportion, Verdict
+from robustfpd.evaluation.results import LoopState, attack_result, left_out, survivors
 from robustfpd.evaluation.suites import AttackSpec, SuiteContext
+from robustfpd.evaluation.time_limit import TimeLimit, TimeLimitReached
 from robustfpd.provenance import environment, weights_sha256
 from robustfpd.rng import generator
 
 SearchPrecision = Literal["fp32", "bf16"]
 SMALLEST_TRANCHE = 8
 """Fewest images with the largest margins that an attack with a share takes."""
-AUDIT = 64
-"""One survivor in 64 is drawn for the audit, on which every attack of the suite is run."""
-SMALLEST_AUDIT = 4
-SIGNIFICANCE = 0.05
+CPU_BLOCK_VALUES = 1 << 28
+"""Pixel values that go forward per block of photographs on a CPU: a minute or two of a ResNet-18."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,14 @@ class EvaluationLoop:
 
     def __init__(
         self, settings: EvaluationSettings, runner: AttackRunner, surrogates: Mapping[str, nn.Module], ledger: Ledger,
-        group: ProcessGroup, observer: EvaluationObserver, gallery: Gallery | None,
+        group: ProcessGroup, observer: EvaluationObserver, gallery: Gallery | None, limit: TimeLimit,
     ) -> None:  # fmt: skip
         self.settings, self.runner, self.surrogates, self.ledger = settings, runner, surrogates, ledger
-        self.group, self.observer, self.gallery = group, observer, gallery
+        self.group, self.observer, self.gallery, self.limit = group, observer, gallery, limit
+        self.state: LoopState | None = None
+        """None until the attacks begin."""
+        self.classified = 0
+        """Images that were classified without an attack."""
         # Blocks and batches are the same on all ranks, though a rank may halve its runner's batch size later.
         self.batch_size = runner.batch_size
         given = None if settings.batch_size == "auto" else settings.batch_size
@@ -91,6 +98,8 @@ class EvaluationLoop:
         self.margins = torch.full((len(runner.images),), -torch.inf)
         """Largest margin that an attack reached on each image inside its ball, N; the nearest images are attacked
         first."""
+        self.audits: dict[float, Tensor] = {}
+        """Indices of the audited images by radius."""
         self.minimal_rows: dict[str, dict[int, LedgerRow]] = {}
         """Rows of attacks that search for the smallest perturbation, by attack and position of the image."""
 
@@ -101,62 +110,108 @@ class EvaluationLoop:
             input_checks: outcomes of the checks that were made already.
             forward: images that these and other preparations sent forward.
         """
-        settings, runner, count = self.settings, self.runner, len(self.runner.images)
-        attacked_radii = tuple(eps for eps in settings.radii if eps > 0)
-        correct = self._classify()
+        settings, runner = self.settings, self.runner
+        correct = self.classify()
         views, forward_for_views = self._set_views()
-        context = checks.CheckContext(runner, correct, attacked_radii, suites.suite(settings.suite).probes)
+        radii = tuple(eps for eps in settings.radii if eps > 0)
+        context = checks.CheckContext(runner, correct, radii, suites.suite(settings.suite).probes)
+        context.resume = partial(self._resume, context)
         # What follows from the checks must be the same on all ranks, though their rounding may differ.
         made = self.group.broadcast(input_checks + checks.before_attacks(context))
         suite_context = SuiteContext(
             runner.norm, tuple(views), tuple(self.surrogates), checks.is_random(made), settings.seed
         )
         specs = suites.attack_specs(settings.suite, suite_context)
-        stop_early = not settings.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
+        self.state = LoopState(context, correct, specs, made, suite_context.best_view, forward + forward_for_views)
+        # Early stopping and the suite depend on these checks.
+        if not self.limit.reached():
+            stop_early = not settings.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
+            with suppress(TimeLimitReached):
+                self.attack_all(specs, correct, self.state.results, stop_early=stop_early)
+        return self.conclude(self.state, min(self.group.gather(runner.batch_size)))
 
-        survivors, results, worst_case = correct.clone(), list[AttackResult](), list[WorstCase]()
+    def conclude(self, state: LoopState, batch_size: int) -> EvaluationRecord:
+        """Check the results, and return the record; a partial one if the evaluation ended early."""
+        settings, runner, rows = self.settings, self.runner, tuple(self.ledger.rows)
+        results = (
+            *state.results, *left_out(state, settings.radii, rows, every_attack=settings.every_attack)
+        )  # fmt: skip
+        robust = [survivors(rows, runner, state.correct, eps) for eps in settings.radii]
+        findings = checks.AttackFindings(state.specs, rows, results, robust[-1], self.margins, self.classified)
+        made = state.made + checks.after_attacks(state.context, findings)
+        early = self.limit.reason if checks.is_incomplete(state.context, findings, made) else ""
+        made.append(checks.complete(state.context, replace(findings, ended=early), made))
+        if self.gallery is not None and early:
+            self.gallery.save(final=False)
+        elif self.gallery is not None:
+            self.gallery.finish(runner.view_module(state.best_view), robust[-1])
+        worst = (
+            worst_case(
+                eps, images, self.classified, None if early else self.audits.get(eps), state.specs, rows,
+                runner.data.positions,
+            )
+            for eps, images in zip(settings.radii, robust, strict=True)
+        )  # fmt: skip
+        passes = [self._check_passes(state.context), *self.ledger.checks.passes.values()]
+        return EvaluationRecord(
+            model_name=settings.model_name, suite=settings.suite, norm=settings.norm, seed=settings.seed,
+            batch_size=batch_size, batch_size_auto=settings.batch_size == "auto",
+            search_precision=settings.search_precision, every_attack=settings.every_attack,
+            clean=Proportion.of(int(state.correct.sum()), self.classified),
+            worst_case=tuple(worst),
+            attacks=results, ledger=rows, data_sha256=runner.data.digest(), verdict=Verdict.of(made),
+            weights_sha256=weights_sha256(runner.classifier), environment=environment(runner.device),
+            surrogates=tuple(self.surrogates), class_names=settings.class_names, settings_sha256=settings.sha256,
+            complete=not early, check_forward_passes=state.forward + sum(forward for forward, _ in passes),
+            check_backward_passes=sum(backward for _, backward in passes),
+        )  # fmt: skip
+
+    def attack_all(
+        self, specs: Sequence[AttackSpec], correct: Tensor, results: list[AttackResult], *, stop_early: bool
+    ) -> None:
+        """Run all attacks at all radii on the correctly classified images, and append their results to `results`."""
+        settings, robust = self.settings, correct.clone()
+        total = sum(eps > 0 for eps in settings.radii) * len(specs)
         for eps in settings.radii:
-            audit: Tensor | None = None
-            attacked_by_all = survivors.clone()
             for spec in specs if eps > 0 else ():
-                number, total = len(results) + 1, len(attacked_radii) * len(specs)
-                self.observer.on_attack(EvaluationProgress(spec.label, eps, number, total, int(survivors.sum())))
-                indices = torch.nonzero(correct if settings.every_attack else survivors).flatten()
-                if stop_early and spec.share < 1 and audit is None:
-                    audit = draw_audit(indices, generator(settings.seed, "audit", repr(eps)))
-                result, attacked, misclassified = self._attack(spec, eps, indices, audit)
-                survivors[misclassified] = False
-                attacked_by_all &= attacked
+                number = len(results) + 1
+                self.observer.on_attack(EvaluationProgress(spec.label, eps, number, total, int(robust.sum())))
+                indices = torch.nonzero(correct if settings.every_attack else robust).flatten()
+                if stop_early and spec.share < 1 and eps not in self.audits:
+                    self.audits[eps] = draw_audit(indices, generator(settings.seed, "audit", repr(eps)))
+                result, misclassified = self._attack(spec, eps, indices, self.audits.get(eps))
+                robust[misclassified] = False
                 results.append(result)
                 if self.gallery is not None:
                     self.gallery.save(final=eps == settings.radii[-1])
-            worst_case.append(worst_case_of(eps, survivors, attacked_by_all, audit))
 
-        findings = checks.AttackFindings(specs, tuple(self.ledger.rows), results, survivors, self.margins)
-        made += checks.after_attacks(context, findings)
-        if self.gallery is not None:
-            self.gallery.finish(runner.view_module(suite_context.best_view), survivors)
-        check_forward, check_backward = runner.check_passes
-        counter = context.classifier  # the checks' own, beside those of the views
-        return EvaluationRecord(
-            model_name=settings.model_name, suite=settings.suite, norm=settings.norm, seed=settings.seed,
-            batch_size=min(self.group.gather(runner.batch_size)), batch_size_auto=settings.batch_size == "auto",
-            search_precision=settings.search_precision, every_attack=settings.every_attack,
-            clean=Proportion.of(int(correct.sum()), count), worst_case=tuple(worst_case), attacks=tuple(results),
-            ledger=tuple(self.ledger.rows), data_sha256=runner.data.digest(), verdict=Verdict.of(made),
-            weights_sha256=weights_sha256(runner.classifier), environment=environment(runner.device),
-            surrogates=tuple(self.surrogates), class_names=settings.class_names, settings_sha256=settings.sha256,
-            check_forward_passes=forward + forward_for_views + check_forward + counter.forward_passes,
-            check_backward_passes=check_backward + counter.backward_passes,
-        )  # fmt: skip
+    def _resume(self, context: checks.CheckContext, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the saved result of a check, or compute it; None if the time limit is reached before its end."""
+        saved = self.ledger.checks
+        # All ranks have the same results, and ask the limit in the same order.
+        if name not in saved.results and self.limit.reached():
+            return None
+        try:
+            with self.limit.interrupting(context.classifier, context.white_box):
+                return saved.resume(name, compute, partial(self._check_passes, context))
+        except TimeLimitReached:
+            return None
 
-    def _classify(self) -> Tensor:
+    def _check_passes(self, context: checks.CheckContext) -> tuple[int, int]:
+        """Return the images that checks and views sent forward and backward in this process."""
+        (forward, backward), counter = self.runner.check_passes, context.classifier  # the checks' own counter
+        return forward + counter.forward_passes, backward + counter.backward_passes
+
+    def classify(self) -> Tensor:
         """Classify the clean images; return which are classified correctly, N."""
-        runner = self.runner
+        runner, done = self.runner, torch.zeros(len(self.runner.images), dtype=torch.bool)
         blocks = torch.split(torch.arange(len(runner.images)), self.block_size)
-        for indices, outcome in self._outcomes(CLEAN, 0.0, blocks, runner.classify):
-            runner.clean_predictions[indices] = torch.tensor([r.adversarial_prediction for r in outcome.rows])
-        return runner.clean_predictions == runner.labels
+        with suppress(TimeLimitReached):
+            for indices, outcome in self._outcomes(CLEAN, 0.0, blocks, runner.classify):
+                runner.clean_predictions[indices] = torch.tensor([r.adversarial_prediction for r in outcome.rows])
+                done[indices] = True
+        self.classified = int(done.sum())
+        return done & (runner.clean_predictions == runner.labels)
 
     def _set_views(self) -> tuple[Mapping[str, View], int]:
         """Set the runner's views; return those of the classifier, and the images sent forward to find them."""
@@ -172,7 +227,7 @@ class EvaluationLoop:
 
     def _attack(
         self, spec: AttackSpec, eps: float, indices: Tensor, audit: Tensor | None
-    ) -> tuple[AttackResult, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[AttackResult, Tensor]:  # fmt: skip
         """Run one attack at one radius.
 
         With an audit sample, it attacks its share of the images, those with the largest margins, and the sample. It
@@ -180,7 +235,7 @@ class EvaluationLoop:
         on with all images; otherwise it goes on with twice as many.
 
         Returns:
-            Its result, which images it attacked, N booleans, and the indices of those that it misclassified.
+            Its result, and the indices of the images that it misclassified.
         """
         minimal_rows = self.minimal_rows.setdefault(spec.label, {})
         known = torch.tensor([int(i) in minimal_rows for i in indices], dtype=torch.bool)
@@ -202,17 +257,19 @@ class EvaluationLoop:
             remaining = remaining[~torch.isin(remaining, tranche)]
             count, sample = len(remaining) if everywhere else 2 * count, sample[:0]
         positions = self.runner.data.positions
-        attacked = torch.zeros(len(self.margins), dtype=torch.bool)
-        attacked[[positions[row.image] for row in rows]] = True
         misclassified = [positions[row.image] for row in rows if row.outcome == "misclassified"]
-        result = self._result(spec, eps, rows, skipped=len(indices) - len(rows))
-        return result, attacked, torch.tensor(misclassified, dtype=torch.long)
+        result = attack_result(
+            spec, eps, rows, total=len(self.runner.labels), every_attack=self.settings.every_attack,
+            skipped=len(indices) - len(rows),
+        )  # fmt: skip
+        return result, torch.tensor(misclassified, dtype=torch.long)
 
     def _attack_blocks(self, spec: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
         """Run one attack on images, a block or batch at a time."""
         runner, rows = self.runner, list[LedgerRow]()
-        size = self.block_size if fills_batches(spec) else self.batch_size
-        blocks = torch.split(indices, self.block_size) if len(indices) else ()
+        block_size = self._block_size(spec)
+        size = block_size if fills_batches(spec) else self.batch_size
+        blocks = torch.split(indices, block_size) if len(indices) else ()
         batches = [batch for block in blocks for batch in torch.split(block, size)]
         for batch, outcome in self._outcomes(spec.label, eps, batches, lambda batch: runner.run(spec, eps, batch)):
             if self.gallery is not None:
@@ -227,6 +284,16 @@ class EvaluationLoop:
                 self.minimal_rows[spec.label] |= {i: r for i, r in by_index if r.outcome != "failed"}
             rows += outcome.rows
         return rows
+
+    def _block_size(self, spec: AttackSpec) -> int:
+        """Return the images to attack at a time, on which an attack is not interrupted.
+
+        Photographs on a CPU: full batches gain nothing there, and a block would take hours.
+        """
+        if self.settings.batch_size != "auto" or self.runner.device.type != "cpu" or self.batch_size >= CPU_BATCH_SIZE:
+            return self.block_size
+        per_image = spec.iterations * self.runner.images[0].numel()
+        return max(1, min(self.batch_size, CPU_BLOCK_VALUES // per_image))
 
     def _judge_again(self, spec: AttackSpec, eps: float, indices: Tensor) -> list[LedgerRow]:
         """Judge at this radius the smallest perturbations that an attack found at a smaller radius."""
@@ -257,6 +324,8 @@ class EvaluationLoop:
             yield batch, AttackOutcome(rows)
         remaining = batches[len(replayed) :]
         for start in range(0, len(remaining), group.world_size):
+            if label != CLEAN or start or replayed:  # a record needs an image
+                self.limit.check()
             turn = remaining[start : start + group.world_size]
             with shared_errors():
                 own = run(turn[group.rank]) if group.rank < len(turn) else AttackOutcome([])
@@ -275,56 +344,7 @@ class EvaluationLoop:
             replayed.append(rows)
         return replayed
 
-    def _result(self, spec: AttackSpec, eps: float, rows: Sequence[LedgerRow], skipped: int) -> AttackResult:
-        attack, total = attacks.get(spec.attack), len(self.runner.labels)
-        misclassified = [r for r in rows if r.outcome == "misclassified"]
-        queries = [r.queries for r in misclassified] if attack.access != "gradients" else []
-        distances = [r.distance for r in rows if r.distance > 0 and r.outcome != "failed"] if attack.minimal else []
-        alone = Proportion.of(len(rows) - len(misclassified), total) if self.settings.every_attack else None
-        return AttackResult(
-            attack=spec.label, eps=eps, attacked=len(rows), misclassified=len(misclassified), accuracy=alone,
-            seconds=sum(r.seconds for r in rows), failed=sum(r.outcome == "failed" for r in rows), skipped=skipped,
-            forward_passes=sum(r.queries for r in rows), backward_passes=sum(r.gradients for r in rows),
-            median_queries=_median(queries), median_distance=_median(distances),
-        )  # fmt: skip
-
-
-def draw_audit(indices: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw the survivors on which every attack of the suite is run: one in 64, at least four."""
-    count = max(math.ceil(len(indices) / AUDIT), SMALLEST_AUDIT)
-    return indices[torch.randperm(len(indices), generator=generator)[:count]].sort().values
-
 
 def found_nothing(outcomes: Iterable[Outcome]) -> bool:
     """Return whether an attack worked on all images and found no adversarial example, so that others may be skipped."""
     return all(outcome == "robust" for outcome in outcomes)
-
-
-def worst_case_of(eps: float, survivors: Tensor, attacked_by_all: Tensor, audit: Tensor | None) -> WorstCase:
-    """Return the images that survive, N booleans, and how many adversarial examples the audit allows to be missed."""
-    robust, missed, audited = Proportion.of(int(survivors.sum()), len(survivors)), 0, 0
-    if audit is not None:
-        audited = int(survivors[audit].sum())
-        missed = missed_at_most(robust.count, int((survivors & ~attacked_by_all).sum()), audited)
-    return WorstCase(eps=eps, robust=robust, audited=audited, missed_at_most=missed)
-
-
-def missed_at_most(survivors: int, skipped: int, audited: int) -> int:
-    """Return the most survivors with an adversarial example of which a random sample has none, at 95 % confidence.
-
-    Args:
-        survivors: images of which the sample was drawn.
-        skipped: those of them that some attack of the suite was not run on; no others can be missed.
-        audited: size of the sample, which has no adversarial example under any attack of the suite.
-    """
-    probability, missed = 1.0, 0  # that a sample without replacement has none of the `missed`
-    while missed < skipped:
-        probability *= max(survivors - missed - audited, 0) / (survivors - missed)
-        if probability < SIGNIFICANCE:
-            break
-        missed += 1
-    return missed
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5)) if values else None

@@ -99,6 +99,8 @@ class AttackResult(Config):
     """Images for which it raised an error or left its ball."""
     skipped: int = 0
     """Survivors that it was not run on, by early stopping."""
+    not_attacked: int = 0
+    """Survivors that it was not run on when the evaluation ended early."""
     forward_passes: int = 0
     backward_passes: int = 0
     median_queries: float | None = None
@@ -160,6 +162,9 @@ class EvaluationRecord(Config):
     """Names of the K classes; empty if unknown."""
     settings_sha256: str
     """SHA-256 of all settings that decide the result."""
+    complete: bool = True
+    """False if the evaluation ended early: `worst_case` are upper bounds, the check `complete` says what is left out,
+    and repeating the evaluation goes on where it ended."""
     dataset: str = ""
     """Name of the data set whose test images these are, for the best published number; empty if unknown."""
     guessing: float | None = None
@@ -225,9 +230,14 @@ class EvaluationRecord(Config):
 
     def save(self, path: Path) -> Path:
         """Write JSON, and the ledger as CSV beside it; return the JSON's path."""
-        derived = {"headline": self.headline, "robustness": self.robustness.model_dump(mode="json")}
         with writing(path):
             write_rows(path.with_suffix(LEDGER), self.ledger)
+        return self.save_summary(path)
+
+    def save_summary(self, path: Path) -> Path:
+        """Write the JSON without the ledger; return its path."""
+        derived = {"headline": self.headline, "robustness": self.robustness.model_dump(mode="json")}
+        with writing(path):
             write_json(path, {**derived, **self.model_dump(mode="json", exclude={"ledger"})})
         return path
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from sklearn.metrics import confusion_matrix
 
 from robustfpd.evaluation import AttackResult, EvaluationRecord, LedgerRow, WorstCase
+from robustfpd.evaluation.checks import NOT_MADE
 from robustfpd.evaluation.ledger import CLEAN
 from robustfpd.evaluation.robustness import Robustness
 
@@ -91,6 +92,7 @@ def class_name(record: EvaluationRecord, number: int) -> str:
 def evaluation_table(record: EvaluationRecord) -> Table:
     """Return clean and worst-case accuracy by radius with intervals, and each attack's result."""
     title = f"{record.model_name}: {record.num_images} images, {record.norm}, suite {record.suite}"
+    title += "" if record.complete else "; the evaluation ended early: accuracies are upper bounds"
     table = Table("eps", "accuracy [95 % interval]", "attacks: images misclassified / attacked", title=title)
     table.add_row("0", str(record.clean), "clean")
     for worst in record.under_attack:
@@ -161,7 +163,7 @@ def verdict_text(record: EvaluationRecord) -> Text:
     """Return the verdict on the measurement, and evidence and fix of each check that failed or is suspicious."""
     verdict = record.verdict
     passed = sum(c.outcome == "passed" for c in verdict.checks)
-    skipped = [c.name for c in verdict.checks if c.outcome == "skipped"]
+    skipped = [c.name for c in verdict.checks if c.outcome == "skipped" and c.evidence != NOT_MADE]
     not_applicable = f", not applicable: {', '.join(skipped)}" if skipped else ""
     text = Text("Is the measurement reliable? ").append(verdict.status, style=STATUS_STYLES[verdict.status])
     text.append(f" ({passed} of {len(verdict.checks)} checks passed{not_applicable})")
@@ -199,6 +201,7 @@ def _level_text(robustness: Robustness) -> Text:
 
 
 def _result(result: AttackResult) -> str:
-    left_out = [f"{n} {what}" for n, what in ((result.skipped, "skipped"), (result.failed, "failed")) if n]
+    counts = (result.skipped, "skipped"), (result.failed, "failed"), (result.not_attacked, "not attacked")
+    left_out = [f"{n} {what}" for n, what in counts if n]
     note = f" ({', '.join(left_out)})" if left_out else ""
     return f"{result.attack} {result.misclassified}/{result.attacked}{note}"

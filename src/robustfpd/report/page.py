@@ -164,6 +164,12 @@ def verdict_sentence(record: EvaluationRecord) -> str:
     if worst.eps == 0:
         count = f"{worst.robust} of {record.num_images:,} images"
         return f"{record.model_name} classifies {count} correctly without an attack."
+    if not record.complete:
+        return (
+            f"{record.model_name} classifies at most {worst.robust} of {record.num_images:,} images correctly under "
+            f"the attacks of suite {record.suite} within {NORM_NAMES[record.norm]} {format_eps(worst.eps)}: an upper "
+            "bound, because the evaluation ended early."
+        )
     return (
         f"{record.model_name} classifies {worst.robust} of {record.num_images:,} images correctly under all attacks of "
         f"suite {record.suite} within {NORM_NAMES[record.norm]} {format_eps(worst.eps)}."

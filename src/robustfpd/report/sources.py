@@ -44,10 +44,10 @@ class StoredEvaluation:
     problems: tuple[str, ...] = ()
 
     @property
-    def strength(self) -> tuple[int, int]:
-        """Sort key: strong suites first, then many images."""
+    def strength(self) -> tuple[bool, int, int]:
+        """Sort key: complete evaluations first, then strong suites, then many images."""
         rank = STRENGTH.index(self.record.suite) if self.record.suite in STRENGTH else len(STRENGTH)
-        return rank, -self.record.num_images
+        return not self.record.complete, rank, -self.record.num_images
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,14 @@ def _records(folder: Path) -> list[Path]:
 
 def _evaluation(path: Path) -> StoredEvaluation:
     """Read a record, without its ledger where that is damaged, and its gallery."""
-    if is_unfinished(path) or not path.is_file():
+    if not path.is_file() or (is_unfinished(path) and _json(path).get("complete", True)):
         raise InputError(_progress(path))
     ledger, problems = path.with_suffix(LEDGER), []
     without = "no confusion matrix, norms and queries of single images"
     try:
         record = EvaluationRecord.load(path)
         problems += [] if record.ledger else [f"{ledger} is missing: {without}"]
+        problems += [] if record.complete else [f"{path.stem} is partial: {record.verdict.checks[-1].evidence}"]
     except InputError:
         values = _json(path)
         if values.get("format") != FORMAT or not ledger.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ FIXES = {
     "search-precision": "evaluate with search_precision=fp32",
     "contradictions": "report the lower accuracy, and find which is wrong: repeat both with the same code and images; "
     "compare norm, eps and pixel range with those of the certificate",
+    "complete": "repeat the evaluation in the same folder with a larger time limit or none: it goes on where it ended",
 }
 """What to do about each check of an evaluation that is not passed."""
 
@@ -80,6 +82,8 @@ class CheckContext:
         """Number asked for; `probes` are fewer where fewer are classified correctly."""
         self.probes = self.take(shuffled[:probes].sort().values)
         """Images and labels for the checks that run attacks."""
+        self.resume: Callable[[str, Callable[[], Any]], Any] = lambda name, compute: compute()
+        """Returns the saved result of this name, or computes it; None after the evaluation's time limit."""
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images and labels at `indices`, on the classifier's device."""
@@ -110,6 +114,10 @@ class AttackFindings:
     """Which images survived every attack, N."""
     margins: Tensor
     """Largest margin that an attack reached on each image, N; misclassified above 0."""
+    classified: int = 0
+    """Images that were classified without an attack; all unless the evaluation ended early."""
+    ended: str = ""
+    """Why the evaluation ended early; empty unless it did."""
 
 
 def judge(

@@ -57,10 +57,11 @@ class _Result:
 
 
 def comparable(record: EvaluationRecord, others: Named) -> Named:
-    """Return the others that evaluate the same weights on the same images in the same norm."""
+    """Return the others that evaluate the same weights on the same images in the same norm, to their end."""
     if record.weights_sha256 is None:
         return []
-    return [(name, o) for name, o in others if all(getattr(o, field) == getattr(record, field) for field in SAME)]
+    same = [(name, o) for name, o in others if all(getattr(o, field) == getattr(record, field) for field in SAME)]
+    return [(name, other) for name, other in same if record.complete and other.complete]
 
 
 def read_beside(record: EvaluationRecord, path: Path) -> Named:
