@@ -2,16 +2,18 @@
 
     python -m benchmarks.attack_cost --side autoattack --weights WEIGHTS --data-root DATA
     python -m benchmarks.attack_cost --side standard --weights WEIGHTS --data-root DATA
-    python -m benchmarks.attack_cost --document docs/attacks.md
+    python -m benchmarks.attack_cost
 
-Writes results/attack_cost/NETWORK.json, in which both sides keep their place; prints the table of all files, and writes
-it between the marks of a page. AutoAttack takes two hours for all networks on one core, `standard` ten minutes.
+The first two write results/attack_cost/NETWORK.json, in which both sides keep their place. The last prints the table of
+all files and writes it to docs/attacks.md, between its marks. AutoAttack takes two hours for all networks on one core,
+`standard` a tenth of that.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import statistics
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +26,12 @@ from torch import Tensor, nn
 import robustfpd as rf
 from benchmarks.reference_networks import NETWORKS, load_images, load_network
 from robustfpd.attacks.base import QueryCounter
+from robustfpd.evaluation.robustness import format_eps
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
 
-FOLDER = Path("results/attack_cost")
+FOLDER, PAGE = Path("results/attack_cost"), Path("docs/attacks.md")
+MARKS = "<!-- attack cost, by python -m benchmarks.attack_cost -->", "<!-- end of attack cost -->"
 BATCH = 250  # AutoAttack's default
 
 
@@ -39,10 +43,10 @@ def main(
     data_root: Path = Path("data"),
     folder: Path = FOLDER,
 ) -> None:
-    """Measure one side of the comparison, or print the table of what is measured.
+    """Measure one side of the comparison, or write the table of what is measured.
 
     Args:
-        side: what to run; None prints the table.
+        side: what to run; None writes the table.
         only: names of networks, separated by commas.
         num_images: test images per network, drawn as `evaluate` draws them with seed 0.
         weights: folder of the reference networks' safetensors files.
@@ -61,6 +65,43 @@ def main(
         result = run(classifier, images, labels, reference.eps)
         write_json(path, {**found, **settings, side: result | {"environment": environment()}})
         print(name, side, {k: v for k, v in result.items() if k != "robust_images"}, flush=True)
+
+    if side is None:
+        text = table(read(folder))
+        print(text)
+        before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+        PAGE.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+
+
+def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Return the results of networks for which both sides are measured, in the order of `NETWORKS`."""
+    files = (folder / f"{name.replace('/', '-')}.json" for name in NETWORKS)
+    results = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [r for r in results if "autoattack" in r and "standard" in r]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: accuracies, passes an image, ratio, seconds, and survivors that differ."""
+    lines = [
+        "| network, L∞ | images | robust, AutoAttack / `standard` | survivors that differ | passes an image, forward + "
+        "backward, AutoAttack / `standard` | ratio | seconds, AutoAttack / `standard` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for result in results:
+        ours, theirs, count = result["standard"], result["autoattack"], result["num_images"]
+        differing = len({*ours["robust_images"]} ^ {*theirs["robust_images"]})
+        totals = [side["forward"] + side["backward"] for side in (theirs, ours)]
+        ratios.append(totals[0] / totals[1])
+        passes = " / ".join(f"{s['forward'] / count:,.0f} + {s['backward'] / count:,.0f}" for s in (theirs, ours))
+        eps = format_eps(result["eps"])
+        lines.append(
+            f"| `{result['network']}`, {eps} | {count} | {theirs['robust'] / count:.1%} / {ours['robust'] / count:.1%} "
+            f"| {differing} | {passes} | {ratios[-1]:.1f} | {theirs['seconds']:,.0f} / {ours['seconds']:,.0f} |"
+        )
+    if ratios:
+        lines += ["", f"The median ratio is {statistics.median(ratios):.1f}, the smallest {min(ratios):.1f}."]
+    return "\n".join(lines).replace("%", " %")
 
 
 def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
