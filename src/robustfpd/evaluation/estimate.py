@@ -67,7 +67,7 @@ def estimate(classifier: nn.Module, data: Data, *, num_images: int | None, **set
     """Estimate the time and the passes of `evaluate` with the same arguments.
 
     Evaluates a batch of the images, at most about two minutes. The attacks on all images are then simulated: each
-    image behaves as one of those that were evaluated, so that the suite, early stopping included, decides how many
+    image behaves as one of those that were evaluated, so that the suite, its shares and audit decide how many
     images each attack is run on.
 
     Raises:

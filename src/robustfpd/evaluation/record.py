@@ -98,7 +98,7 @@ class AttackResult(Config):
     failed: int = 0
     """Images for which it raised an error or left its ball."""
     skipped: int = 0
-    """Survivors that it was not run on, by early stopping."""
+    """Survivors that it was not run on: others have larger margins."""
     not_attacked: int = 0
     """Survivors that it was not run on when the evaluation ended early."""
     forward_passes: int = 0

@@ -45,7 +45,7 @@ def attack_result(
         rows: one for each image that it was run on.
         total: images of the evaluation.
         every_attack: attacks are run on all correctly classified images.
-        skipped: survivors left out by early stopping.
+        skipped: survivors left out because others have larger margins.
         not_attacked: survivors left out because the evaluation ended early.
     """
     attack = attacks.get(spec.attack)
