@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord, evaluate, suites, time_limit
+from robustfpd.evaluation import Check, EvaluationRecord, evaluate, suites, time_limit
 from robustfpd.evaluation.checks import NAMES, attacks
 from robustfpd.evaluation.suites import AttackSpec, Suite
 
@@ -82,6 +82,10 @@ def _limited(net: Net, images: tuple[Tensor, Tensor], folder: Path | None = None
     return evaluate(net, images, out_dir=folder, max_minutes=(seconds + 0.5) / 60, **SETTINGS)
 
 
+def _complete(record: EvaluationRecord) -> Check:
+    return next(check for check in record.verdict.checks if check.name == "complete")
+
+
 def _limits(clock: Clock, images: tuple[Tensor, Tensor]) -> Iterator[int]:
     """Every number of readings of the clock at which an evaluation may end."""
     clock.now = 0
@@ -95,7 +99,7 @@ def test_an_evaluation_that_ends_anywhere_states_what_is_left_out(clock: Clock, 
     reasons = set()
     for seconds in itertools.islice(_limits(clock, images), 0, None, 7):
         record = _limited(Net(), images, seconds=seconds)
-        complete = next(c for c in record.verdict.checks if c.name == "complete")
+        complete = _complete(record)
         assert (record.complete, record.verdict.status, complete.outcome) == (False, "suspect", "suspicious")
         assert complete.evidence.startswith("the evaluation ended after its limit of ")
         assert tuple(c.name for c in record.verdict.checks) == NAMES
@@ -180,7 +184,7 @@ def test_an_interrupted_evaluation_leaves_a_partial_record(images: tuple[Tensor,
         evaluate(net, images, out_dir=tmp_path, **SETTINGS)
     record = EvaluationRecord.load(tmp_path / "record.json")
     assert (record.complete, record.verdict.status) == (False, "suspect")
-    assert next(c for c in record.verdict.checks if c.name == "complete").evidence.startswith("the evaluation ended when it was interrupted; checks not")
+    assert _complete(record).evidence.startswith("the evaluation ended when it was interrupted; checks not")
 
 
 def test_a_damaged_file_of_checks_loses_the_checks_after_the_damage(

@@ -57,5 +57,5 @@ class TimeLimit:
                 hook.remove()
 
     def end_now(self, reason: str) -> None:
-        """End the evaluation whatever the time is."""
+        """End the evaluation now, before its limit."""
         self._reached, self.reason = True, reason
