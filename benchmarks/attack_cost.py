@@ -81,10 +81,10 @@ def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: accuracies, passes an image, ratio, seconds, and survivors that differ."""
+    """Return a Markdown table: accuracies, passes per image, ratio, seconds, and survivors that differ."""
     lines = [
-        "| network, L∞ | images | robust, AutoAttack / `standard` | survivors that differ | passes an image, forward + "
-        "backward, AutoAttack / `standard` | ratio | seconds, AutoAttack / `standard` |",
+        "| network, L∞ | images | robust, AutoAttack / `standard` | survivors that differ | passes per image, forward "
+        "+ backward, AutoAttack / `standard` | ratio | seconds, AutoAttack / `standard` |",
         "|---|---|---|---|---|---|---|",
     ]
     ratios = []

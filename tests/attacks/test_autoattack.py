@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfpd.attacks import autoattack
-from robustfpd.attacks.autoattack import members
+from robustfpd.attacks.autoattack import members_of
 from robustfpd.errors import InputError
 from robustfpd.evaluation import evaluate
 
@@ -52,9 +52,10 @@ def test_a_member_alone_leaves_the_survivors_of_the_library(digits: Digits) -> N
 def test_fewer_classes_than_targets_have_fewer_targets(digits: Digits) -> None:
     net, images, labels = digits
     few = labels < 4
-    four = nn.Sequential(net, nn.Linear(10, 4, bias=False)).eval()
+    first_four = nn.Linear(10, 4, bias=False)
     with torch.no_grad():
-        four[1].weight.copy_(torch.eye(4, 10))
+        first_four.weight.copy_(torch.eye(4, 10))
+    four = nn.Sequential(net, first_four).eval()
     x, y = images[few][:8], labels[few][:8]
     adversarial = autoattack(four, x, y, eps=0.3, members=["apgd-t", "fab-t"])
     assert int((four(adversarial).argmax(dim=1) != y).sum()) >= 7
@@ -73,4 +74,4 @@ def test_unknown_versions_and_members_are_errors(digits: Digits) -> None:
         autoattack(net, images, labels, eps=0.1, version="standart")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="unknown member of AutoAttack rand 'square'"):
         autoattack(net, images, labels, eps=0.1, version="rand", members=["square"])
-    assert list(members("plus")) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert list(members_of("plus")) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]

@@ -78,7 +78,7 @@ def test_any_module_can_be_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert "mynets:make: 40 images, linf, suite first-look" in out
     assert "Is the model robust? not robust" in out
     assert "Is the measurement reliable? trusted" in out
-    assert "backward passes an image, checks included" in out
+    assert "backward passes per image, checks included" in out
     record = EvaluationRecord.load(Path("runs/mynets-make-evaluation/digits-first-look-linf.json"))
     assert record.num_images == 40
     assert {row.attack for row in record.ledger} == {"clean", "FGSM", "PGD-40"}
@@ -206,7 +206,7 @@ def test_both_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
         f"  clean accuracy: {record.clean}",
         f"  guessing: {100 * (record.guessing or 0):.1f} %",
     ]
-    assert lines[4].endswith("backward passes an image, checks included")
+    assert lines[4].endswith("backward passes per image, checks included")
     assert lines[5].startswith("Is the measurement reliable? suspect (")
     suspicious = [check for check in record.verdict.checks if check.outcome == "suspicious"]
     assert lines[6::2] == [f"  {reason}" for reason in record.verdict.reasons]

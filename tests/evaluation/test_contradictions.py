@@ -134,13 +134,23 @@ def test_suites_without_an_order_are_not_compared_at_one_radius(suite: str) -> N
         assert _check(*records).outcome == "passed"
 
 
+@pytest.mark.parametrize(("found", "outcome"), [(10, "passed"), (11, "suspicious"), (12, "failed")])
+def test_standard_must_not_leave_more_than_autoattack(found: int, outcome: str) -> None:
+    standard, autoattack = _record({0.1: range(10)}), _record({0.1: range(found)}, "autoattack")
+    assert _check(standard, autoattack).outcome == outcome
+    assert _check(autoattack, standard).outcome == "passed"
+    fewer = _record({0.1: range(5, 30)})  # adaptive attacks may find more, and other images
+    assert _check(autoattack, fewer).outcome == "passed"
+
+
 def test_radii_that_differ_by_rounding_are_equal() -> None:
     smaller = 0.1 * 3 / 3 - 1e-17
     assert _check(_record({0.1: range(20)}), _record({smaller * (1 - 1e-12): range(40)})).outcome == "passed"
 
 
-def test_clean_accuracies_must_be_equal() -> None:
-    ours, theirs = _record({0.1: range(20)}), _record({0.1: range(20)}, wrong=[1])
+def test_clean_accuracies_must_be_equal_but_for_rounding() -> None:
+    ours, theirs = _record({0.1: range(20)}), _record({0.1: range(20)}, wrong=[1, 2])
+    assert _check(ours, _record({0.1: range(20)}, wrong=[1])).outcome == "passed"
     for record, other in ((ours, theirs), (theirs, ours)):
         check = _check(record, other)
         assert check.outcome == "failed"

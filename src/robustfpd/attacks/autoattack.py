@@ -25,6 +25,8 @@ LABELS = {
     "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab": "FAB", "fab-t": "FAB-T",
     "square": "Square",
 }  # fmt: skip
+ITERATIONS = {"apgd-ce": 101, "apgd-dlr": 101, "apgd-t": 909, "fab": 900, "fab-t": 900, "square": 5000}
+"""Iterations of each member on a robust image, with one restart and without samples."""
 _MEMBERS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -37,7 +39,7 @@ def restarts_and_targets(norm: Norm) -> tuple[int, int]:
     return (5, 5) if norm == "l1" else (1, 9)
 
 
-def members(version: Version) -> dict[str, str]:
+def members_of(version: Version) -> dict[str, str]:
     """Return the attacks of a version in its order, with their names in tables; an unknown version is an InputError."""
     if version not in _MEMBERS:
         raise unknown_name("version of AutoAttack", version, get_args(Version))

@@ -87,8 +87,8 @@ class Linf(LpBall):
         return sign
 
     def step(self, x: Tensor, gradient: Tensor, step_size: Radius, images: Tensor, eps: float) -> None:
-        """Step and project as the base class does, in place: small networks are memory-bound. Overwrites `gradient`."""
-        x.add_(gradient.nan_to_num_(0, 0, 0).sign_().mul_(step_size))
+        """Step and project as the base class does, with one temporary tensor: small networks are memory-bound."""
+        x.add_(gradient.nan_to_num(0, 0, 0).sign_().mul_(step_size))
         x.sub_(images).clamp_(-eps, eps).add_(images).clamp_(0, 1)
 
     def sample(self, images: Tensor, eps: float, generator: Generators) -> Tensor:

@@ -38,7 +38,7 @@ def dry_run(output: Output, options: Mapping[str, Any], plan: EvaluationConfig, 
         )
     bound = [
         f"        not reached: {', '.join(found.not_reached)}",
-        "        of these, attacks are in the time as if images survived, and checks are not",
+        "        the time counts these attacks as if every image survived, and leaves these checks out",
     ]
     output.print(
         f"{name}: {images:,} of {available:,} {data_name}",

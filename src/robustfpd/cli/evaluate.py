@@ -66,7 +66,8 @@ def evaluate(
     Args:
         eps: radii of the perturbation, for example 0.03 or 8/255, or 0 for the clean accuracy; default the recipe's.
         norm: norm of the perturbation; default the recipe's.
-        suite: the attacks, standard for AutoAttack and adaptive attacks; default the recipe's.
+        suite: the attacks, standard for a number to report, autoattack to compare with the literature; default the
+            recipe's.
         num_images: number of images; default the recipe's; for photographs on a CPU and the suite quick as many of
             these as take about 8 minutes, at least 16.
         max_minutes: end after about this time with what is known; repeat the command with more, or none, to go on.
@@ -135,8 +136,7 @@ def _fitted(
     count = affordable(options, plan, path, started)
     if count.reason:
         output.print_wrapped(f"{options['model_name']}: {count.reason}")
-    limit = options["max_minutes"] or count.max_minutes
-    return {"num_images": count.num_images, "max_minutes": limit}
+    return {"num_images": count.num_images, "max_minutes": count.max_minutes or options["max_minutes"]}
 
 
 def _print(output: Output, record: EvaluationRecord, path: Path, plan: EvaluationConfig, target: Target) -> None:
@@ -229,7 +229,10 @@ def _summary(record: EvaluationRecord, path: Path) -> dict[str, Any]:
     return {
         "model_name": record.model_name, "suite": record.suite, "norm": record.norm, "seed": record.seed,
         "num_images": record.num_images, "complete": record.complete, "clean": accuracy(record.clean),
-        "worst_case": [{"eps": worst.eps, **accuracy(worst.robust)} for worst in record.worst_case],
+        "worst_case": [
+            {"eps": w.eps, **accuracy(w.robust), **w.model_dump(mode="json", exclude={"eps", "robust"})}
+            for w in record.worst_case
+        ],
         "headline": record.headline, "robustness": record.robustness.model_dump(mode="json"),
         "verdict": {"status": record.verdict.status, "reasons": list(record.verdict.reasons)},
         "forward_passes": record.forward_passes, "backward_passes": record.backward_passes, "path": str(path),

@@ -48,27 +48,33 @@ def affordable(options: Mapping[str, Any], plan: EvaluationConfig, path: Path, s
     from robustfpd.evaluation.record import LEDGER
 
     classifier, images = options["classifier"], options["data"][0]
-    wanted = min(plan.num_images, len(images))
+    wanted, radii = min(plan.num_images, len(images)), sum(eps > 0 for eps in plan.eps)
     device = device_of(classifier, images)
     batch_size = auto_batch_size(images, device, block_size(wanted, None))
-    if device.type != "cpu" or batch_size >= CPU_BATCH_SIZE or plan.suite not in CHECK_PASSES or wanted <= FEWEST:
+    if (
+        device.type != "cpu"
+        or batch_size >= CPU_BATCH_SIZE
+        or plan.suite not in CHECK_PASSES
+        or wanted <= FEWEST
+        or radii == 0
+    ):
         return ImageCount(wanted, None)
     speed = Speed.measure(classifier, images[: max(batch_size, 2)], batch_size)
     specs = planned_attacks(
         classifier, images, plan.suite, plan.norm, tuple(options["surrogates"]), randomised=False
     )  # fmt: skip
     gradient = speed.of_image(batch_size)
-    per_image = gradient * sum(spec.iterations for spec in specs) * len(plan.eps)
+    per_image = gradient * sum(spec.iterations for spec in specs) * radii
     fitting = int((60 * MINUTES - CHECK_PASSES[plan.suite] * gradient) / per_image)
     count = _kept(path.with_suffix(LEDGER), min(max(fitting, FEWEST), wanted))
     if count == wanted:
         return ImageCount(wanted, None)
-    limit = max(LIMIT_MINUTES - (time.perf_counter() - started) / 60, LEAST_MINUTES)
+    limit = options["max_minutes"] or max(LIMIT_MINUTES - (time.perf_counter() - started) / 60, LEAST_MINUTES)
     return ImageCount(
         count, round(limit, 2),
         f"takes {count} of {wanted:,} images, which {plan.suite} attacks in about {MINUTES:g} minutes at "
-        f"{1000 * gradient:.0f} ms an image and gradient, and ends after {limit:.1f} minutes; --num-images {wanted} "
-        "takes all and narrows the intervals, --max-minutes sets the limit",
+        f"{1000 * gradient:.0f} ms per gradient of one image, and ends after {limit:.1f} minutes; --num-images "
+        f"{wanted} takes all and narrows the intervals; --max-minutes sets the limit",
     )  # fmt: skip
 
 

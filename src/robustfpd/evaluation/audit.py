@@ -16,6 +16,7 @@ AUDITED = 1 / 64
 """Part of the survivors that is audited."""
 FEWEST = 4
 SIGNIFICANCE = 0.05
+"""The bound has 95 % confidence."""
 
 
 def draw_audit(indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,24 +48,28 @@ def worst_case(
         if row.eps == eps and row.attack in attacked:
             attacked[row.attack].add(positions[row.image])
     by_all = set.intersection(*attacked.values())
-    skipped = sum(i not in by_all for i in torch.nonzero(robust).flatten().tolist())
+    survivors = torch.nonzero(robust).flatten().tolist()
+    skipped = sum(i not in by_all for i in survivors)
     audited = int(robust[audit].sum())
-    missed = missed_at_most(proportion.count, skipped, audited)
+    skipping = sum(not set(survivors) <= images for images in attacked.values())
+    missed = missed_at_most(proportion.count, skipped, audited, SIGNIFICANCE / max(skipping, 1))
     return WorstCase(eps=eps, robust=proportion, audited=audited if skipped else 0, missed_at_most=missed)
 
 
-def missed_at_most(survivors: int, skipped: int, audited: int) -> int:
-    """Return the most survivors that may have an adversarial example if a random sample has none (95 % confidence).
+def missed_at_most(survivors: int, skipped: int, audited: int, significance: float = SIGNIFICANCE) -> int:
+    """Return the most survivors that may have an adversarial example if a random sample has none.
 
     Args:
         survivors: images of which the sample was drawn.
         skipped: those of them that some attack of the suite was not run on; no others can be missed.
         audited: size of the sample, for which no attack of the suite found an adversarial example.
+        significance: probability of such a sample if there were more; with several attacks that skip different images,
+            0.05 over their number, because an adversarial example may be found by one of them alone.
     """
     probability, missed = 1.0, 0  # that a sample without replacement has none of the `missed`
     while missed < skipped:
         probability *= max(survivors - missed - audited, 0) / (survivors - missed)
-        if probability < SIGNIFICANCE:
+        if probability < significance:
             break
         missed += 1
     return missed

@@ -101,8 +101,8 @@ def estimate(classifier: nn.Module, data: Data, *, num_images: int | None, **set
         plan, runner, {}, Ledger(), group, EvaluationObserver(), None, TimeLimit(None, group)
     )  # fmt: skip
     correct = loop.classify()
-    stop_early = not record.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
-    loop.attack_all(specs, correct, [], stop_early=stop_early)
+    skip = not record.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
+    loop.attack_all(specs, correct, [], skip=skip)
     probes = suites.suite(record.suite).probes
     more = max(min(probes, int(correct.sum())), 1) / max(min(probes, record.clean.count), 1)
     check_seconds = max(spent - sum(row.seconds for row in record.ledger), 0) * more

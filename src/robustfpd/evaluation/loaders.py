@@ -38,7 +38,13 @@ def read(data: Any, num_images: int | None, seed: int) -> tuple[Any, Any, Tensor
         items = _items(data)
         if items is not None:
             chosen = draw_images(len(items), len(items) if num_images is None else num_images, seed)
-            return *_concatenate(_loader_of(data, [items[i] for i in chosen.tolist()]), None), chosen
+            images, labels = _concatenate(_loader_of(data, [items[i] for i in chosen.tolist()]), None)
+            if len(images) != len(chosen):
+                raise InputError(
+                    f"the loader's collate_fn returned {len(images)} images for {len(chosen)} items, so that they have "
+                    "no number in the data set; leave unreadable items out of the data set, or give (images, labels)"
+                )
+            return images, labels, chosen
     images, labels = _concatenate(data, num_images)
     return images, labels, torch.arange(len(images))
 

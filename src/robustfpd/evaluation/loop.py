@@ -33,7 +33,7 @@ from robustfpd.provenance import environment, weights_sha256
 from robustfpd.rng import generator
 
 SearchPrecision = Literal["fp32", "bf16"]
-SMALLEST_TRANCHE = 8
+SMALLEST_SHARE = 8
 """Fewest images with the largest margins that an attack with a share takes."""
 CPU_BLOCK_VALUES = 1 << 28
 """Pixel values that go forward per block of photographs on a CPU: a minute or two of a ResNet-18."""
@@ -123,11 +123,11 @@ class EvaluationLoop:
         )
         specs = suites.attack_specs(settings.suite, suite_context)
         self.state = LoopState(context, correct, specs, made, suite_context.best_view, forward + forward_for_views)
-        # Early stopping and the suite depend on these checks.
+        # Which images attacks skip depends on these checks, and so does the suite.
         if not self.limit.reached():
-            stop_early = not settings.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
+            skip = not settings.every_attack and all(c.outcome in ("passed", "skipped") for c in made)
             with suppress(TimeLimitReached):
-                self.attack_all(specs, correct, self.state.results, stop_early=stop_early)
+                self.attack_all(specs, correct, self.state.results, skip=skip)
         return self.conclude(self.state, min(self.group.gather(runner.batch_size)))
 
     def conclude(self, state: LoopState, batch_size: int) -> EvaluationRecord:
@@ -167,9 +167,12 @@ class EvaluationLoop:
         )  # fmt: skip
 
     def attack_all(
-        self, specs: Sequence[AttackSpec], correct: Tensor, results: list[AttackResult], *, stop_early: bool
+        self, specs: Sequence[AttackSpec], correct: Tensor, results: list[AttackResult], *, skip: bool
     ) -> None:
-        """Run all attacks at all radii on the correctly classified images, and append their results to `results`."""
+        """Run all attacks at all radii on the correctly classified images, and append their results to `results`.
+
+        With `skip`, attacks with a share skip images. Their audit is drawn again until one of them did.
+        """
         settings, robust = self.settings, correct.clone()
         total = sum(eps > 0 for eps in settings.radii) * len(specs)
         for eps in settings.radii:
@@ -177,9 +180,10 @@ class EvaluationLoop:
                 number = len(results) + 1
                 self.observer.on_attack(EvaluationProgress(spec.label, eps, number, total, int(robust.sum())))
                 indices = torch.nonzero(correct if settings.every_attack else robust).flatten()
-                if stop_early and spec.share < 1 and eps not in self.audits:
+                skipping = skip and spec.share < 1
+                if skipping and not any(r.skipped for r in results if r.eps == eps):
                     self.audits[eps] = draw_audit(indices, generator(settings.seed, "audit", repr(eps)))
-                result, misclassified = self._attack(spec, eps, indices, self.audits.get(eps))
+                result, misclassified = self._attack(spec, eps, indices, self.audits[eps] if skipping else None)
                 robust[misclassified] = False
                 results.append(result)
                 if self.gallery is not None:
@@ -230,9 +234,9 @@ class EvaluationLoop:
     ) -> tuple[AttackResult, Tensor]:  # fmt: skip
         """Run one attack at one radius.
 
-        With an audit sample, it attacks its share of the images, those with the largest margins, and the sample. It
-        stops if it finds no adversarial example for the farther half of the former, nor for the sample, where it goes
-        on with all images; otherwise it goes on with twice as many.
+        With an audit sample, it attacks its share of the images, those with the largest margins, and the sample. If it
+        finds an adversarial example for an image of the sample that is not among the former, it goes on with all
+        images; if it finds one for the half of the former with the smaller margins, with twice as many.
 
         Returns:
             Its result, and the indices of the images that it misclassified.
@@ -245,16 +249,18 @@ class EvaluationLoop:
         sample = torch.empty(0, dtype=torch.long) if audit is None else audit[torch.isin(audit, remaining)]
         count = len(remaining)
         if audit is not None:
-            count = max(math.ceil(spec.share * count), min(SMALLEST_TRANCHE, count))
+            count = max(math.ceil(spec.share * count), min(SMALLEST_SHARE, count))
         while len(remaining):
-            tranche = torch.cat([remaining[:count], sample[~torch.isin(sample, remaining[:count])]])
-            tranche_rows = self._attack_blocks(spec, eps, tranche.sort().values)
-            rows += tranche_rows
-            outcomes = {self.runner.data.positions[row.image]: row.outcome for row in tranche_rows}
-            if found_nothing(outcomes[i] for i in [*tranche[count // 2 :].tolist(), *sample.tolist()]):
+            nearest = remaining[:count]
+            outside = sample[~torch.isin(sample, nearest)]
+            chosen = torch.cat([nearest, outside])
+            found = self._attack_blocks(spec, eps, chosen.sort().values)
+            rows += found
+            outcomes = {self.runner.data.positions[row.image]: row.outcome for row in found}
+            everywhere = not found_nothing(outcomes[i] for i in outside.tolist())
+            if not everywhere and found_nothing(outcomes[i] for i in nearest[count // 2 :].tolist()):
                 break
-            everywhere = not found_nothing(outcomes[i] for i in sample.tolist())
-            remaining = remaining[~torch.isin(remaining, tranche)]
+            remaining = remaining[~torch.isin(remaining, chosen)]
             count, sample = len(remaining) if everywhere else 2 * count, sample[:0]
         positions = self.runner.data.positions
         misclassified = [positions[row.image] for row in rows if row.outcome == "misclassified"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import computed_field, model_validator
 
 from robustfpd.config import Config, Norm, parse
 from robustfpd.errors import InputError, MissingDataError
@@ -119,6 +119,12 @@ class WorstCase(Config):
     missed_at_most: int = 0
     """Survivors that may have an adversarial example although none of the audited ones has (95 % confidence)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_derived(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if k != "interval"} if isinstance(values, dict) else values
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorators of properties
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the robust accuracy, with the lower end that of `missed_at_most` fewer survivors."""
@@ -215,7 +221,7 @@ class EvaluationRecord(Config):
             labels = [row.label for row in self.ledger if row.attack == CLEAN]
             guessing = guessing_accuracy(labels, len(self.class_names))
         reached = level(
-            robust=worst.robust.value, low=worst.robust.low, clean=clean.value, images=clean.total, eps=worst.eps,
+            robust=worst.robust.value, low=worst.interval[0], clean=clean.value, images=clean.total, eps=worst.eps,
             guessing=guessing, status=self.verdict.status,
         )  # fmt: skip
         return Robustness(
@@ -226,7 +232,8 @@ class EvaluationRecord(Config):
     @property
     def headline(self) -> str:
         """Both answers in sentences: is the model robust, and is the measurement reliable?"""
-        return self.robustness.headline(next(iter(self.verdict.reasons), None))
+        reason = next(iter(self.verdict.reasons), None)
+        return self.robustness.headline(reason and reason.split(";")[0])
 
     def save(self, path: Path) -> Path:
         """Write JSON, and the ledger as CSV beside it; return the JSON's path."""

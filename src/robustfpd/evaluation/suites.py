@@ -10,7 +10,7 @@ from typing import Any
 
 from robustfpd import attacks
 from robustfpd.attacks.adaptive import LOGITS, PRE_SQUASH
-from robustfpd.attacks.autoattack import EOT_SAMPLES, Version, members, restarts_and_targets
+from robustfpd.attacks.autoattack import EOT_SAMPLES, ITERATIONS, Version, members_of, restarts_and_targets
 from robustfpd.config import Norm
 from robustfpd.errors import unknown_name
 
@@ -35,8 +35,10 @@ class AttackSpec:
     def iterations(self) -> int:
         """Upper bound of the passes of one image: steps × restarts × EOT samples × targets, or queries × restarts.
 
-        An estimate for C&W, DeepFool and JSMA, whose searches end by other criteria.
+        An estimate for FAB, C&W, DeepFool and JSMA, whose searches end by other criteria.
         """
+        if self.attack == "autoattack":
+            return sum(ITERATIONS[member] for member in self.options["members"])
         parameters = inspect.signature(attacks.get(self.attack).function).parameters.values()
         options = {**{p.name: p.default for p in parameters}, **self.options}
         count = options.get("queries") or options.get("samples")
@@ -136,7 +138,7 @@ def _standard(context: SuiteContext) -> list[AttackSpec]:
     """
     front = _on_views("PGD-20 margin", "pgd", [context.best_view], steps=20, loss="margin", early_stop=True)
     if context.randomised:
-        square = _on_views("Square", "square", [LOGITS], share=1 / 8)
+        square = _on_views("Square", "square", [LOGITS])
         return [*front, *_adaptive(context), *_eot(context, steps=100), *square]
     restarts, targets = restarts_and_targets(context.norm)
     other_views = [view for view in context.logit_views if view != context.best_view]
@@ -164,8 +166,8 @@ def _full(context: SuiteContext) -> list[AttackSpec]:
         *_on_views("DDN", "ddn", context.logit_views),
         *_on_views("C&W", "cw", context.logit_views),
         *_on_views("JSMA", "jsma", [context.best_view]),
-        *_on_views("ZOO", "zoo", [LOGITS], share=1 / 8),
-        *_on_views("HopSkipJump", "hopskipjump", [LOGITS], share=1 / 8),
+        *_on_views("ZOO", "zoo", [LOGITS]),
+        *_on_views("HopSkipJump", "hopskipjump", [LOGITS]),
     ]
 
 
@@ -173,7 +175,7 @@ def _autoattack(context: SuiteContext, version: Version) -> list[AttackSpec]:
     """Return the members of a version of AutoAttack, in its order, with the code and the seed of its authors."""
     return [
         AttackSpec(label, "autoattack", options={"version": version, "members": (member,), "seed": context.seed})
-        for member, label in members(version).items()
+        for member, label in members_of(version).items()
     ]
 
 

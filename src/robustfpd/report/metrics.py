@@ -128,7 +128,7 @@ def answers_text(record: EvaluationRecord, robustness: Robustness | None = None)
     lines = Text("Is the model robust? ", style="").append_text(_level_text(robustness))
     lines.append("".join(f"\n  {name}: {value}" for name, value in reference_accuracies(record, robustness)))
     forward, backward = (passes / record.num_images for passes in (record.forward_passes, record.backward_passes))
-    lines.append(f"\n  cost: {forward:,.0f} forward and {backward:,.0f} backward passes an image, checks included")
+    lines.append(f"\n  cost: {forward:,.0f} forward and {backward:,.0f} backward passes per image, checks included")
     return Text("").append_text(text).append_text(lines).append("\n").append_text(verdict_text(record))
 
 
@@ -136,7 +136,7 @@ def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> li
     """Return the robust accuracy and what it compares with, as names and texts."""
     worst = record.worst_case[-1]
     rows = [("robust accuracy", str(worst.robust))]
-    if worst.audited:
+    if worst.missed_at_most:
         rows.append(("with the audit", audit_text(worst)))
     rows.append(("clean accuracy", str(record.clean)))
     if robustness.guessing is not None:
@@ -152,10 +152,16 @@ def reference_accuracies(record: EvaluationRecord, robustness: Robustness) -> li
 
 def audit_text(worst: WorstCase) -> str:
     """Return the interval with what the audit allows to be missed, and where it comes from."""
-    low, high = worst.interval
+    (low, high), survivors = worst.interval, worst.robust.count
+    audited = "no survivor was drawn at random; "
+    if worst.audited:
+        audited = (
+            f"every attack was also run on {worst.audited} of the {survivors} survivors, drawn at random, and found "
+        )
+        audited += "nothing; "
     return (
-        f"[{100 * low:.1f}, {100 * high:.1f}]: no attack finds an adversarial example for {worst.audited} of the "
-        f"{worst.robust.count} survivors, drawn at random; at most {worst.missed_at_most} of all can have one"
+        f"[{100 * low:.1f}, {100 * high:.1f}]: {audited}at most {worst.missed_at_most} survivors have an adversarial "
+        "example that an attack would find which skipped them (95 % confidence)"
     )
 
 

@@ -41,7 +41,7 @@ CHANGING = 1e-3  # relative change of the features from pass to pass that counts
 
 @dataclass(frozen=True)
 class _Attacked:
-    """Which problems the attacks solved; one for which the budget did not suffice is in neither."""
+    """Which problems the attacks solved; one that no attack was run on is in neither."""
 
     solved: Tensor
     unsolved: Tensor
@@ -56,7 +56,7 @@ def binarisation(context: CheckContext, findings: AttackFindings) -> Check:
     view = PRE_SQUASH if context.has_pre_squash else LOGITS
     specs = [s for s in findings.specs if s.view == view and _is_white_box(s)]
     if not specs:
-        return skipped(NAME, "the suite has no attack with gradients and a fixed radius on all images")
+        return skipped(NAME, "the suite has no attack with gradients and a fixed radius")
     built = _build(context)
     if isinstance(built, str):
         return skipped(NAME, built)
@@ -182,21 +182,21 @@ def _attack(context: CheckContext, problems: QueryCounter, specs: Sequence[Attac
 
     There is one other class and little budget, so attacks take one target and one restart.
     """
-    solved, left, error = list[int](), indices, ""
+    solved, tried, left, error = list[int](), set[int](), indices, ""
     for spec in specs:
         single = {name: 1 for name in ("restarts", "targets") if name in attacks.get(spec.attack).options}
         spec = replace(spec, options=dict(spec.options) | single)
         affordable = (BUDGET - problems.forward_passes - problems.backward_passes) // (2 * spec.iterations + 1)
         if len(left) == 0 or affordable <= 0:
             continue
-        left = left[:affordable]
-        for part in torch.split(left, context.runner.batch_size):
+        tried |= {*left[:affordable].tolist()}
+        for part in torch.split(left[:affordable], context.runner.batch_size):
             try:
                 solved += part[_solves(context, problems, spec, part)].tolist()
             except Exception as raised:  # vanishing-gradients reports why
                 error = error or f"{spec.label}: {first_line(raised)}"
         left = torch.tensor([i for i in left.tolist() if i not in solved], dtype=torch.long, device=indices.device)
-    return _Attacked(torch.tensor(solved), left, error)
+    return _Attacked(torch.tensor(solved), torch.tensor(sorted(tried - {*solved})), error)
 
 
 def _solves(context: CheckContext, problems: QueryCounter, spec: AttackSpec, indices: Tensor) -> Tensor:
