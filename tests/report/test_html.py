@@ -240,7 +240,7 @@ def test_a_radius_of_0_is_one_row_of_each_table(digits: tuple[nn.Module, Tensor,
     assert columns[1][0] == str(with_zero.clean)
     assert list(evaluation_table(only_zero).columns[0].cells) == ["0"]
     columns = [list(c.cells) for c in comparison_table([with_zero, with_zero]).columns]
-    assert columns[0] == ["0 (clean)", "0.05", "0.1"]
+    assert columns[0] == ["0 (clean)", "0.05", "0.1", "robust?", "reliable?"]
     rows = list(csv.DictReader(io.StringIO(csv_text([with_zero, only_zero]))))
     assert [r["attack"] for r in rows if float(r["eps"]) == 0] == ["clean", "clean"]
     for name, record in (("with", with_zero), ("only", only_zero)):
