@@ -69,7 +69,7 @@ def affordable(options: Mapping[str, Any], plan: EvaluationConfig, path: Path, s
     count = _kept(path.with_suffix(LEDGER), min(max(fitting, FEWEST), wanted))
     if count == wanted:
         return ImageCount(wanted, None)
-    limit = options["max_minutes"] or max(LIMIT_MINUTES - (time.perf_counter() - started) / 60, LEAST_MINUTES)
+    limit = options.get("max_minutes") or max(LIMIT_MINUTES - (time.perf_counter() - started) / 60, LEAST_MINUTES)
     return ImageCount(
         count, round(limit, 2),
         f"takes {count} of {wanted:,} images, which {plan.suite} attacks in about {MINUTES:g} minutes at "

@@ -49,9 +49,9 @@ FIXES = {
     "unchanged-state": "find the code that writes to parameters or buffers in evaluation mode, often batch statistics",
     "idle-attacks": "check the attack's settings, and that the classifier has gradients",
     "search-precision": "evaluate with search_precision=fp32",
+    "complete": "repeat the evaluation in the same folder with a larger time limit or none: it goes on where it ended",
     "contradictions": "report the lower accuracy, and find which is wrong: repeat both with the same code and images; "
     "compare norm, eps and pixel range with those of the certificate",
-    "complete": "repeat the evaluation in the same folder with a larger time limit or none: it goes on where it ended",
 }
 """What to do about each check of an evaluation that is not passed."""
 
