@@ -2,11 +2,12 @@
 
     python -m benchmarks.attack_cost --side autoattack --weights WEIGHTS --data-root DATA
     python -m benchmarks.attack_cost --side standard --weights WEIGHTS --data-root DATA
+    python -m benchmarks.attack_cost --side variants --only trades_mnist_smallcnn --weights WEIGHTS --data-root DATA
     python -m benchmarks.attack_cost
 
-The first two write results/attack_cost/NETWORK.json, in which both sides keep their place. The last prints the table of
-all files and writes it to docs/attacks.md, between its marks. AutoAttack takes two hours for all networks on one core,
-`standard` a tenth of that.
+All but the last write results/attack_cost/NETWORK.json, in which each side keeps its place. The last prints the tables of
+all files and writes them to docs/attacks.md, between their marks. AutoAttack takes two hours for all networks on one
+core, `standard` a tenth of that, as does each variant of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +29,34 @@ from torch import Tensor, nn
 import robustfpd as rf
 from benchmarks.reference_networks import NETWORKS, load_images, load_network
 from robustfpd.attacks.base import QueryCounter
+from robustfpd.evaluation import suites
 from robustfpd.evaluation.robustness import format_eps
+from robustfpd.evaluation.suites import AttackSpec, SuiteContext
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
 
 FOLDER, PAGE = Path("results/attack_cost"), Path("docs/attacks.md")
 MARKS = "<!-- attack cost, by python -m benchmarks.attack_cost -->", "<!-- end of attack cost -->"
 BATCH = 250  # AutoAttack's default
+Change = Callable[[list[AttackSpec]], list[AttackSpec]]
+VARIANTS: dict[str, Change] = {
+    "as in `standard`": lambda specs: specs,
+    "PGD-20 alone": lambda specs: [s for s in specs if s.attack == "pgd"],
+    "PGD-20 and APGD-CE, on all survivors": lambda specs: [
+        replace(s, share=1.0) for s in specs if s.attack in ("pgd", "apgd-ce")
+    ],
+    "without Square": lambda specs: [s for s in specs if s.attack != "square"],
+    "without FAB-T": lambda specs: [s for s in specs if s.attack != "fab-t"],
+    "APGD-T towards 3 classes": lambda specs: [
+        replace(s, options={**s.options, "targets": 3}) if s.attack == "apgd-t" else s for s in specs
+    ],
+    "shares of a quarter": lambda specs: [replace(s, share=s.share / 4) if s.share < 1 else s for s in specs],
+}
+"""Changes of the attacks of `standard`, one at a time."""
 
 
 def main(
-    side: Literal["autoattack", "standard"] | None = None,
+    side: Literal["autoattack", "standard", "variants"] | None = None,
     only: str = ",".join(NETWORKS),
     num_images: int = 500,
     weights: Path = Path("weights"),
@@ -58,16 +78,16 @@ def main(
         reference = NETWORKS[name]
         classifier = load_network(name, weights)
         images, labels = load_images(reference.dataset, data_root, num_images)
-        run = run_autoattack if side == "autoattack" else run_standard
+        run = {"autoattack": run_autoattack, "standard": run_standard, "variants": run_variants}[side or ""]
         path = folder / f"{name.replace('/', '-')}.json"
         found = json.loads(path.read_text()) if path.is_file() else {}
         settings = {"network": name, "eps": reference.eps, "num_images": num_images}
         result = run(classifier, images, labels, reference.eps)
         write_json(path, {**found, **settings, side: result | {"environment": environment()}})
-        print(name, side, {k: v for k, v in result.items() if k != "robust_images"}, flush=True)
+        print(name, side, {k: v for k, v in result.items() if not k.endswith("images")}, flush=True)
 
     if side is None:
-        text = table(read(folder))
+        text = f"{table(read(folder))}\n\n{variants_table(read(folder))}"
         print(text)
         before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
         PAGE.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
@@ -104,6 +124,24 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines).replace("%", " %")
 
 
+def variants_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: survivors beyond AutoAttack's, and passes per image, of variants by network."""
+    shown = [r for r in results if "variants" in r]
+    lines = [
+        f"| attacks | {' | '.join(r['network'] for r in shown)} |",
+        f"|---|{'---|' * len(shown)}",
+    ]
+    for name in VARIANTS:
+        cells = []
+        for result in shown:
+            variant, known = result["variants"][name], {*result["autoattack"]["robust_images"]}
+            missed = len({*variant["robust_images"]} - known)
+            passes = (variant["forward"] + variant["backward"]) / result["num_images"]
+            cells.append(f"{missed} more, {passes:,.0f} passes")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
     """Return the survivors of AutoAttack `standard`, and the passes and seconds of its members."""
     logging.disable()
@@ -132,10 +170,26 @@ def run_autoattack(classifier: nn.Module, images: Tensor, labels: Tensor, eps: f
     }  # fmt: skip
 
 
-def run_standard(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
+def run_variants(classifier: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Any]:
+    """Return the results of variants of `standard` without checks that run attacks, by name."""
+    results = {}
+    for name, change in VARIANTS.items():
+
+        def specs(context: SuiteContext, change: Change = change) -> list[AttackSpec]:
+            return change(suites.attack_specs("standard", context))
+
+        suites._SUITES["variant"] = suites.Suite(specs, probes=0)
+        results[name] = run_standard(classifier, images, labels, eps, suite="variant")
+        print(name, results[name]["robust"], results[name]["forward"] + results[name]["backward"], flush=True)
+    return results
+
+
+def run_standard(
+    classifier: nn.Module, images: Tensor, labels: Tensor, eps: float, suite: str = "standard"
+) -> dict[str, Any]:
     """Return the survivors of the suite `standard`, and its passes and seconds, checks included."""
     start = time.perf_counter()
-    record = rf.evaluate(classifier, (images, labels), suite="standard", eps=eps, seed=0)
+    record = rf.evaluate(classifier, (images, labels), suite=suite, eps=eps, seed=0)
     seconds = time.perf_counter() - start
     found = {row.image for row in record.ledger if row.outcome == "misclassified"}
     wrong = {row.image for row in record.ledger if row.attack == "clean" and row.label != row.clean_prediction}
