@@ -376,3 +376,18 @@ def test_inference_mode_is_refused(net: nn.Module, corners: Tensor) -> None:
     labels = torch.zeros(len(corners), dtype=torch.long)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         pgd(net, corners, labels, eps=0.1)
+
+
+class _Sums(nn.Module):
+    """Sums of each channel; autograd returns their gradient as an expanded tensor, which cannot be written to."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.sum(dim=(2, 3))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gradient_that_is_an_expanded_tensor(norm: Norm) -> None:
+    images = torch.full((2, 3, 4, 4), 0.5)
+    images[:, 0] += 0.001
+    adversarial = pgd(_Sums(), images, torch.zeros(2, dtype=torch.long), eps=0.3, norm=norm, steps=3)
+    assert (_Sums()(adversarial).argmax(dim=1) != 0).all()

@@ -70,7 +70,7 @@ def test_from_photographs_and_a_network_to_an_evaluation(
     assert set(EvaluationRecord.load(Path(found["path"])).surrogates) == set()
     with pytest.raises(SystemExit):  # a dry run attacks a few images, and finds that these are no logits
         main(["evaluate", "--model", "smallnets:Small", "--dataset", "folder", "--data-root", "photos", "--dry-run"])
-    assert "classifier must return logits N×K" in capsys.readouterr().err
+    assert "classifier must return logits N×K" in capsys.readouterr()[1]
 
 
 def test_what_is_not_there_any_more_is_named(

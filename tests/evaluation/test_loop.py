@@ -203,3 +203,16 @@ def test_photographs_on_a_cpu_are_attacked_few_at_a_time(
     images = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(12, 3, size, size)
     evaluate(net, (images, net(images).argmax(1)), suite="ours", eps=0.01)
     assert sizes == blocks
+
+
+def test_every_radius_has_an_audit_of_its_own(monkeypatch: pytest.MonkeyPatch, linear: Linear, many: Data) -> None:
+    _set_up(monkeypatch, _Succeeds(many[0][:0]), share=1 / 8)
+    record = evaluate(linear, many, suite="ours", eps=[0.0, 0.3, 0.5])
+    assert [w.audited for w in record.worst_case] == [0, 4, 4]
+    for worst in record.worst_case[1:]:
+        assert worst.missed_at_most > 0
+        assert worst.interval[0] < worst.robust.low
+    attacked = {r.image for r in record.ledger if r.attack == "Square" and r.eps == 0.3}
+    survivors = {r.image for r in record.ledger if r.attack == "noise" and r.eps == 0.3 and r.outcome == "robust"}
+    audit = draw_audit(torch.tensor(sorted(survivors)), generator(0, "audit", repr(0.3))).tolist()
+    assert set(audit) <= attacked < survivors
