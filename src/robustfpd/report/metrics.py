@@ -161,7 +161,7 @@ def audit_text(worst: WorstCase) -> str:
         audited += "nothing; "
     return (
         f"[{100 * low:.1f}, {100 * high:.1f}]: {audited}at most {worst.missed_at_most} survivors have an adversarial "
-        "example that an attack would find which skipped them (95 % confidence)"
+        "example that one of the attacks that skipped them would find (95 % confidence)"
     )
 
 
