@@ -40,6 +40,7 @@ def test_the_suite_leaves_the_survivors_of_the_library_with_the_same_seed(digits
     assert 4 < len(expected) < 20
     assert [i for i in range(24) if i not in found] == expected
     assert [a.attack for a in record.attacks] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
+    assert next(c for c in record.verdict.checks if c.name == "idle-attacks").outcome == "passed"
 
 
 def test_a_member_alone_leaves_the_survivors_of_the_library(digits: Digits) -> None:

@@ -169,7 +169,8 @@ def idle_attacks(context: CheckContext, findings: AttackFindings) -> Check:
     idle = []
     for spec in findings.specs:
         rows = [r for r in findings.rows if r.attack == spec.label and r.outcome != "failed"]
-        if rows and not attacks.get(spec.attack).minimal and all(r.distance == 0 for r in rows):
+        returns_clean = attacks.get(spec.attack).minimal or spec.attack == "autoattack"  # where they find nothing
+        if rows and not returns_clean and all(r.distance == 0 for r in rows):
             idle.append(spec.label)
     evidence = f"{len(idle)} attacks returned every image unchanged" + (f": {', '.join(idle)}" if idle else "")
     return judge("idle-attacks", bool(idle), evidence, idle=len(idle))
