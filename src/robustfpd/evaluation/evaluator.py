@@ -139,17 +139,13 @@ def evaluate(
         resume = partial(ledger.checks.resume, passes=lambda: (passes(), 0))
         input_checks = checks.input_checks(classifier, samples.images, resume)
     forward += passes()
-    if samples.images.dtype in HALF:
-        classifier = SinglePrecision(classifier, samples.images.dtype)
-        others = {name: SinglePrecision(module, samples.images.dtype) for name, module in others.items()}
-        samples = dataclasses.replace(samples, images=samples.images.float())
-    if batch_size == "auto":
-        auto = suites.suite(suite).batch_size or inputs.auto_batch_size(
-            samples.images, device, inputs.block_size(len(samples.images), None)
-        )
-    first_batch_size = min(group.gather(auto if batch_size == "auto" else batch_size))
+    dtype = samples.images.dtype
+    if dtype in HALF:
+        classifier, samples = SinglePrecision(classifier, dtype), samples.float()
+        others = {name: SinglePrecision(module, dtype) for name, module in others.items()}
     runner = AttackRunner(
-        classifier, samples, device, norm, seed, first_batch_size, num_classes, bfloat16=search_precision == "bf16"
+        classifier, samples, device, norm, seed, min(group.gather(_batch_size(settings, samples, device))),
+        num_classes, bfloat16=search_precision == "bf16",
     )  # fmt: skip
     pictures = None
     if path is not None and group.is_main:
@@ -166,6 +162,14 @@ def evaluate(
                 _save(loop.conclude(loop.state, runner.batch_size).model_copy(update=about), path, ledger)
             raise
     return group.run_on_main(lambda: _save(record.model_copy(update=about), path, ledger))
+
+
+def _batch_size(settings: EvaluationSettings, samples: EvaluationData, device: torch.device) -> int:
+    """Return the first batch size to try: the user's, the suite's, or one by device and image size."""
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    block = inputs.block_size(len(samples.images), None)
+    return suites.suite(settings.suite).batch_size or inputs.auto_batch_size(samples.images, device, block)
 
 
 def _check_minutes(minutes: Any) -> float | None:

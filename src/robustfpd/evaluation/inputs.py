@@ -45,6 +45,10 @@ class EvaluationData:
         """Position in `images` by id."""
         return {int(image): position for position, image in enumerate(self.ids)}
 
+    def float(self) -> EvaluationData:
+        """Return the same with images in float32."""
+        return EvaluationData(self.images.float(), self.labels, self.ids)
+
     def digest(self) -> str:
         """Return the SHA-256 of the images as 8-bit pixels, and the labels."""
         parts = torch.split(self.images, DIGEST_BATCH)  # no float copy of all images

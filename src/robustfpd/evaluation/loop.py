@@ -26,7 +26,7 @@ from robustfpd.evaluation.gallery import Gallery
 from robustfpd.evaluation.inputs import CPU_BATCH_SIZE, block_size
 from robustfpd.evaluation.ledger import CLEAN, Ledger, LedgerRow, Outcome
 from robustfpd.evaluation.record import AttackResult, Check, EvaluationRecord, Proportion, Verdict
-from robustfpd.evaluation.results import LoopState, attack_result, left_out, survivors
+from robustfpd.evaluation.results import LoopState, attack_result, judged_at, left_out, survivors
 from robustfpd.evaluation.suites import AttackSpec, SuiteContext
 from robustfpd.evaluation.time_limit import TimeLimit, TimeLimitReached
 from robustfpd.provenance import environment, weights_sha256
@@ -305,13 +305,7 @@ class EvaluationLoop:
         """Judge at this radius the smallest perturbations that an attack found at a smaller radius."""
 
         def judge(indices: Tensor) -> AttackOutcome:
-            rows = []
-            for i in indices.tolist():
-                row = self.minimal_rows[spec.label][i]
-                misclassified = row.adversarial_prediction != row.label and row.distance <= eps * (1 + TOLERANCE)
-                changes: dict[str, Any] = {"eps": eps, "outcome": "misclassified" if misclassified else "robust"}
-                rows.append(row.model_copy(update={**changes, "queries": 0, "gradients": 0, "seconds": 0.0}))
-            return AttackOutcome(rows)
+            return AttackOutcome([judged_at(self.minimal_rows[spec.label][i], eps) for i in indices.tolist()])
 
         ((_, outcome),) = self._outcomes(spec.label, eps, [indices], judge)
         if self.gallery is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustfpd import attacks
-from robustfpd.evaluation.attack_runner import AttackRunner
+from robustfpd.evaluation.attack_runner import TOLERANCE, AttackRunner
 from robustfpd.evaluation.checks import CheckContext
 from robustfpd.evaluation.ledger import CLEAN, LedgerRow
 from robustfpd.evaluation.record import AttackResult, Check, Proportion
@@ -59,6 +59,13 @@ def attack_result(
         forward_passes=sum(r.queries for r in rows), backward_passes=sum(r.gradients for r in rows),
         median_queries=_median(queries), median_distance=_median(distances), not_attacked=not_attacked,
     )  # fmt: skip
+
+
+def judged_at(row: LedgerRow, eps: float) -> LedgerRow:
+    """Return the row of a smallest perturbation at another radius, where it takes no passes."""
+    misclassified = row.adversarial_prediction != row.label and row.distance <= eps * (1 + TOLERANCE)
+    changes = {"eps": eps, "outcome": "misclassified" if misclassified else "robust"}
+    return row.model_copy(update={**changes, "queries": 0, "gradients": 0, "seconds": 0.0})
 
 
 def left_out(
