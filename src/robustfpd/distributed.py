@@ -275,8 +275,5 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def average_batch_norm_statistics(model: nn.Module) -> None:
     """Replace the running mean and variance of every batch norm by their means over all ranks."""
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-    ProcessGroup.current().all_reduce_mean_([statistic for statistic in running if statistic is not None])
+    running = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    ProcessGroup.current().all_reduce_mean_(running)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import robustfpd as rf
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.io import readable_folder, replace_folder
-from robustfpd.models.backbones import resnet_mini
 from robustfpd.models.checkpoint import CONFIG, EARLIER, FORMAT, WEIGHTS
+from robustfpd.models.small_networks import resnet_mini
 
 TASK = rf.TaskConfig(num_classes=4, in_channels=1, image_size=(12, 16))
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import robustfpd as rf
 from robustfpd.errors import InputError
-from robustfpd.models.backbones import resnet_mini
 from robustfpd.models.denoise import dot_product, normalised
+from robustfpd.models.small_networks import resnet_mini
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["improved", "corrected"])
 
@@ -161,8 +161,8 @@ def test_taking_the_classifier_leaves_frozen_layers_frozen() -> None:
 
 
 @PROTOCOLS
-def test_in_training_both_passes_feed_the_running_averages_front_first(protocol: str) -> None:
-    model = mini(protocol=protocol, denoise="none")
+def test_in_training_both_passes_feed_shared_running_averages_front_first(protocol: str) -> None:
+    model = mini(protocol=protocol, denoise="none", pass_statistics="shared")
     first = batch_norms(model)[0]
     seen: list[Tensor] = []
     first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -184,6 +184,47 @@ def test_in_training_both_passes_feed_the_running_averages_front_first(protocol:
     model.backbone(model.middle_denoise(out.restored.detach(), x))
     assert torch.allclose(seen[0].mean(dim=(0, 2, 3)), means[0], atol=1e-6)
     assert torch.allclose(seen[1].mean(dim=(0, 2, 3)), means[1], atol=1e-6)
+
+
+def test_each_pass_has_its_own_running_averages_which_evaluation_uses() -> None:
+    model = as_trained(mini(denoise="none", protocol="improved"))
+    first = batch_norms(model)[0]
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    own = model.front_statistics
+    assert own is not None
+    name = next(name for name, module in model.backbone.named_modules() if module is first)
+    before = {key: value.clone() for key, value in own.by_name().items()}
+    x = torch.rand(8, 1, 16, 16)
+    model(x)
+    momentum = first.momentum
+    assert momentum is not None
+    averages = ((own.by_name(), before), (dict(first.named_buffers(prefix=name)), before))
+    for inputs, (after, old) in zip(seen, averages, strict=True):
+        expected = (1 - momentum) * old[f"{name}.running_mean"] + momentum * inputs.mean(dim=(0, 2, 3))
+        assert torch.allclose(after[f"{name}.running_mean"], expected, atol=1e-6)
+    hook.remove()
+
+    model.eval()
+    logits, restored = model(x)
+    for key in own.by_name():
+        if key.endswith("running_mean"):
+            own.by_name()[key].add_(1.0)
+    moved = model(x)
+    assert not torch.allclose(moved.restored, restored, atol=1e-4)  # the front pass reads them
+    assert torch.allclose(model.head(model.back(restored, x)), logits, atol=1e-6)  # the back pass does not
+
+
+def test_a_model_saved_without_averages_for_each_pass_loads_with_shared_ones(tmp_path: Path) -> None:
+    model = mini(protocol="improved", pass_statistics="shared").eval()
+    model.save(tmp_path / "earlier")
+    settings = json.loads((tmp_path / "earlier" / "config.json").read_text())
+    del settings["model"]["pass_statistics"]
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(settings))
+    loaded = rf.load(tmp_path / "earlier")
+    assert loaded.config.pass_statistics == "shared"
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(loaded(x).logits, model(x).logits)
 
 
 def test_evaluation_changes_no_statistics() -> None:

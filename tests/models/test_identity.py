@@ -18,7 +18,7 @@ from tests.models.test_families import ALL, FAST
 from torch import Tensor, nn
 
 import robustfpd as rf
-from robustfpd.models.backbones import resnet_mini
+from robustfpd.models.small_networks import resnet_mini
 from robustfpd.rng import derive
 
 CLASSES = 7

@@ -12,8 +12,8 @@ from tests.models.conftest import MINI, fresh, mini
 from torch import Tensor
 
 import robustfpd as rf
-from robustfpd.models.backbones import resnet_mini
 from robustfpd.models.denoise import dot_product, normalised
+from robustfpd.models.small_networks import resnet_mini
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
 from robustfpd.config.base import NORMS, Config, Norm, check_eps
-from robustfpd.config.load import RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
+from robustfpd.config.load import BEFORE, RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
 from robustfpd.config.schema import (
     CUSTOM_BACKBONE,
     DATASETS,
@@ -24,6 +24,7 @@ from robustfpd.config.schema import (
 )
 from robustfpd.config.training import (
     AdversarialConfig,
+    Objective,
     OptimizerConfig,
     ProcedureConfig,
     ScheduleConfig,
@@ -31,9 +32,9 @@ from robustfpd.config.training import (
 )
 
 __all__ = [
-    "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
+    "BEFORE", "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
     "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle",
-    "ModelConfig", "Norm", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
+    "ModelConfig", "Norm", "Objective", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
     "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "check_eps", "load_run", "parse",
     "protocol_defaults", "recipe", "recipe_names",
 ]  # fmt: skip

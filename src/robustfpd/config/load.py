@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -31,6 +32,7 @@ CORRECTED: dict[str, Any] = {
     "model.denoise": "dot",
     "model.denoise_gate": False,
     "model.middle": "input",
+    "model.pass_statistics": "shared",
     "model.front_stages": None,
     "model.restoration": "image",
     "model.pyramid_channels": None,
@@ -46,6 +48,10 @@ CORRECTED: dict[str, Any] = {
     "training.second_pass_interval": 1,
 }
 """Defaults of the protocols `corrected` and `published`, where they differ from those of `improved`."""
+
+
+BEFORE: dict[str, Any] = {"model": {"pass_statistics": "shared"}}
+"""Settings of every model that was saved before these fields existed."""
 
 
 def protocol_defaults(protocol: str, section: str = "") -> dict[str, Any]:
@@ -67,6 +73,7 @@ def load_run(path: Path) -> RunConfig:
     """Read a `config.yaml`. Fields that the version which wrote it did not have get their protocol's defaults."""
     given = _read_yaml(path)
     values = protocol_defaults(str(given.get("protocol", "improved")))
+    _merge(values, copy.deepcopy(BEFORE))
     _merge(values, given)
     return parse(RunConfig, values, source=str(path))
 

@@ -59,10 +59,11 @@ class ModelConfig(Config):
     """Settings of a classifier: its backbone and the defence around it."""
 
     backbone: str = "resnet_mini"
-    """A timm model name; `resnet_mini`; `package.module:factory` for a function that returns your own network with its
-    weights (imported from the working directory or installed packages, also when the model is loaded); `custom` for a
-    module passed in Python; or the authors' networks with the number of blocks in each stage:
-    `published_resnet_3_4_23_3`, `published_resnext_3_4_6_3`."""
+    """A timm model name; `resnet_mini` or `conv_mini`, also with a width as in `conv_mini_48`;
+    `package.module:factory` for a function that returns your own network with its weights (imported from the working
+    directory or installed packages, also when the model is loaded); `custom` for a module passed in Python; or the
+    authors' networks with the number of blocks in each stage: `published_resnet_3_4_23_3`,
+    `published_resnext_3_4_6_3`."""
     stages: tuple[str, ...] | None = None
     """Names of the modules where stages end, stem first; None takes timm's, or those of a ResNet."""
     defence: Literal["fpd", "none"] = "fpd"
@@ -92,6 +93,8 @@ class ModelConfig(Config):
     pyramid_reads: Literal["denoised", "raw"] = "denoised"
     """Input of the pyramid from a stage with a denoising layer: the denoised map, or (published code) the map before
     it. The next stage always reads the denoised map."""
+    pass_statistics: Literal["own", "shared"] = "own"
+    """Running averages of the batch norms in evaluation: each pass has its own, or (published) both update one."""
     front_stages: int | None = Field(default=1, ge=1)
     """Number of stages that the front pass runs; the pyramid reads the last four of them. None (published) runs all."""
     restoration: Literal["residual", "image"] = "residual"
@@ -135,6 +138,10 @@ class AugmentConfig(Config):
     """Mirror half of the images left to right."""
     crop: float = Field(default=1.0, gt=0, le=1)
     """Smallest area of a random crop, as a fraction of the image; 1 does not crop. Aspect ratios are 3/4 to 4/3."""
+    pad: int = Field(default=0, ge=0)
+    """Largest shift in whole pixels, either way: a crop of the image padded with as many black pixels a side."""
+    cutout: float = Field(default=0.0, ge=0, le=1)
+    """Side of a black square anywhere, as a fraction of each side (DeVries & Taylor, 2017, arXiv 1708.04552)."""
     expand: bool = False
     """Shrink a rotated image until it fits, instead of cutting its corners."""
     brightness: float = Field(default=0.0, ge=0, le=1)

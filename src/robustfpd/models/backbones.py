@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from robustfpd.errors import InputError, unknown_name
+from robustfpd.models.small_networks import CONV_STAGES, ConvMini, resnet_mini
 
-MINI = "resnet_mini"
-OWN = (MINI, "published_resnet_3_4_23_3", "published_resnext_3_4_6_3")
-"""Backbones beside timm's. The numbers are the blocks of each stage; others work too."""
+OWN = ("resnet_mini", "conv_mini", "published_resnet_3_4_23_3", "published_resnext_3_4_6_3")
+"""Backbones beside timm's. The numbers are the blocks of each stage; others work too. A number after `mini` is the
+width, as in `resnet_mini_32`."""
 RESNET_STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 RESNEXT_STAGES = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
@@ -57,7 +58,7 @@ def from_timm(
     name: str, in_channels: int, *, pretrained: bool = False, stages: tuple[str, ...] | None = None,
     num_classes: int = 0,
 ) -> BackboneSpec:  # fmt: skip
-    """Create a timm network, or one of our own: `resnet_mini`, or a published one by its blocks per stage.
+    """Create a timm network, or one of `OWN`.
 
     timm adapts pretrained first layers to `in_channels`. Without `num_classes` the network has no classifier. `stages`
     are module names that override its `feature_info`.
@@ -100,18 +101,15 @@ def from_module(net: nn.Module, stages: tuple[str, ...] | None) -> BackboneSpec:
     return BackboneSpec(own, stages, layout=getattr(own, "output_fmt", "NCHW"))
 
 
-def resnet_mini(in_channels: int, num_classes: int = 0) -> nn.Module:
-    """Return timm's ResNet in a size for CPUs: one basic block per stage, 16 channels in the first."""
-    return ResNet(BasicBlock, (1, 1, 1, 1),  # type: ignore[arg-type]
-                  num_classes=num_classes, in_chans=in_channels, stem_type="deep", stem_width=8,
-                 channels=(16, 32, 64, 128))  # fmt: skip
-
-
 def _own(name: str, in_channels: int, num_classes: int) -> tuple[nn.Module, tuple[str, ...]] | None:
     """Return a backbone of our own and where its stages end; None when `name` is not one."""
-    if name == MINI:
-        mini = resnet_mini(in_channels, num_classes)
-        return mini, _timm_stages(mini)
+    mini = re.fullmatch(r"(resnet_mini|conv_mini)(?:_([1-9]\d{0,3}))?", name, re.ASCII)
+    if mini is not None:
+        width = {} if mini[2] is None else {"width": int(mini[2])}
+        if mini[1] == "conv_mini":
+            return ConvMini(in_channels, num_classes, **width), CONV_STAGES
+        resnet = resnet_mini(in_channels, num_classes, **width)
+        return resnet, _timm_stages(resnet)
     published = re.fullmatch(r"published_(resnet|resnext)((?:_[1-9]\d{0,2}){4})", name, re.ASCII)
     if published is None:
         return None

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustfpd.config import Head, ModelConfig, TaskConfig
 from robustfpd.device import evaluating
@@ -140,17 +142,12 @@ class BaseClassifier(
         images = images.to(self.mean.dtype)  # numpy's float64 images go through a float32 model
         return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
-    def _features(self, images: Tensor, *, raw: bool = False, whole: bool = False) -> list[Tensor]:
-        """Run the front stages, or all with `whole`: their feature maps, finest first; `raw` before denoising."""
-        features: list[Tensor] = self.backbone(self._normalised(images), raw=raw, whole=whole)
-        return features
-
     def _pooled(self, images: Tensor) -> Tensor:
         """Run the whole backbone, N×C×H×W → features N×C in front of the head, and apply dropout."""
         if self.config.tail == "own":
             features = self.backbone.classify(self._normalised(images))
         else:
-            features = self._features(images, whole=True)[-1]
+            features = self.backbone(self._normalised(images), whole=True)[-1]
         pooled: Tensor = self.dropout(features.mean(dim=(2, 3)) if features.ndim == 4 else features)
         return pooled
 
@@ -182,8 +179,9 @@ class FPD(BaseClassifier):
     the protocol `improved`, at initialisation the restored images equal the input, and the logits equal those of the
     backbone unless the number of classes differs.
 
-    Both passes run through the same batch norms. In training each pass is normalised by its own batch statistics, and
-    both update the running averages, front pass first; in evaluation both use the running averages.
+    Both passes run through the same batch norms. In training each pass is normalised by its own batch statistics; in
+    evaluation by its own running averages, or with `pass_statistics: shared` both by one, which both update in
+    training, front pass first.
 
     Args and errors are those of `BaseClassifier`.
     """
@@ -198,6 +196,7 @@ class FPD(BaseClassifier):
             channels, reduction, width, task.in_channels, unstrided_kernel=config.unstrided_kernel,
             start_at_zero=config.restoration == "residual",
         )  # fmt: skip
+        self.front_statistics = FrontStatistics(self.backbone, task) if config.pass_statistics == "own" else None
         self.non_local_means = non_local_means(config.denoise, gate=config.denoise_gate)
         gated = config.denoise_gate and config.middle != "none"
         self.middle_gate = nn.Parameter(torch.zeros(())) if gated else None
@@ -224,7 +223,7 @@ class FPD(BaseClassifier):
 
         With `restoration: residual`, x′ = x + s R(c2…c5), and R is 0 at initialisation; else x′ = R(c2…c5).
         """
-        features = self._features(images, raw=self.config.pyramid_reads == "raw")
+        features = self._front_features(images)
         height, width = images.shape[-2:]
         c2_to_c5 = features[-len(self.decoder.laterals) :]
         restored: Tensor = self.decoder(c2_to_c5, self.backbone.padded((height, width))).to(self.mean.dtype)
@@ -234,6 +233,13 @@ class FPD(BaseClassifier):
         if self.config.restoration == "residual":
             return images + self.config.restoration_scale * restored
         return restored + self.mean if self.config.normalise == "once" else restored
+
+    def _front_features(self, images: Tensor) -> list[Tensor]:
+        """Run the front pass with its own running averages, if it has them: feature maps, finest first."""
+        options, normalised = {"raw": self.config.pyramid_reads == "raw"}, self._normalised(images)
+        averages = {} if self.front_statistics is None else self.front_statistics.by_name()
+        features: list[Tensor] = functional_call(self.backbone, averages, (normalised,), options)
+        return features
 
     def middle_denoise(self, restored: Tensor, images: Tensor, *, constant: bool = False) -> Tensor:
         """Middle denoising: `x̃ = x′ + g (x xᵀ) x / P`, N×C×H×W, for the dot product.
@@ -271,6 +277,38 @@ class FPD(BaseClassifier):
         if stage not in self.config.denoise_after:
             return None
         return denoising_layer(self.config.denoise, channels, gate=self.config.denoise_gate)
+
+
+class FrontStatistics(nn.Module):
+    """Running averages of the front pass, for the batch norms of a backbone that it runs.
+
+    The passes see different images: restored ones, of which averages of both passes represent neither.
+
+    Args:
+        backbone: its running averages are the initial ones.
+        task: images that it takes.
+    """
+
+    def __init__(self, backbone: StagedBackbone, task: TaskConfig) -> None:
+        super().__init__()
+        ran: set[nn.Module] = set()
+        hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in backbone.modules()]
+        with torch.no_grad(), evaluating(backbone):
+            backbone(torch.zeros(1, task.in_channels, *task.image_size))
+        for hook in hooks:
+            hook.remove()
+        norms = {name: m for name, m in backbone.named_modules() if m in ran and isinstance(m, _BatchNorm)}
+        self._names = [f"{name}.{buffer}" for name, norm in norms.items() for buffer, _ in norm.named_buffers()]
+        for name in self._names:
+            self.register_buffer(_flat(name), backbone.get_buffer(name).clone())
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the averages by their names in the backbone."""
+        return {name: self.get_buffer(_flat(name)) for name in self._names}
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "-")  # a buffer's name cannot hold a dot
 
 
 class FPDClassifier(nn.Module):
