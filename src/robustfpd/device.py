@@ -6,7 +6,7 @@ The module imports torch only where it is used, so that the command line can che
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +16,7 @@ from robustfpd.errors import InputError, first_line, unknown_name
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 TIMED_SECONDS = 0.5
 """How long `timed` repeats."""
@@ -125,3 +126,25 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+class FrozenStatistics:
+    """Keeps the running statistics of batch norms during forward passes in training mode.
+
+    Can be entered again: with a retained graph each backward pass recomputes checkpointed activations.
+    """
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self.norms = norms
+        self.momenta: list[float | None] = []
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)

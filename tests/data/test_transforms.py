@@ -404,3 +404,48 @@ def test_noise_keeps_type_and_shape(dtype: torch.dtype) -> None:
     noisy = add_uniform_noise(torch.zeros(2, 3, 4, 5, dtype=dtype), 0.1, seeded())
     assert noisy.dtype == dtype
     assert noisy.shape == (2, 3, 4, 5)
+
+
+def test_pad_shifts_by_whole_pixels_equally_often() -> None:
+    images = torch.zeros(4000, 2, 5, 6)
+    images[:, :, 2, 3] = torch.tensor([0.5, 1.0])
+    out = augment(images, AugmentConfig(pad=1), seeded())
+    assert out.shape == images.shape
+    places = (out[:, 1] == 1.0).nonzero()
+    assert len(places) == 4000
+    counts = torch.zeros(3, 3)
+    for _, row, column in places.tolist():
+        counts[row - 1, column - 2] += 1
+    assert float(counts.sum()) == 4000
+    assert float((counts / 4000 - 1 / 9).abs().max()) < 0.02
+    assert torch.equal(out[:, 0], out[:, 1] * 0.5)  # channels move together
+
+
+def test_pad_fills_with_black_and_cuts_at_the_border() -> None:
+    images = torch.ones(500, 1, 4, 4)
+    out = augment(images, AugmentConfig(pad=2), seeded())
+    kept = out.sum(dim=(1, 2, 3))
+    assert set(kept.int().tolist()) == {(4 - i) * (4 - j) for i in range(3) for j in range(3)}
+    assert set(out.flatten().tolist()) == {0.0, 1.0}
+
+
+@given(st.floats(0.1, 1.0))
+@settings(deadline=None)
+def test_cutout_blackens_one_rectangle_of_at_most_its_side(side: float) -> None:
+    out = augment(torch.ones(64, 2, 10, 20), AugmentConfig(cutout=side), seeded())
+    for image in out:
+        black = image == 0
+        assert torch.equal(black[0], black[1])
+        rows, columns = (black[0].any(dim=axis).nonzero().flatten() for axis in (1, 0))
+        if len(rows):
+            assert black[0][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert int(black[0].sum()) == len(rows) * len(columns)
+        assert len(rows) <= side * 10 + 1
+        assert len(columns) <= side * 20 + 1
+    assert float((out == 0).float().mean()) > 0.1 * side**2
+
+
+def test_the_centre_of_a_cutout_is_uniform() -> None:
+    out = augment(torch.ones(4000, 1, 8, 8), AugmentConfig(cutout=0.25), seeded())
+    share = (out == 0).float().mean(dim=0)[0]
+    assert float((share[1:7, 1:7] - 1 / 16).abs().max()) < 0.02  # 2×2 of 64 pixels around any centre

@@ -11,7 +11,8 @@ from robustfpd.config import RunConfig, parse, recipe
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline, enhance, load
 from robustfpd.models.checkpoint import read_weights
-from robustfpd.training import train
+from robustfpd.training import EpochMetrics, RunFolder, adversarial_step, train
+from robustfpd.training.metrics import catastrophic_overfitting
 
 
 def _run(**adversarial: object) -> RunConfig:
@@ -103,3 +104,98 @@ def test_a_start_that_does_not_fit_is_named_before_training(tmp_path: Path) -> N
 
 def test_the_recipe_trains_adversarially_at_its_own_radius() -> None:
     assert recipe("mnist/mini").adversarial.eps == 0.3
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("objective", ["madry", "trades", "mart"])
+def test_every_objective_trains_and_resumes_with_the_average_of_the_weights(
+    tmp_path: Path, objective: str, baseline: bool
+) -> None:
+    options = {"start": "scratch", "objective": objective, "ema": 0.9, "awp": 0.005, "label_smoothing": 0.1}
+    config = _run(**options).baseline() if baseline else _run(**options)
+    stage = config.model_copy(update={"stage": "adversarial"})
+    whole = train(stage, tmp_path / "whole", device="cpu")
+    assert [m.adversarial_ce is not None and m.adversarial_ce > 0 for m in whole.history] == [True] * 2
+    shorter = stage.adversarial.model_copy(update={"epochs": 1})
+    train(stage.model_copy(update={"adversarial": shorter}), tmp_path / "cut", device="cpu")
+    stage.save(tmp_path / "cut" / "config.yaml")  # as if interrupted after its first epoch
+    cut = train(stage, tmp_path / "cut", resume=True, device="cpu")
+    assert cut.history[1].validation_ce == whole.history[1].validation_ce
+    for name in ("last", "best"):
+        a, b = (read_weights(tmp_path / run / "checkpoints" / name) for run in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_best_checkpoint_is_the_moving_average_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def recorded(model: torch.nn.Module, *args: object, **options: object) -> object:
+        result = adversarial_step(model, *args, **options)  # type: ignore[arg-type]
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return result
+
+    monkeypatch.setattr("robustfpd.training.loop.adversarial_step", recorded)
+    config = _run(start="scratch", ema=0.6, epochs=1).model_copy(update={"stage": "adversarial"})
+    train(config, tmp_path / "run", device="cpu")
+    best, last = (read_weights(tmp_path / "run" / "checkpoints" / name) for name in ("best", "last"))
+    for name in weights[0]:
+        key = name.removeprefix("_forward_module.")
+        average = weights[0][name]  # the warm-up copies the first step
+        for step, new in enumerate(weights[1:], 2):
+            decay = min(0.6, 1 - step ** (-2 / 3))
+            average = decay * average + (1 - decay) * new[name]
+        assert torch.allclose(best[key], average, atol=1e-6), key
+        assert torch.equal(last[key], weights[-1][name])
+
+
+def test_single_step_training_stops_at_catastrophic_overfitting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for attack, expected in (("fgsm-rs", 2), ("pgd", 4)):
+        robust = iter([0.6, 0.01, 0.0, 0.0])
+        monkeypatch.setattr("robustfpd.training.loop.robust_accuracy", lambda *_, robust=robust: next(robust))
+        config = _run(start="scratch", attack=attack, epochs=4, optimizer={"lr": 0.01}, eps=0.02)
+        result = train(config.model_copy(update={"stage": "adversarial"}), tmp_path / attack, device="cpu")
+        assert len(result.history) == expected
+        assert result.overfitted == (attack == "fgsm-rs")
+        assert result.best_epoch == 0
+    resumed = train(
+        RunFolder(tmp_path / "fgsm-rs").config(), tmp_path / "fgsm-rs", resume=True, device="cpu"
+    )  # a run that overfitted does not continue
+    assert len(resumed.history) == 2
+
+
+def _row(robust: float | None, under_attack: float | None) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=0, ce=1.0, restoration=None, second_ce=None, second_restoration=None, adversarial_ce=1.0, gate_open=None,
+        train_accuracy=0.9, train_adversarial_accuracy=under_attack, validation_accuracy=0.9,
+        validation_robust_accuracy=robust, validation_ce=1.0, validation_restoration=None, lr=0.1,
+        images_per_second=1.0, seconds=1.0,
+    )  # fmt: skip
+
+
+def test_overfitting_is_a_fall_below_half_of_the_best_and_of_the_training_attack() -> None:
+    assert not catastrophic_overfitting([])
+    assert not catastrophic_overfitting([_row(None, 0.9)])
+    assert not catastrophic_overfitting([_row(0.02, 0.9)])  # the first epochs are not robust yet
+    assert not catastrophic_overfitting([_row(0.5, 0.6), _row(0.3, 0.9)])
+    assert not catastrophic_overfitting([_row(0.5, 0.6), _row(0.1, 0.15)])  # diverged, not overfitted
+    assert catastrophic_overfitting([_row(0.5, 0.6), _row(0.1, 0.9)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "trades", "batch": "halves"}, "batch halves divides the batches of objective mixed, found"),
+        ({"objective": "madry", "alpha_features": 1.0}, "alpha_features compares with clean images, which objective"),
+        ({"batch": "halves", "alpha_features": 1.0}, "alpha_features compares with clean images"),
+        ({"objective": "mart", "restored_scale": 255}, "restored_scale belongs to objective mixed, found objective"),
+        ({"objective": "mart", "restoration_target": "nothing"}, "restoration_target"),
+        ({"objective": "madri"}, "objective"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused_by_name(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _run(**settings)

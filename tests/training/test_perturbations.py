@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from robustfpd.config import AdversarialConfig, TrainingConfig, parse
 from robustfpd.models import FPD
-from robustfpd.training.perturbations import adversarial_images, noisy_images
+from robustfpd.training.objectives import divergence
+from robustfpd.training.perturbations import adversarial_images, attacked_view, noisy_images
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -22,7 +24,7 @@ def test_noise_has_the_half_width_of_the_settings_in_their_space(fpd: FPD) -> No
         assert 0.99 < float(noise.abs().max()) / (0.2 * unit) < 1.001
 
 
-@pytest.mark.parametrize("attack", ["pgd", "fgsm"])
+@pytest.mark.parametrize("attack", ["pgd", "fgsm", "fgsm-rs"])
 def test_adversarial_images_stay_in_their_ball_which_grows_and_leave_the_model_unchanged(
     fpd: FPD, batch: Batch, attack: str
 ) -> None:
@@ -69,3 +71,41 @@ def test_the_attack_leads_away_from_the_prediction_or_the_true_class(
         predicted = copy.deepcopy(fpd).eval()(clean).logits.argmax(dim=1)
     assert not torch.equal(predicted, true)
     assert torch.equal(targets[0], predicted if labels == "predicted" else true)
+
+
+@pytest.mark.parametrize(("attack", "expected"), [("fgsm", (1, 0.2, False)), ("fgsm-rs", (1, 0.25, True))])
+def test_single_step_attacks_start_at_the_image_or_at_random(
+    fpd: FPD, batch: Batch, attack: str, expected: tuple[int, float, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, object] = {}
+
+    def recorded(classifier: object, images: Tensor, labels: Tensor, **given: object) -> Tensor:
+        options.update(given)
+        return images
+
+    monkeypatch.setattr("robustfpd.training.perturbations.pgd", recorded)
+    clean, _, labels = batch
+    adversarial_images(fpd, clean, labels, parse(AdversarialConfig, {"attack": attack, "eps": 0.2}))
+    assert (options["steps"], options["step_size"], options["random_start"]) == expected
+    adversarial_images(fpd, clean, labels, parse(AdversarialConfig, {"attack": attack, "eps": 0.2, "step_size": 0.1}))
+    assert options["step_size"] == 0.1
+
+
+def test_the_attack_of_trades_maximizes_the_divergence_from_the_clean_logits(fpd: FPD, batch: Batch) -> None:
+    clean, _, labels = batch
+    common = {"eps": 0.2, "steps": 5, "labels": "true"}
+    classifier = attacked_view(copy.deepcopy(fpd).eval(), AdversarialConfig())
+    with torch.no_grad():
+        logits = classifier(clean)
+        reached = {}
+        for objective in ("trades", "madry"):
+            settings = parse(AdversarialConfig, {**common, "objective": objective})
+            with torch.enable_grad():
+                found = adversarial_images(fpd, clean, labels, settings, generator=torch.Generator().manual_seed(0))
+            assert found is not None
+            reached[objective] = classifier(found)
+        noisy = classifier((clean + 0.2 * (2 * torch.rand_like(clean) - 1)).clamp(0, 1))
+    far = {name: float(divergence(logits, found).mean()) for name, found in reached.items()}
+    loss = {name: float(cross_entropy(found, labels)) for name, found in reached.items()}
+    assert far["trades"] > 2 * float(divergence(logits, noisy).mean())
+    assert loss["madry"] >= loss["trades"]

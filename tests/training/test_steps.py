@@ -333,3 +333,21 @@ def test_the_baseline_s_adversarial_step_is_on_the_mean_cross_entropy(baseline: 
     result = adversarial_step(baseline, *batch, update, OPEN, AdversarialConfig())
     assert update.losses == _approx(expected)
     assert result.first.restoration is None
+
+
+def test_the_feature_loss_is_the_relative_distance_of_the_features_before_the_head(fpd: FPD, batch: Batch) -> None:
+    clean, adversarial, labels = batch
+    losses = {}
+    for alpha in (0.0, 2.0):
+        settings = AdversarialConfig(objective="trades", alpha_features=alpha, second_pass=False, gate=False)
+        update = Recorded()
+        adversarial_step(copy.deepcopy(fpd), clean, adversarial, labels, update, TrainingConfig(), settings)
+        losses[alpha] = float(update.losses[0])
+    kept: list[Tensor] = []
+    hook = fpd.head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach()))
+    for images in (clean, adversarial):
+        fpd(images)
+    hook.remove()
+    expected = 2.0 * float((kept[1] - kept[0]).square().mean() / kept[0].square().mean())
+    assert expected > 0
+    assert losses[2.0] - losses[0.0] == pytest.approx(expected, rel=1e-2)

@@ -29,7 +29,7 @@ def train(
     recipe: tyro.conf.Positional[str],
     settings: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
-    stages: str = "two-phase",
+    stages: str | None = None,
     protocol: Literal["improved", "corrected", "published"] = "improved",
     data_root: str | None = None,
     download: bool = False,
@@ -55,7 +55,7 @@ def train(
         settings: changes to the recipe: training.epochs=3 model.head=spectral, or a network of your own with
             model.backbone=package.module:factory.
         stages: two-phase, adversarial, or both with a comma; adversarial alone starts from the two-phase run in the
-            same folder.
+            same folder. Default: the recipe's, two-phase for recipes */mini.
         protocol: improved starts as the network it wraps, corrected follows the paper, published the authors' code;
             see docs/protocols.md.
         data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
@@ -83,7 +83,7 @@ def train(
         variant = ("" if protocol == "improved" else f"-{protocol}") + ("-baseline" if baseline else "")
         name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
         folder = out or Path("runs") / f"{name}{variant}"
-        names = _stage_names(stages)
+        names = _stage_names(run, stages)
         check_settings(run)
         check_device_name(device)
         plans = _plan_stages(run, names, folder, existing_ok=resume or dry_run)
@@ -94,7 +94,7 @@ def train(
         return
     command = [program(), "train", recipe, *settings, "--out", str(folder)]
     for flag, value, default in (
-        ("--stages", stages, "two-phase"), ("--protocol", protocol, "improved"), ("--data-root", data_root, None),
+        ("--stages", stages, None), ("--protocol", protocol, "improved"), ("--data-root", data_root, None),
         ("--seed", seed, None), ("--device", device, "auto"), ("--precision", precision, "auto"),
     ):  # fmt: skip
         command += [flag, str(value)] if value != default else []
@@ -119,9 +119,13 @@ class StagePlan:
     start: Path | None
 
 
-def _stage_names(text: str) -> list[StageName]:
+def _stage_names(run: RunConfig, text: str | None) -> list[StageName]:
+    """Return the stages in `text`, or those of the recipe: its own, after two-phase training where it starts there."""
     from robustfpd.config import STAGES
 
+    if text is None:
+        both = run.stage == "adversarial" and run.adversarial.start == "best"
+        return ["two-phase", "adversarial"] if both else [run.stage]
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         check_choice("stage", name, STAGES)
@@ -229,8 +233,11 @@ def _stage_lines(stage: StagePlan) -> list[str]:
     if stage.run.stage == "two-phase":
         return [*lines, f"  noise     {_noise(stage.run)}", *_gate(stage.run)]
     steps = f"-{settings.steps}" if settings.attack == "pgd" else ""
+    weight = f", beta {settings.beta:g}" if settings.objective in ("trades", "mart") else ""
+    extras = [f"{name} {value:g}" for name, value in (("AWP", settings.awp), ("EMA", settings.ema)) if value]
     return [
         *lines,
+        f"  objective {', '.join([f'{settings.objective}{weight}', *extras])}",
         f"  start     {'new weights' if stage.start is None else f'the best checkpoint in {stage.start}'}",
         f"  attack    {settings.attack.upper()}{steps}, {settings.norm}, eps {settings.eps:.4g}",
     ]
@@ -330,6 +337,16 @@ def _ending(result: TrainResult, run: RunConfig) -> str:
     """Return one line on how a stage ended."""
     best = result.history[result.best_epoch]
     why = "stopped early" if result.stopped_early else "all epochs done"
+    if result.overfitted:
+        last = result.history[-1]
+        assert last.validation_robust_accuracy is not None
+        assert last.train_adversarial_accuracy is not None
+        why = (
+            f"stopped in epoch {len(result.history)} by catastrophic overfitting: accuracy "
+            f"{100 * last.train_adversarial_accuracy:.1f} % under the training attack, "
+            f"{100 * last.validation_robust_accuracy:.1f} % under PGD-10; use adversarial.attack=pgd, or a smaller "
+            "adversarial.step_size"
+        )
     line = f"{why}; best epoch {result.best_epoch + 1}: validation accuracy {100 * best.validation_accuracy:.2f} %"
     if best.validation_robust_accuracy is None:
         return line

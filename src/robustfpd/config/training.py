@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from robustfpd.config.base import Config, Norm, check_eps
 
+Objective = Literal["mixed", "madry", "trades", "mart"]
+
 
 class OptimizerConfig(Config):
     """The optimizer, under torch's names and defaults."""
@@ -56,6 +58,11 @@ class ProcedureConfig(Config):
     `second_pass: through` they are recomputed with the updated weights, unlike in the published code."""
     sync_batchnorm: bool = False
     """On several GPUs: batch norm over the batch of all ranks, as in a single process, not over that of each rank."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of the uniform distribution in the targets of the cross-entropy (Szegedy et al., CVPR 2016, section 7)."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, which is validated and saved as the best
+    checkpoint instead of the weights; smaller in the first steps. 0 keeps no average."""
     early_stop_patience: int | None = Field(default=20, ge=1)
     """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops; None
     never stops early."""
@@ -117,12 +124,21 @@ class TrainingConfig(ProcedureConfig):
 
 
 class AdversarialConfig(ProcedureConfig):
-    """Adversarial training, the second stage: the loss on clean and adversarial images, half each."""
+    """Adversarial training, the second stage, or the only one with `start: scratch`."""
 
     start: Literal["best", "scratch"] = "best"
     """Initial weights: the best two-phase checkpoint, or (published MNIST code) new ones."""
-    attack: Literal["pgd", "fgsm"] = "pgd"
-    """Attack that generates the adversarial images."""
+    objective: Objective = "mixed"
+    """Loss of the logits: `mixed`, half of the cross-entropy on clean and half on adversarial images (published);
+    `madry`, the cross-entropy of the adversarial images; `trades` or `mart`. An FPD adds its restoration loss."""
+    beta: float = Field(default=6.0, gt=0)
+    """trades, mart: weight of the Kullback-Leibler term, β in TRADES and λ in MART."""
+    awp: float = Field(default=0.0, ge=0)
+    """Radius γ of the adversarial weight perturbation relative to the norm of each weight (Wu et al., NeurIPS 2020);
+    0 does not perturb weights."""
+    attack: Literal["pgd", "fgsm", "fgsm-rs"] = "pgd"
+    """Attack that generates the adversarial images; `fgsm-rs` is one step from a random point of the ball (Wong et
+    al., ICLR 2020)."""
     eps: float = 8 / 255
     """Radius of the perturbation, in pixels of [0, 1]."""
     norm: Norm = "linf"
@@ -130,7 +146,7 @@ class AdversarialConfig(ProcedureConfig):
     steps: int = Field(default=10, ge=1)
     """pgd: gradient steps."""
     step_size: float | None = Field(default=None, gt=0)
-    """pgd: length of each step in `norm`; None takes the attack's own schedule, from eps down to 0."""
+    """Length of each step in `norm`; None: the schedule of `pgd`, from eps down to 0; fgsm: eps; fgsm-rs: 1.25 eps."""
     view: Literal["pre-squash", "logits"] = "pre-squash"
     """The attack differentiates the logits before the squashing, which masks gradients, or (published) after it."""
     start_epoch: int = Field(default=0, ge=0)
@@ -138,13 +154,19 @@ class AdversarialConfig(ProcedureConfig):
     warmup: float = Field(default=0.0, ge=0)
     """Epochs over which eps grows from 0, counted from `start_epoch`."""
     labels: Literal["predicted", "true"] = "predicted"
-    """Labels that the attack leads away from: the model's own predictions, which leak no label, or the true classes."""
+    """Labels that the attack leads away from: the model's own predictions, which leak no label, or the true classes.
+    The attack of `trades` needs none: it leads away from the logits of the clean image."""
     batch: Literal["both", "halves"] = "both"
-    """Every image clean and adversarial (published), or half of each batch clean and the other half adversarial."""
+    """mixed: every image clean and adversarial (published), or half of each batch clean and the other half
+    adversarial."""
     restoration_target: Literal["clean", "input"] = "clean"
     """Target of the restoration of an adversarial image: the clean image, or (published SVHN) the image itself."""
     restored_scale: float = Field(default=1.0, gt=0)
     """Factor on the restored clean image in the restoration loss; 255 in the published MNIST code."""
+    alpha_features: float = Field(default=0.0, ge=0)
+    """FPD: weight of the mean squared distance between the features in front of the head of adversarial and of clean
+    images, relative to the mean square of the latter, which take no gradient. `madry` and `mixed` with `halves` have no
+    clean pass of the same images."""
     gate: bool = True
     """Whether the gate of two-phase training applies, to the restoration loss of the clean images."""
     second_pass: bool = True
@@ -158,6 +180,21 @@ class AdversarialConfig(ProcedureConfig):
     @model_validator(mode="after")
     def _check(self) -> AdversarialConfig:
         check_eps(self.eps, self.norm)
+        if self.objective != "mixed" and self.batch == "halves":
+            raise ValueError(
+                f"batch halves divides the batches of objective mixed, found objective {self.objective}; "
+                "set adversarial.batch=both or adversarial.objective=mixed"
+            )
+        if self.alpha_features and (self.objective == "madry" or self.batch == "halves"):
+            with_clean = "mixed with batch both, trades or mart"
+            raise ValueError(
+                f"alpha_features compares with clean images, which objective {self.objective} with batch {self.batch} "
+                f"does not see; set alpha_features=0, or objective {with_clean}"
+            )
+        if self.objective != "mixed" and self.restored_scale != 1:
+            raise ValueError(
+                f"restored_scale belongs to objective mixed, found objective {self.objective}; leave one of them out"
+            )
         if self.start_epoch >= self.epochs:
             raise ValueError(
                 f"start_epoch {self.start_epoch} must be below epochs, found {self.epochs}; lower it or raise epochs"

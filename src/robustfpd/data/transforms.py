@@ -27,7 +27,7 @@ def augment(
     images: Tensor, config: AugmentConfig, generator: torch.Generator, *, size: tuple[int, int] | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:  # fmt: skip
-    """Randomly crop, rotate, shift and flip images, and change their brightness and contrast.
+    """Randomly crop, rotate, shift and flip images, change their brightness and contrast, and cut squares out.
 
     The geometric transform is a single interpolation. Its steps, in torchvision's terms: RandomResizedCrop to the
     images' own size, RandomRotation (with `expand`: then Resize to that size), shift, flip, CenterCrop to `size`.
@@ -56,11 +56,38 @@ def augment(
         images = _affine(images, angle, shift, mirror, size=size, box=box, expand=config.expand)
     else:
         images = centre_crop(images, size)
+    if config.pad:
+        images = _shifted(images, (draw(), draw()), config.pad)
     if config.brightness:
         images = images * (1 + config.brightness * draw()).reshape(n, 1, 1, 1)
     if config.contrast:
         images = _contrast(images.clamp(0, 1), 1 + config.contrast * draw())
-    return images.clamp(0, 1)
+    images = images.clamp(0, 1)
+    return _cutout(images, (draw(), draw()), config.cutout) if config.cutout else images
+
+
+def _shifted(images: Tensor, draws: tuple[Tensor, Tensor], most: int) -> Tensor:
+    """Shift each image N×C×H×W by whole pixels, at most `most` either way; draws of N numbers in [-1, 1) decide."""
+    height, width = images.shape[-2:]
+    rows, columns = (((draw + 1) / 2 * (2 * most + 1)).long().clamp(max=2 * most) for draw in draws)
+    padded = F.pad(images, (most, most, most, most))
+    across = torch.arange(width, device=images.device) + columns[:, None]  # N W
+    down = torch.arange(height, device=images.device) + rows[:, None]  # N H
+    n = torch.arange(len(images), device=images.device)
+    moved = padded.permute(0, 2, 3, 1)[n[:, None, None], down[:, :, None], across[:, None, :]]  # N H W C
+    return moved.permute(0, 3, 1, 2)
+
+
+def _cutout(images: Tensor, draws: tuple[Tensor, Tensor], side: float) -> Tensor:
+    """Set a rectangle of each image to 0: `side` of height and width, around a random pixel, cut at the border."""
+
+    def inside(draw: Tensor, length: int) -> Tensor:  # N length
+        centre = (draw + 1) / 2 * length
+        return (torch.arange(length, device=images.device) + 0.5 - centre[:, None]).abs() < side * length / 2
+
+    height, width = images.shape[-2:]
+    cut = inside(draws[0], height)[:, :, None] & inside(draws[1], width)[:, None, :]
+    return images.masked_fill(cut[:, None], 0.0)
 
 
 def _crops(draw: Callable[[], Tensor], smallest: float, height: int, width: int) -> tuple[Tensor, Tensor]:

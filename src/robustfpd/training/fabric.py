@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from robustfpd.config import Precision, RunConfig
-from robustfpd.device import resolve_device, resolve_precision
+from robustfpd.device import FrozenStatistics, resolve_device, resolve_precision
 from robustfpd.distributed import LaunchEnvironment, ProcessGroup
 from robustfpd.errors import InputError, first_line
 from robustfpd.models import FPD, Baseline
@@ -152,29 +151,7 @@ def _checkpoint_block(block: nn.Module) -> None:
             return forward(*inputs, **options)
         # Dense blocks pass a list that grows later: the recomputation needs its present length.
         copies = [list(i) if isinstance(i, list) else i for i in inputs]
-        contexts = lambda: (nullcontext(), _FrozenStatistics(norms))  # noqa: E731
+        contexts = lambda: (nullcontext(), FrozenStatistics(norms))  # noqa: E731
         return checkpoint(forward, *copies, use_reentrant=False, context_fn=contexts, **options)
 
     block.forward = checkpointed
-
-
-class _FrozenStatistics:
-    """Keeps running statistics during the recomputation: the forward pass has updated them.
-
-    Can be entered again: with a retained graph each backward pass recomputes.
-    """
-
-    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
-        self.norms = norms
-        self.momenta: list[float | None] = []
-
-    def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
-            norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)

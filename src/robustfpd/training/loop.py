@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from robustfpd import data
@@ -35,6 +36,7 @@ from robustfpd.training.metrics import (
     Progress,
     TrainResult,
     Validation,
+    catastrophic_overfitting,
     robust_accuracy,
     validate,
 )
@@ -104,7 +106,9 @@ def train(
         training.run()
         backbone = read_settings(folder.best)[1].backbone  # a resumed folder may hold files of another origin
         best = load(folder.best, net=net, trust_code=backbone == config.model.backbone)
-    return TrainResult(best, training.history, training.stopping.best_epoch, training.stopping.exhausted)
+    return TrainResult(
+        best, training.history, training.stopping.best_epoch, training.stopping.exhausted, training.overfitted
+    )
 
 
 class _Training:
@@ -122,6 +126,7 @@ class _Training:
         if settings.activation_checkpointing:
             checkpoint_activations(model)
         self.raw_model, self.model = model, fabric.setup_module(model)
+        self.average = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema else None
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.update = FabricUpdate(fabric, self.model, self.optimizer, settings.clip_grad_norm)
@@ -132,14 +137,15 @@ class _Training:
     def run(self) -> None:
         """Train, validate and save epoch by epoch."""
         for epoch in range(len(self.history), self.settings.epochs):
-            if self.stopping.exhausted:
+            if self.stopping.exhausted or self.overfitted:
                 break
             lr = self.optimizer.param_groups[0]["lr"]
             start = time.perf_counter()
             means = self._train_epoch(epoch).means(self.group)
             seconds = time.perf_counter() - start
             if self.group.world_size > 1 and not self.settings.sync_batchnorm:
-                average_batch_norm_statistics(self.raw_model)
+                for model in {self.raw_model, self.evaluated}:
+                    average_batch_norm_statistics(model)
             validation, robust = self._validate()
             with shared_errors():
                 self._check_finite(epoch, {**means, "validation_ce": validation.ce})
@@ -177,6 +183,8 @@ class _Training:
                 clean = augment(images, self.config.data.augment, augmentation, size=train.size, group=self.group)
                 result = self._step(clean, labels, epoch, index, noise)
                 self.schedule.after_batch()
+                if self.average is not None:
+                    self.average.update(self.raw_model, epoch * self.batches_per_epoch + index + 1)
                 sums.add(result)
                 self._report(epoch, index, time.perf_counter() - start, result, sums)
         return sums
@@ -198,6 +206,17 @@ class _Training:
             return two_phase_step(model, clean, noisy, labels, update, config.training, index, draws)
         return baseline_step(model, noisy, labels, update, config.training)
 
+    @property
+    def evaluated(self) -> FPD | Baseline:
+        """The model that is validated and saved as the best: the average of the weights, if there is one."""
+        return self.raw_model if self.average is None else self.average.module
+
+    @property
+    def overfitted(self) -> bool:
+        """Whether single-step adversarial training has overfitted catastrophically."""
+        single_step = self.config.stage == "adversarial" and self.config.adversarial.attack != "pgd"
+        return single_step and catastrophic_overfitting(self.history)
+
     def _restores(self, epoch: int, index: int) -> bool:
         """Return whether the restoration is trained on a batch; always, except at the start of two-phase training."""
         if self.config.stage == "adversarial" or not isinstance(self.raw_model, FPD):
@@ -209,10 +228,11 @@ class _Training:
         """Return clean metrics, and the robust accuracy where adversarial training selects its epoch by it."""
         images, batch_size, device = self.splits.validation, 2 * self.settings.batch_size, self.fabric.device
         unit, adversarial = restoration_unit(self.raw_model, self.config.training), self.config.adversarial
-        validation = validate(self.model, images, batch_size, device, unit)
+        model = self.evaluated
+        validation = validate(self.model if self.average is None else model, images, batch_size, device, unit)
         if self.config.stage != "adversarial" or adversarial.select_by == "clean":
             return validation, None
-        return validation, robust_accuracy(self.raw_model, images, adversarial, batch_size, device, self.config.seed)
+        return validation, robust_accuracy(model, images, adversarial, batch_size, device, self.config.seed)
 
     def _check_finite(self, epoch: int, losses: dict[str, Any]) -> None:
         saved = f"The checkpoints in {self.folder.last.parent} are from before"
@@ -246,11 +266,13 @@ class _Training:
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
             "stopping": asdict(self.stopping), "history": [asdict(m) for m in self.history],
         }  # fmt: skip
+        if self.average is not None:
+            state["average"] = self.average.module.state_dict()
         with shared_errors():
             if not self.group.is_main:
                 return
             if best:
-                self.folder.save_checkpoint(self.folder.best, self.raw_model)
+                self.folder.save_checkpoint(self.folder.best, self.evaluated)
             self.folder.save_checkpoint(self.folder.last, self.raw_model, state)
             write_csv(self.folder.metrics_file, state["history"])
             logged = {k: v for k, v in state["history"][-1].items() if v is not None and k != "epoch"}
@@ -272,6 +294,8 @@ class _Training:
             self.raw_model.load_state_dict(read_weights(self.folder.last))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
+            if self.average is not None:
+                self.average.module.load_state_dict(saved["average"])
             self.stopping = EarlyStopping(**saved["stopping"])
             self.history = [EpochMetrics(**row) for row in saved["history"]]
         except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -37,7 +37,8 @@ class EpochMetrics:
     gate_open: float | None
     """Fraction of batches with the gate open; None where the backbone is trained alone."""
     train_accuracy: float
-    """Accuracy on the noisy, augmented images during training; in adversarial training on the clean ones."""
+    """Accuracy on the noisy, augmented images during training; in adversarial training on the clean ones, or with the
+    objective `madry` on the adversarial ones."""
     train_adversarial_accuracy: float | None
     """Accuracy under the training attack, before each step."""
     validation_accuracy: float
@@ -78,6 +79,8 @@ class TrainResult:
     history: list[EpochMetrics]
     best_epoch: int
     stopped_early: bool
+    overfitted: bool = False
+    """Whether single-step adversarial training stopped because it overfitted catastrophically."""
 
 
 @dataclass
@@ -159,6 +162,19 @@ class EarlyStopping:
     def exhausted(self) -> bool:
         """Whether `patience` epochs have passed without a better one."""
         return self.patience is not None and self.epoch - self.best_epoch >= self.patience
+
+
+def catastrophic_overfitting(history: Sequence[EpochMetrics]) -> bool:
+    """Return whether the last epoch of single-step training overfitted catastrophically (Wong et al., ICLR 2020).
+
+    The validation accuracy under PGD is below half of its best, and below half of the accuracy under the training's
+    single-step attack.
+    """
+    robust = [m.validation_robust_accuracy for m in history if m.validation_robust_accuracy is not None]
+    under_attack = history[-1].train_adversarial_accuracy if history else None
+    if not robust or under_attack is None:
+        return False
+    return robust[-1] < max(robust) / 2 and robust[-1] < under_attack / 2
 
 
 @dataclass(frozen=True)

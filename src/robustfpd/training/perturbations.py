@@ -7,13 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustfpd.attacks import adaptive, fgsm, pgd
+from robustfpd.attacks import adaptive, pgd
+from robustfpd.attacks.losses import LossFunction, cross_entropy
 from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.device import evaluating
 from robustfpd.distributed import SINGLE_PROCESS, ProcessGroup
 from robustfpd.models import FPD, Baseline
+from robustfpd.training.objectives import divergence
 from robustfpd.training.steps import noise_unit
+
+FGSM_RS_STEP = 1.25
+"""Step of `fgsm-rs` in units of eps (Wong et al., ICLR 2020, section 5)."""
 
 
 def noisy_images(
@@ -42,7 +47,9 @@ def adversarial_images(
         model: the model that is trained; its modes, weights, gradients and statistics stay the same.
         clean: N×C×H×W in [0, 1].
         labels: N class indices.
-        config: attack, `eps`, `norm`, `steps`, `step_size`, `view`, `labels`, `batch`, `start_epoch` and `warmup`.
+        config: `objective`, attack, `eps`, `norm`, `steps`, `step_size`, `view`, `labels`, `batch`, `start_epoch` and
+            `warmup`. The attack of `trades` maximizes the divergence from the clean images' probabilities, the others
+            the cross-entropy.
         epoch: count of finished epochs, 1.5 in the middle of the second: eps grows from 0 at `start_epoch` over
             `warmup` epochs. The default attacks at the full eps.
         generator: source of PGD's random starts.
@@ -58,15 +65,21 @@ def adversarial_images(
     first = len(clean) // 2 if config.batch == "halves" else 0
     images, targets = clean[first:], labels[first:]
     classifier = attacked_view(model, config)
+    loss: LossFunction = cross_entropy
+    steps, first_step = {"pgd": (config.steps, None), "fgsm": (1, eps), "fgsm-rs": (1, FGSM_RS_STEP * eps)}[
+        config.attack
+    ]
+    step_size = config.step_size or first_step
     with evaluating(model):
-        if config.labels == "predicted":
+        if config.objective == "trades" or config.labels == "predicted":
             with torch.no_grad():
-                targets = classifier(images).argmax(dim=1)
-        if config.attack == "fgsm":
-            return fgsm(classifier, images, targets, eps=eps, norm=config.norm)
+                logits = classifier(images)
+            targets = logits.argmax(dim=1)
+            if config.objective == "trades":
+                loss = lambda adversarial, labels: divergence(logits, adversarial)  # noqa: E731
         return pgd(
-            classifier, images, targets, eps=eps, norm=config.norm, steps=config.steps, step_size=config.step_size,
-            generator=generator,
+            classifier, images, targets, eps=eps, norm=config.norm, steps=steps, step_size=step_size,
+            random_start=config.attack != "fgsm", loss=loss, generator=generator,
         )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +38,12 @@ from robustfpd.data.transforms import uniform_like
 from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError
 from robustfpd.models import FPDOutput
+from robustfpd.training.objectives import OBJECTIVES
 from robustfpd.training.optim import GATED_GROUPS, Update
+from robustfpd.training.weight_perturbation import perturbed, worst_weights
+
+EPSILON = 1e-12
+"""Added to denominators."""
 
 # Losses
 
@@ -61,7 +68,7 @@ class PassLosses(NamedTuple):
 
 def pass_losses(
     logits: Tensor, restored: Tensor | None, clean: Tensor, labels: Tensor, unit: Tensor | float = 1.0,
-    scale: float = 1.0,
+    scale: float = 1.0, smoothing: float = 0.0,
 ) -> PassLosses:  # fmt: skip
     """Return the losses of one forward pass.
 
@@ -72,10 +79,11 @@ def pass_losses(
         labels: N class indices.
         unit: unit of the restoration loss, see `restoration_unit`.
         scale: factor on the restored images; 255 in the published MNIST code.
+        smoothing: label smoothing of the cross-entropy.
     """
     restoration = None if restored is None else F.mse_loss(scale * restored / unit, clean / unit)
     correct = (logits.argmax(dim=1) == labels).sum()
-    return PassLosses(F.cross_entropy(logits, labels), restoration, correct, len(labels))
+    return PassLosses(F.cross_entropy(logits, labels, label_smoothing=smoothing), restoration, correct, len(labels))
 
 
 def phase_one_loss(losses: PassLosses, config: TrainingConfig) -> Tensor:
@@ -116,8 +124,9 @@ def restoration_unit(model: nn.Module, config: TrainingConfig) -> Tensor | float
 class StepResult:
     """Losses of one step, detached.
 
-    `first` is phase 1, in adversarial training on the clean images; `second` phase 2, None where it did not run;
-    `adversarial` phase 1 of adversarial training, on the adversarial images. `gate_open` is None where the backbone is
+    `first` is phase 1, in adversarial training on the clean images, or with the objective `madry`, which has no clean
+    pass, on the adversarial images; `second` phase 2, None where it did not run; `adversarial` phase 1 of adversarial
+    training, on the adversarial images. `gate_open` is None where the backbone is
     trained alone.
     """
 
@@ -157,7 +166,7 @@ def two_phase_step(
         )
     unit, second = restoration_unit(model, config), None
     logits, restored = _forward(model, noisy, _middle_noise(model, noisy, config, generator))
-    first = pass_losses(logits, restored, clean, labels, unit)
+    first = pass_losses(logits, restored, clean, labels, unit, smoothing=config.label_smoothing)
     assert restored is not None
     assert first.restoration is not None
     gate_open = gate_opens(first.restoration, clean, config, unit)
@@ -179,7 +188,9 @@ def backbone_step(
     epochs, at the cost of the baseline. The result has no gate.
     """
     logits, restored = model(noisy, restore=False)
-    losses = pass_losses(logits, restored, clean, labels, restoration_unit(model, config))
+    losses = pass_losses(
+        logits, restored, clean, labels, restoration_unit(model, config), smoothing=config.label_smoothing
+    )
     update(config.alpha_ce * losses.ce)
     return StepResult(losses.detach(), gate_open=None)
 
@@ -199,7 +210,8 @@ def _both_phases(
     if mode != "joint":
         update(loss, retain_graph=mode == "through")
     images = restored.detach() if mode == "detached" else restored
-    second = pass_losses(*_forward(model, images, _middle_noise(model, images, config, generator)), clean, labels, unit)
+    output = _forward(model, images, _middle_noise(model, images, config, generator))
+    second = pass_losses(*output, clean, labels, unit, smoothing=config.label_smoothing)
     second_loss = phase_two_loss(second, config)
     update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
@@ -209,66 +221,129 @@ def adversarial_step(
     model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, update: Update,
     config: TrainingConfig, settings: AdversarialConfig, index: int = 0,
 ) -> StepResult:  # fmt: skip
-    """Train an FPD or a baseline on clean and adversarial images, half of the loss on each (Madry et al., ICLR 2018).
+    """Train an FPD or a baseline on adversarial images by `settings.objective`.
 
-    An FPD then runs phase 2 on the restored adversarial images. The gate reads the clean images' restoration loss. No
-    noise is added, neither to the images nor between the passes.
+    The loss is α₁·objective + α₂·L2, with the mean of the restoration losses of all passes; an FPD then runs phase 2 on
+    the restored adversarial images. The gate reads the restoration loss of the first pass, on clean images unless the
+    objective is `madry`. No noise is added, neither to the images nor between the passes.
 
     Args:
         model: an FPD or a baseline in training mode.
         clean: N×C×H×W in [0, 1].
-        adversarial: adversarial images of all N images with `batch: both`, of the second half of the batch with
-            `batch: halves`, as `adversarial_images` returns them. None trains on clean images alone, without phase 2.
+        adversarial: adversarial images of all N images, or with `batch: halves` of the second half of the batch, as
+            `adversarial_images` returns them. None trains on clean images alone, without phase 2.
         labels: N class indices.
         update: as in `two_phase_step`.
         config: as in `two_phase_step`: weights of the losses, gate and phase 2 are those of the first stage.
-        settings: `batch`, `restoration_target`, `restored_scale`, `gate` and `second_pass`.
+        settings: `objective`, `beta`, `awp`, `label_smoothing`, `batch`, `restoration_target`, `restored_scale`,
+            `alpha_features`, `gate` and `second_pass`.
         index: as in `two_phase_step`.
     """
-    passes, restored = _clean_and_adversarial(model, clean, adversarial, labels, config, settings)
-    first, second, gate_open = passes[0], None, True
-    if first.restoration is not None and settings.gate:
-        gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
-    loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
-    if first.restoration is not None and not gate_open:
-        update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
-    elif restored is None or not settings.second_pass or index % config.second_pass_interval:
-        update(loss)
-    else:
-        second = _both_phases(model, loss, restored, clean, labels, update, config, None)
-    return StepResult(first.detach(), second, passes[1].detach() if len(passes) > 1 else None, gate_open)
+
+    def losses() -> _AdversarialLosses:
+        return _adversarial_losses(model, clean, adversarial, labels, config, settings)
+
+    moves = []
+    if settings.awp and adversarial is not None:
+        backward = getattr(update, "backward", Tensor.backward)  # Fabric refuses torch's
+        moves = worst_weights(model, lambda: losses().loss, settings.awp, backward)
+    with perturbed(moves):
+        loss, passes, restored = losses()
+        first, second, gate_open = passes[0], None, True
+        if first.restoration is not None and settings.gate:
+            gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
+        if first.restoration is not None and not gate_open:
+            update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
+        elif restored is None or not settings.second_pass or index % config.second_pass_interval:
+            update(loss)
+        else:
+            second = _both_phases(model, loss, restored, clean, labels, update, config, None)
+    return StepResult(first.detach(), second, None if adversarial is None else passes[-1].detach(), gate_open)
 
 
-def _clean_and_adversarial(
+class _AdversarialLosses(NamedTuple):
+    """The loss of a batch, the losses of its passes (clean, then adversarial), and phase 2's restored images."""
+
+    loss: Tensor
+    passes: list[PassLosses]
+    restored: Tensor | None
+
+
+def _adversarial_losses(
     model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, config: TrainingConfig,
     settings: AdversarialConfig,
-) -> tuple[list[PassLosses], Tensor | None]:  # fmt: skip
-    """Return the losses on clean images, those on adversarial ones if there are any, and phase 2's restored images."""
-    unit, scale = restoration_unit(model, config), settings.restored_scale
+) -> _AdversarialLosses:  # fmt: skip
+    """Run the model on clean and adversarial images and return the losses."""
+    target = adversarial if settings.restoration_target == "input" and adversarial is not None else clean
+    unit, smoothing, scale = restoration_unit(model, config), settings.label_smoothing, settings.restored_scale
     if adversarial is None:
-        return [pass_losses(*_forward(model, clean), clean, labels, unit, scale)], None
-    if settings.batch == "both":
-        on_clean = pass_losses(*_forward(model, clean), clean, labels, unit, scale)
+        losses = pass_losses(*_forward(model, clean), clean, labels, unit, scale, smoothing)
+        return _AdversarialLosses(phase_one_loss(losses, config), [losses], None)
+    if settings.batch == "halves":
+        passes, restored = _halves(model, clean, adversarial, labels, config, settings)
+        loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
+        return _AdversarialLosses(loss, passes, restored)
+    with _head_inputs(model) as features:
+        on_clean = None if settings.objective == "madry" else _forward(model, clean)
         logits, restored = _forward(model, adversarial)
-        target = adversarial if settings.restoration_target == "input" else clean
-        return [on_clean, pass_losses(logits, restored, target, labels, unit)], restored
+    passes = [pass_losses(logits, restored, target, labels, unit, smoothing=smoothing)]
+    if on_clean is not None:
+        passes.insert(0, pass_losses(*on_clean, clean, labels, unit, scale, smoothing))
+    if settings.objective == "mixed":
+        ce = torch.stack([losses.ce for losses in passes]).mean()
+    else:
+        clean_logits = logits if on_clean is None else on_clean[0]
+        ce = OBJECTIVES[settings.objective](clean_logits, logits, labels, settings.beta, smoothing)
+    restorations = [losses.restoration for losses in passes if losses.restoration is not None]
+    loss = config.alpha_ce * ce
+    if restorations:
+        loss = loss + config.alpha_restore * torch.stack(restorations).mean()
+    if restored is not None and settings.alpha_features:
+        loss = loss + settings.alpha_features * _relative_distance(features[-1], features[0].detach())
+    return _AdversarialLosses(loss, passes, restored)
+
+
+@contextmanager
+def _head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the features N×C in front of the head, of each forward pass."""
+    features: list[Tensor] = []
+    assert isinstance(model.head, nn.Module)
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    try:
+        yield features
+    finally:
+        hook.remove()
+
+
+def _relative_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared distance of features N×C from their target, relative to the target's mean square."""
+    target = target.float()
+    return F.mse_loss(features.float(), target) / (target.square().mean() + EPSILON)
+
+
+def _halves(
+    model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor, config: TrainingConfig,
+    settings: AdversarialConfig,
+) -> tuple[list[PassLosses], Tensor | None]:  # fmt: skip
+    """Run one pass on the first half of the images, clean, and the adversarial ones of the second half."""
     half = len(clean) - len(adversarial)
     images = torch.cat([clean[:half], adversarial])
     logits, restored = _forward(model, images)
     target = images if settings.restoration_target == "input" else clean
 
     def part(images: slice, scale: float) -> PassLosses:
-        own = None if restored is None else restored[images]
-        return pass_losses(logits[images], own, target[images], labels[images], unit, scale)
+        own, unit = None if restored is None else restored[images], restoration_unit(model, config)
+        smoothing = settings.label_smoothing
+        return pass_losses(logits[images], own, target[images], labels[images], unit, scale, smoothing)
 
-    return [part(slice(half), scale), part(slice(half, None), 1.0)], restored
+    return [part(slice(half), settings.restored_scale), part(slice(half, None), 1.0)], restored
 
 
 def baseline_step(
     model: nn.Module, noisy: Tensor, labels: Tensor, update: Update, config: TrainingConfig
 ) -> StepResult:
     """Train a baseline on one batch of noisy images: one step on α₁·CE. Arguments are those of `two_phase_step`."""
-    losses = pass_losses(model(noisy), None, noisy, labels)
+    losses = pass_losses(model(noisy), None, noisy, labels, smoothing=config.label_smoothing)
     update(phase_one_loss(losses, config))
     return StepResult(losses.detach())
 
