@@ -380,6 +380,16 @@ def test_a_small_stem_keeps_all_weights_and_gives_maps_of_full_size(name: str) -
     assert made.reductions[-1] == 32
 
 
+def test_a_small_stem_can_remove_the_pooling_alone() -> None:
+    maps = {}
+    for small_stem in (False, "pool", True):
+        spec = from_timm("resnet_mini", 3)
+        maps[small_stem] = backbone(spec.module, spec.stages, image_size=(32, 32), small_stem=small_stem)
+    x = torch.rand(1, 3, 32, 32)
+    assert [made(x)[1].shape[-1] for made in maps.values()] == [8, 16, 32]  # after the first stage of blocks
+    assert maps["pool"].net.get_submodule("conv1.0").stride == (2, 2)
+
+
 def test_a_small_stem_keeps_the_images_odd_size() -> None:
     spec = from_timm("resnet_mini", 1)
     made = backbone(spec.module, spec.stages, in_channels=1, image_size=(27, 33), small_stem=True)

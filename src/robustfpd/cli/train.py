@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from robustfpd.config import Precision, RunConfig, StageName
-    from robustfpd.data import Counts, ImageSet
+    from robustfpd.data import Counts
     from robustfpd.models import FPD, Baseline
     from robustfpd.training import TrainResult
 
@@ -267,15 +267,16 @@ def _stage_seconds(
     from robustfpd.data import ImageSet
     from robustfpd.data.image_set import batches_per_epoch
     from robustfpd.device import timed
+    from robustfpd.training.batch_cost import batch_kinds, training_batch
     from robustfpd.training.metrics import robust_accuracy, validate
 
     procedure, settings, task = run.procedure, run.adversarial, counts.info.task
     size = 2 * procedure.batch_size  # validation batches are twice as large
     shape = (size, task.in_channels, *task.image_size)
     images = ImageSet(torch.randint(256, shape, dtype=torch.uint8), torch.randint(task.num_classes, (size,)))
-    train_batch = _training_batch(model.to(device).train(), run, images, device, precision)
+    train_batch = training_batch(model.to(device).train(), run, images, device, precision)
     step, train = 0.0, 0.0
-    for epoch, index, share in _batch_kinds(run):
+    for epoch, index, share in batch_kinds(run):
         seconds = timed(partial(train_batch, epoch, index), device)
         step, train = max(step, seconds), train + seconds * share * procedure.epochs
     validation = timed(lambda: validate(model, images, size, device), device) * math.ceil(counts.validation / size)
@@ -283,54 +284,6 @@ def _stage_seconds(
         seconds = timed(lambda: robust_accuracy(model, images, settings, size, device, run.seed), device)
         validation += seconds * math.ceil(min(settings.select_images, counts.validation) / size)
     return step, train * batches_per_epoch(counts.train, procedure.batch_size) + validation * procedure.epochs
-
-
-def _batch_kinds(run: RunConfig) -> list[tuple[int, int, float]]:
-    """Return the kinds of batches of different cost: an epoch and index of such a batch, and their share of all."""
-    epochs = run.procedure.epochs
-    if run.stage == "adversarial":
-        clean = run.adversarial.start_epoch / epochs
-        kinds = [(epochs, 0, 1 - clean), (0, 0, clean)]
-    elif run.model.defence == "fpd":
-        alone, one, both = run.training.batch_shares
-        kinds = [(0, 0, alone), (epochs, 1, one), (epochs, 0, both)]
-    else:
-        kinds = [(0, 0, 1.0)]
-    return [kind for kind in kinds if kind[2] > 0]
-
-
-def _training_batch(
-    model: FPD | Baseline, run: RunConfig, images: ImageSet, device: torch.device, precision: str
-) -> Callable[[int, int], None]:
-    """Return a function of an epoch and the index of a batch, which trains on that batch."""
-    import torch
-
-    from robustfpd import training
-    from robustfpd.data.image_set import batches
-    from robustfpd.models import FPD
-    from robustfpd.training.optim import make_optimizer
-
-    # An open gate is the upper bound: a shut one leaves out phase 2.
-    config = run.training.model_copy(update={"threshold": math.inf})
-    update = training.OptimizerUpdate(make_optimizer(training.parameter_groups(model), run.procedure.optimizer))
-    clean, labels = next(batches(images, run.procedure.batch_size, device))
-    draws = torch.Generator(device=device)
-
-    def train_batch(epoch: int, index: int) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            if run.stage == "adversarial":
-                adversarial = training.adversarial_images(model, clean, labels, run.adversarial, epoch, draws)
-                training.adversarial_step(model, clean, adversarial, labels, update, config, run.adversarial)
-                return
-            noisy = training.noisy_images(model, clean, config, draws)
-            if isinstance(model, FPD) and epoch < config.restoration_start * run.training.epochs:
-                training.backbone_step(model, clean, noisy, labels, update, config)
-            elif isinstance(model, FPD):
-                training.two_phase_step(model, clean, noisy, labels, update, config, index, draws)
-            else:
-                training.baseline_step(model, noisy, labels, update, config)
-
-    return train_batch
 
 
 def _ending(result: TrainResult, run: RunConfig) -> str:

@@ -70,11 +70,10 @@ class ModelConfig(Config):
     """`fpd` wraps the backbone in a Feature Pyramid Decoder; `none` is its undefended baseline."""
     pretrained: bool = False
     """Load timm's pretrained weights into the backbone."""
-    small_stem: Literal[True, False, "auto", "new"] = "new"
-    """Remove the downsampling before the pyramid's finest map; `auto`: if a side of the image is
-    shorter than 64 pixels; `new`: as `auto`, but only for a backbone created by name without pretrained weights, so
-    that your own network is not changed.
-    """
+    small_stem: Literal[True, False, "auto", "new", "pool"] = "new"
+    """Remove the downsampling before the pyramid's finest map; `pool`: remove only pooling layers there; `auto`: all of
+    it, if a side of the image is shorter than 64 pixels; `new`: as `auto`, but only for a backbone created by name
+    without pretrained weights, so that your own network is not changed."""
     activation: Literal["elu", "keep"] = "keep"
     """`elu` (published) replaces the backbone's activation modules; `keep` keeps them."""
     tail: Literal["own", "pooling"] = "own"

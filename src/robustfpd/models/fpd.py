@@ -82,7 +82,7 @@ class BaseClassifier(
         if front > len(spec.stages):
             raise InputError(f"front_stages must be at most the number of {stages}, found {front}")
         small = min(task.image_size) < SMALL_IMAGE
-        small_stem = {"auto": small, "new": small and spec.new}.get(str(config.small_stem), bool(config.small_stem))
+        small_stem = {"auto": small, "new": small and spec.new}.get(str(config.small_stem), config.small_stem)
         self.backbone = StagedBackbone(
             spec, in_channels=task.in_channels, image_size=task.image_size, small_stem=small_stem, insert=self._insert,
             tail=config.tail == "own", front_stages=config.front_stages,

@@ -34,7 +34,7 @@ class StagedBackbone(nn.Module):
         spec: the network, which is changed, and the names of the modules where its stages end, in the order they run.
         in_channels: channels of an image.
         image_size: height and width of the images that it is built with.
-        small_stem: remove the downsampling before the end of the pyramid's finest stage.
+        small_stem: remove the downsampling before the end of the pyramid's finest stage; `pool`: only the pooling.
         insert: (index of a stage, its channels) → the layer to insert after it, or None.
         tail: keep what runs after the last stage, for `classify`; else it is dropped.
         front_stages: number of stages that `forward` runs; None runs all.
@@ -50,7 +50,7 @@ class StagedBackbone(nn.Module):
         *,
         in_channels: int,
         image_size: tuple[int, int],
-        small_stem: bool = False,
+        small_stem: bool | str = False,
         insert: Callable[[int, int], nn.Module | None] = lambda stage, channels: None,
         tail: bool = False,
         front_stages: int | None = None,
@@ -74,7 +74,8 @@ class StagedBackbone(nn.Module):
             finest = self.stage_names[max(0, len(self.stage_names) - PYRAMID_LEVELS)]
             before = self._modules_until(finest, image)
             after = self._modules_after(finest, image)  # what later stages share with the stem stays
-            undo_downsampling(self.net, [m for m in before if m not in after])
+            removed = [m for m in before if m not in after and (small_stem != "pool" or not list(m.parameters()))]
+            undo_downsampling(self.net, removed)
         for index, name in enumerate(self.stage_names):
             self.net.get_submodule(name).register_forward_hook(_StageEnd(self, index))
         needed = self._modules_until(None if tail else self.stage_names[-1], image)

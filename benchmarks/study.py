@@ -1,0 +1,355 @@
+"""Compares the FPD with its undefended baseline at equal cost, and writes the tables of docs/study.md.
+
+    python -m benchmarks.study --data-root data                # everything that results/study lacks: many hours
+    python -m benchmarks.study --data-root data --only mnist   # networks whose name contains a word
+    python -m benchmarks.study --plan                          # what is measured and what is missing
+    python -m benchmarks.study --tables                        # only the tables
+
+Each network is trained on one thread by one of three procedures: two-phase training alone, PGD adversarial training
+(`madry`), or TRADES with AWP and EMA. The FPD `improved` sets the cost: the others train for as many epochs as give
+them the same wall-clock time (measured in turns before the training) or the same number of optimizer steps. Each is
+attacked with suite `standard`. A network is one file results/study/DATASET-PROCEDURE-VARIANT-SEED.json with its
+settings and its record; networks whose file is there are skipped, and runs in --runs resume, so that the script goes
+on where it was stopped. `--part 1/2` and `--part 2/2` share the work between two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import robustfpd as rf
+from benchmarks.defence import replace_between
+from robustfpd import data
+from robustfpd.config import RunConfig, recipe
+from robustfpd.data import ImageSet
+from robustfpd.device import resolve_device, resolve_precision
+from robustfpd.evaluation import EvaluationRecord
+from robustfpd.io import write_json
+from robustfpd.provenance import environment
+from robustfpd.training import RunFolder
+from robustfpd.training.batch_cost import batch_kinds, training_batch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "study"
+PAGE = ROOT / "docs" / "study.md"
+
+ROUNDS = 5
+"""Rounds of training batches, in turns, whose median ratio of times is the ratio of costs."""
+
+Procedure = Literal["two-phase", "pgd-at", "trades"]
+PROCEDURES: dict[Procedure, str] = {
+    "two-phase": "Two-phase training alone",
+    "pgd-at": "PGD adversarial training",
+    "trades": "TRADES with AWP and EMA",
+}
+OVERRIDES: dict[Procedure, tuple[str, ...]] = {
+    "two-phase": (),
+    "pgd-at": ("adversarial.objective=madry", "adversarial.ema=0", "adversarial.awp=0"),
+    "trades": ("adversarial.objective=trades", "adversarial.ema=0.995", "adversarial.awp=0.005"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set: radii, epochs of the FPD `improved`, numbers of images and seeds."""
+
+    two_phase_eps: float
+    """Radius for networks without adversarial training."""
+    eps: float
+    """Radius of the adversarial training and its evaluation."""
+    epochs: dict[Procedure, int]
+    images: str
+    """Training and test images, in words."""
+    folder: str | None = None
+    """Folder of images below the data root; None: the data set itself."""
+    beta: float = 6.0
+    """β of TRADES."""
+    num_images: int = 1000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    changes: tuple[str, ...] = ()
+    """Changes to the recipes."""
+
+
+SETTINGS = {
+    "mnist": Setting(0.1, 0.3, {"two-phase": 6, "pgd-at": 4, "trades": 3}, "the whole sets", beta=1.0),
+    "fashion_mnist": Setting(0.02, 0.1, {"two-phase": 6, "pgd-at": 4, "trades": 3}, "the whole sets", beta=3.0),
+    "svhn": Setting(
+        2 / 255, 8 / 255, {"two-phase": 20, "pgd-at": 20, "trades": 15},
+        "7,000 and 3,000 images of SVHN's test set", "svhn_png", seeds=(0, 1),
+    ),
+    "cifar10": Setting(
+        2 / 255, 8 / 255, {"two-phase": 20, "pgd-at": 12, "trades": 9},
+        "12,000 training and 4,000 test images of CIFAR-10", "cifar10_png", seeds=(0, 1),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network and its cost: `own` sets it, `time` and `steps` equal that of the FPD `improved`."""
+
+    name: str
+    cost: Literal["own", "time", "steps"]
+    protocol: str = "improved"
+    defence: Literal["fpd", "none"] = "fpd"
+    changes: tuple[str, ...] = ()
+    first_seed_only: bool = False
+
+
+VARIANTS = (
+    Variant("improved", "own"),
+    Variant("baseline", "time", defence="none"),
+    Variant("baseline-steps", "steps", defence="none", first_seed_only=True),
+    Variant("corrected", "time", "corrected", first_seed_only=True),
+)
+ABLATION: dict[str, tuple[str, ...]] = {
+    "shared-statistics": ("model.pass_statistics=shared",),
+    "no-restoration-loss": ("training.alpha_restore=0", "training.alpha_restore_second=0"),
+    "front-2": ("model.front_stages=2",),
+    "image": ("model.restoration=image",),
+    "inner-denoising": ("model.denoise=normalised",),
+    "middle": ("model.middle=input",),
+    "elu": ("model.activation=elu",),
+    "tanh": ("model.head=tanh",),
+    "spectral": ("model.head=spectral", "model.lipschitz=10"),
+}
+"""Changes of one part of the FPD `improved`, measured on ABLATED with the first seed, at equal time."""
+ABLATED: tuple[tuple[str, Procedure], ...] = (("mnist", "pgd-at"), ("mnist", "two-phase"))
+
+
+@dataclass(frozen=True)
+class Network:
+    """One training and its evaluation."""
+
+    dataset: str
+    procedure: Procedure
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the result file."""
+        return f"{self.dataset}-{self.procedure}-{self.variant.name}-{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """The result file."""
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def eps(self) -> float:
+        """Radius of the evaluation."""
+        setting = SETTINGS[self.dataset]
+        return setting.two_phase_eps if self.procedure == "two-phase" else setting.eps
+
+
+def plan() -> list[Network]:
+    """Return all networks: the first seed of each data set, the ablation, then further seeds."""
+    comparison = [
+        Network(dataset, procedure, variant, seed)
+        for seed in range(3)
+        for dataset, setting in SETTINGS.items()
+        for procedure in PROCEDURES
+        for variant in VARIANTS
+        if seed in setting.seeds and (seed == setting.seeds[0] or not variant.first_seed_only)
+    ]
+    ablation = [
+        Network(dataset, procedure, Variant(name, "time", changes=changes), SETTINGS[dataset].seeds[0])
+        for dataset, procedure in ABLATED
+        for name, changes in ABLATION.items()
+    ]
+    first = [network for network in comparison if network.seed == 0]
+    return [*first, *ablation, *comparison[len(first) :]]
+
+
+def settings(network: Network, data_root: str = "data") -> RunConfig:
+    """Return the settings of a network, with the epochs of the FPD `improved`."""
+    setting, variant, two_phase = SETTINGS[network.dataset], network.variant, network.procedure == "two-phase"
+    section = "training" if two_phase else "adversarial"
+    overrides = [
+        *OVERRIDES[network.procedure], f"adversarial.beta={setting.beta}", *setting.changes, *variant.changes,
+        f"{section}.epochs={setting.epochs[network.procedure]}", f"seed={network.seed}", f"data.root={data_root}",
+    ]  # fmt: skip
+    if setting.folder is not None:
+        overrides += ["data.dataset=folder", f"data.root={Path(data_root) / setting.folder}", "data.image_size=32"]
+    name = f"{network.dataset}/{'mini' if two_phase else 'robust'}"
+    config = recipe(name, [*overrides, f"model.defence={variant.defence}"], protocol=variant.protocol)
+    return config.model_copy(update={"model": config.model.baseline()}) if variant.defence == "none" else config
+
+
+def with_equal_cost(network: Network, config: RunConfig, reference: RunConfig) -> tuple[RunConfig, float | None]:
+    """Return the settings with the epochs that give the cost of `reference`, and the ratio of the costs of a batch."""
+    if network.variant.cost == "own":
+        return config, None
+    if network.variant.cost == "steps":
+        stage: Literal["training", "adversarial"] = "training" if config.stage == "two-phase" else "adversarial"
+        ratio = 1 / reference.steps_per_batch[stage]
+    else:
+        ratio = time_ratio(config, reference)
+    epochs = max(1, round(reference.procedure.epochs / ratio))
+    field = "training" if config.stage == "two-phase" else "adversarial"
+    update = {"epochs": epochs, "warmup": config.adversarial.warmup * epochs / reference.procedure.epochs}
+    procedure = config.procedure.model_copy(update={k: v for k, v in update.items() if hasattr(config.procedure, k)})
+    return config.model_copy(update={field: procedure}), ratio
+
+
+def time_ratio(config: RunConfig, reference: RunConfig) -> float:
+    """Return the CPU time of a mean batch of `config` over that of `reference`, as the median of rounds in turns."""
+    device = resolve_device("cpu", 1)
+    precision = resolve_precision("auto", device)
+    task = data.count(reference.data).info.task
+    size = 2 * reference.procedure.batch_size
+    draws = torch.Generator().manual_seed(0)
+    shape = (size, task.in_channels, *task.image_size)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=draws)
+    images = ImageSet(pixels, torch.randint(task.num_classes, (size,), generator=draws))
+    batches = [
+        (batch_kinds(run), training_batch(rf.build(task, run.model).train(), run, images, device, precision))
+        for run in (config, reference)
+    ]
+    ratios = []
+    for _ in range(ROUNDS + 1):
+        seconds = [0.0, 0.0]
+        for which, (kinds, train_batch) in enumerate(batches):
+            for epoch, index, share in kinds:
+                start = time.process_time()
+                train_batch(epoch, index)
+                seconds[which] += share * (time.process_time() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])  # the first round warms up
+
+
+def measure(network: Network, data_root: str, runs: Path) -> dict[str, Any]:
+    """Train and attack one network; return the result. An interrupted training or evaluation resumes."""
+    folder = RunFolder(runs / network.name)
+    if folder.started:
+        config = folder.config()
+        ratio = json.loads((folder.path / "ratio.json").read_text())
+    else:
+        reference = settings(Network(network.dataset, network.procedure, VARIANTS[0], network.seed), data_root)
+        config, ratio = with_equal_cost(network, settings(network, data_root), reference)
+        write_json(folder.path / "ratio.json", ratio)
+    result = rf.train(config, folder.path, device="cpu", resume=folder.started)
+    setting, test = SETTINGS[network.dataset], data.load(config.data).test.floats()
+    classifier = result.model.classifier().eval()
+    record = rf.evaluate(
+        classifier, test, suite="standard", norm="linf", eps=[network.eps], num_images=setting.num_images, seed=0,
+        out_dir=folder.path / "evaluation", model_name=network.name, gallery=0,
+    )  # fmt: skip
+    public = config.data.model_copy(update={"root": "data", "cache": None})
+    return {
+        "dataset": network.dataset, "procedure": network.procedure, "variant": network.variant.name,
+        "seed": network.seed, "cost": network.variant.cost, "cost_of_a_batch": ratio,
+        "epochs": config.procedure.epochs, "best_epoch": result.best_epoch + 1,
+        "train_seconds": sum(m.seconds for m in result.history), "images": setting.images,
+        "record": record.model_dump(mode="json", exclude={"ledger"}),
+        "config": config.model_copy(update={"data": public}).model_dump(mode="json"),
+        "machine": environment(torch.device("cpu")),
+    }  # fmt: skip
+
+
+def results() -> dict[tuple[str, Procedure, str], list[dict[str, Any]]]:
+    """Return the committed results by data set, procedure and variant, in the order of the plan."""
+    found: dict[tuple[str, Procedure, str], list[dict[str, Any]]] = {}
+    for network in plan():
+        if network.path.is_file():
+            key = (network.dataset, network.procedure, network.variant.name)
+            found.setdefault(key, []).append(json.loads(network.path.read_text()))
+    return found
+
+
+def comparison_table(procedure: Procedure) -> Iterator[str]:
+    """Yield the lines of one procedure's table: the variants of each data set."""
+    yield from ("| data set, eps | network | epochs | minutes | clean | robust | verdict |", "|" + "---|" * 7)
+    for dataset in SETTINGS:
+        for variant in VARIANTS:
+            rows = results().get((dataset, procedure, variant.name), [])
+            if rows:
+                cost = ", equal steps" if variant.cost == "steps" else ""
+                yield row(f"{dataset}, {_eps(rows[0])}", variant.name.removesuffix("-steps") + cost, rows)
+
+
+def ablation_table(dataset: str, procedure: Procedure) -> Iterator[str]:
+    """Yield the lines of the table of one ablation: the FPD `improved`, and one change at a time."""
+    yield from ("| network | epochs | minutes | clean | robust | verdict |", "|" + "---|" * 6)
+    seed = SETTINGS[dataset].seeds[0]
+    for name, changes in ({"improved": (), "baseline": ()} | ABLATION).items():
+        rows = [r for r in results().get((dataset, procedure, name), []) if r["seed"] == seed]
+        if rows:
+            yield row(", ".join(f"`{change}`" for change in changes) or name, None, rows)
+
+
+def row(first: str, second: str | None, rows: Sequence[dict[str, Any]]) -> str:
+    """Return one line of a table; accuracies in %, their deviation over the seeds, and the first seed's interval."""
+    epochs = " or ".join(map(str, sorted({r["epochs"] for r in rows})))
+    minutes = statistics.mean(r["train_seconds"] for r in rows) / 60
+    records = [EvaluationRecord.model_validate(r["record"]) for r in rows]
+    clean = _accuracy([r.clean.value for r in records], (records[0].clean.low, records[0].clean.high))
+    worst = [r.worst_case[-1] for r in records]
+    robust = _accuracy([w.robust.value for w in worst], worst[0].interval)
+    verdicts = ", ".join(sorted({r.verdict.status for r in records}))
+    cells = [first, *([second] if second is not None else []), epochs, f"{minutes:.0f}", clean, robust, verdicts]
+    return f"| {' | '.join(cells)} |"
+
+
+def _accuracy(values: Sequence[float], interval: tuple[float, float]) -> str:
+    """Return `mean ± standard deviation over seeds [95 % interval of the first seed]`, in %."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    low, high = interval
+    return f"{100 * statistics.mean(values):.1f}{deviation} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _eps(result: dict[str, Any]) -> str:
+    return f"{result['record']['worst_case'][-1]['eps']:.3g}"
+
+
+def write_tables() -> None:
+    """Write every table of the page between its markers."""
+    for procedure in PROCEDURES:
+        replace_between(
+            PAGE, f"<!-- measured: {procedure} -->", f"<!-- end of {procedure} -->", comparison_table(procedure)
+        )
+    for dataset, procedure in ABLATED:
+        name = f"ablation of {dataset} {procedure}"
+        replace_between(
+            PAGE, f"<!-- measured: {name} -->", f"<!-- end of {name} -->", ablation_table(dataset, procedure)
+        )
+
+
+def main() -> None:
+    """Measure what is missing, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where trainings and ledgers are kept")
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th network, from the K-th on")
+    parser.add_argument("--plan", action="store_true", help="only list the networks and whether they are measured")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
+    networks = [network for network in plan() if arguments.only in network.name][part - 1 :: parts]
+    if arguments.plan:
+        for network in networks:
+            print(f"{'measured' if network.path.is_file() else 'missing '}  {network.name}")
+        return
+    torch.set_num_threads(1)
+    for network in () if arguments.tables else networks:
+        if not network.path.is_file():
+            result = measure(network, arguments.data_root, arguments.runs)
+            write_json(network.path, result)
+            print(row(network.name, None, [result]), flush=True)
+    if parts == 1:
+        write_tables()
+
+
+if __name__ == "__main__":
+    main()
