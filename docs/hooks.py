@@ -6,17 +6,20 @@ import io
 import os
 import re
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
 from robustfpd.cli import COMMANDS, main
 from robustfpd.config import RECIPES, recipe, recipe_names
+from robustfpd.report.leaderboard import leaderboard, read_entries, zoo_entries
 
 FOREIGN = re.compile(r"cdnjs|data:text/javascript|x-mathjax-config")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace a page's placeholders by generated Markdown."""
-    for mark, made in (("<!-- commands -->", _commands), ("<!-- recipes -->", _recipes)):
+    marks = (("<!-- commands -->", _commands), ("<!-- recipes -->", _recipes), ("<!-- leaderboard -->", _leaderboard))
+    for mark, made in marks:
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown
@@ -45,11 +48,19 @@ def _command(name: str, summary: str) -> str:
     return f"## robustfpd {name} {{ #{name} }}\n\n*{summary[0].upper()}{summary[1:]}.*\n\n{shown}"
 
 
+def _leaderboard() -> str:
+    """Return the tables of the zoo's networks and of the entries in results/leaderboard."""
+    root = Path(__file__).parents[1]
+    entries = [*zoo_entries(root / "models"), *read_entries(root / "results" / "leaderboard")]
+    return "\n".join(leaderboard(entries))
+
+
 def _recipes() -> str:
-    rows = ["| recipe | backbone | noise | epochs | published too |", "|---|---|---|---|---|"]
+    rows = ["| recipe | backbone | stage | noise or eps | epochs | published too |", "|---|---|---|---|---|---|"]
     for name in recipe_names():
         run = recipe(name)
         published = "yes" if "\npublished:" in (RECIPES / f"{name}.yaml").read_text() else ""
-        settings = f"`{run.model.backbone}` | {run.training.noise:g} | {run.training.epochs}"
+        size = run.training.noise if run.stage == "two-phase" else run.adversarial.eps
+        settings = f"`{run.model.backbone}` | {run.stage} | {size:.3g} | {run.procedure.epochs}"
         rows.append(f"| `{name}` | {settings} | {published} |")
     return "\n".join(rows)

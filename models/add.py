@@ -45,6 +45,7 @@ def add(
     /,
     description: str,
     record: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction],
+    images: str = "",
     folder: Path = HERE,
     manifest: Path = zoo.MANIFEST,
 ) -> None:
@@ -55,6 +56,7 @@ def add(
         name: its name in the zoo, DATASET/MODEL.
         description: one line.
         record: an evaluation's JSON; repeat the flag for several. `robustfpd models` shows the first.
+        images: images that it was trained and evaluated on, where they are not the data set's own parts.
         folder: folder of the trained networks.
         manifest: the manifest to change.
 
@@ -85,9 +87,9 @@ def add(
             if not evaluation.ledger or ledger.stat().st_size >= MAX_LEDGER_BYTES:
                 ledger.unlink()
                 print(f"left out: the ledger of {stem}, which is empty or over {MAX_LEDGER_BYTES:,} bytes")
-        model_card(new, name, description, list(records)).save(new / CARD)
+        model_card(new, name, description, list(records), images).save(new / CARD)
         _check_paths(new)
-    _write_entry(name, description, list(records), folder, manifest)
+    _write_entry(name, description, list(records), images, folder, manifest)
     print(f"added {name}: {folder / name}, {size:,} bytes of weights; read its {CARD}, then commit both")
 
 
@@ -110,9 +112,9 @@ def refresh(folder: Path = HERE, manifest: Path = zoo.MANIFEST) -> None:
                 raise InputError(f"{path} is not an evaluation of the weights in {home}; evaluate {name} again")
         if not stems:
             raise InputError(f"{home / 'results'} holds no record; evaluate {name} and put the record there")
-        model_card(home, name, entry.description, stems).save(home / CARD)
+        model_card(home, name, entry.description, stems, entry.images).save(home / CARD)
         _check_paths(home)
-        _write_entry(name, entry.description, stems, folder, manifest)
+        _write_entry(name, entry.description, stems, entry.images, folder, manifest)
         print(f"refreshed {name}")
 
 
@@ -124,6 +126,7 @@ def _public_config(config: RunConfig) -> RunConfig:
 
 def _check_names(name: str, description: str, config: RunConfig, records: Sequence[Path]) -> None:
     dataset = config.data.dataset
+    dataset = config.recipe.split("/")[0] if dataset == "folder" else dataset  # files of a known data set
     if not re.fullmatch(rf"{re.escape(dataset)}/[a-z0-9][a-z0-9-]*", name):
         raise InputError(f"NAME must be {dataset}/ and lower-case letters, digits and dashes, found {name!r}")
     if not description.strip() or "\n" in description:
@@ -189,7 +192,7 @@ def _check_paths(home: Path) -> None:
             )
 
 
-def _write_entry(name: str, description: str, stems: Sequence[str], folder: Path, manifest: Path) -> None:
+def _write_entry(name: str, description: str, stems: Sequence[str], images: str, folder: Path, manifest: Path) -> None:
     """Write the network's entry of the manifest, with the hash of every file in its folder."""
     config = RunFolder(folder / name).config()
     files = [
@@ -199,8 +202,8 @@ def _write_entry(name: str, description: str, stems: Sequence[str], folder: Path
     ]
     entry = zoo.ZooModel(
         description=description, recipe=config.recipe, dataset=config.data.dataset, defence=config.model.defence,
-        training=training_description(config), results=tuple(f"{name}/results/{stem}.json" for stem in stems),
-        files=tuple(files),
+        training=training_description(config), images=images, files=tuple(files),
+        results=tuple(f"{name}/results/{stem}.json" for stem in stems),
     )  # fmt: skip
     models = {**_read_manifest(manifest).models, name: entry}
     write_json(manifest, zoo.Manifest(models=dict(sorted(models.items()))).model_dump(mode="json"))

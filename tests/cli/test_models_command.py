@@ -68,10 +68,19 @@ def test_the_table_fits_and_lists_what_was_measured(places: Path, capsys: pytest
         answers = EvaluationRecord.load(places / "models" / name / "results" / "first.json")
         assert f"robust?     {answers.robustness.level}" in out
         assert f"reliable?   {answers.verdict.status}" in out
+        stages = json.loads((places / "models" / name / "training.json").read_text())["stages"]
+        assert sum(stage["seconds"] for stage in stages) > 0
     assert "FPD" in out
     for words in ("two-phase", "noise 0.2", "no defence", "adversarial", "eps 0.1"):
         assert words in out
     assert f'rf.load("{NAME}")' in out
+    training = places / "models" / NAME / "training.json"
+    stages = json.loads(training.read_text())
+    stages["stages"][-1]["seconds"] = 90 * 60 - sum(stage["seconds"] for stage in stages["stages"][:-1])
+    training.write_text(json.dumps(stages))
+    assert listed(capsys).count("trained in 90 min") == 1
+    training.unlink()
+    assert listed(capsys).count("trained in") == 1
 
 
 def test_the_table_lists_where_a_network_is(

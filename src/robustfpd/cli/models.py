@@ -17,7 +17,8 @@ def models(output: Output = Output()) -> None:  # noqa: B008
     """List the trained networks that come with robustfpd, whose names `robustfpd evaluate` and `rf.load` take.
 
     Accuracy is in % with its 95 % interval, on clean images and under the attacks at each radius. The last lines answer
-    whether the model is robust at the largest radius, and whether the measurement is reliable.
+    whether the model is robust at the largest radius, and whether the measurement is reliable. The cost is the time of
+    all stages of its training, on one core of a CPU unless its card states another machine.
 
     For example `robustfpd models`, or `robustfpd models --json`.
     """
@@ -31,11 +32,13 @@ def models(output: Output = Output()) -> None:  # noqa: B008
     listed = []
     for name, model in sorted(zoo.manifest().models.items()):
         where, folder = zoo.place(name)
-        size, record = model.file(WEIGHTS).size, _record(model, folder)
+        size, record, seconds = model.file(WEIGHTS).size, _record(model, folder), _training_seconds(folder)
+        cost = "" if seconds is None else f"\n  trained in {seconds / 60:,.0f} min"
         training = ["FPD" if model.defence == "fpd" else "no defence", *model.training.split(", ")]
-        table.add_row(f"{name}\n  {size / 1000:,.0f} kB, {where}", "\n".join(training), f"{_accuracy(record)}\n")
+        table.add_row(f"{name}\n  {size / 1000:,.0f} kB, {where}{cost}", "\n".join(training), f"{_accuracy(record)}\n")
         described = model.model_dump(include={"description", "recipe", "dataset", "defence", "training"})
-        listed.append({"name": name, **described, "bytes": size, "where": where, "measured": _measured(record)})
+        measured = {"training_seconds": seconds, "measured": _measured(record)}
+        listed.append({"name": name, **described, "bytes": size, "where": where, **measured})
     output.print(table)
     if listed:
         first = listed[0]["name"]
@@ -55,6 +58,17 @@ def _record(model: ZooModel, folder: Path | None) -> EvaluationRecord | None:
     if not path.is_file() or digest(path) != results.sha256:
         return None
     return EvaluationRecord.load(path).model_copy(update={"dataset": model.dataset})  # not in older records
+
+
+def _training_seconds(folder: Path | None) -> float | None:
+    """Return the seconds of all stages of training, if the network's folder is here and holds them."""
+    import json
+
+    from robustfpd.report.model_card import TRAINING
+
+    if folder is None or not (folder / TRAINING).is_file():
+        return None
+    return sum(float(stage["seconds"]) for stage in json.loads((folder / TRAINING).read_text())["stages"])
 
 
 def _accuracy(record: EvaluationRecord | None) -> str:

@@ -63,6 +63,8 @@ class ZooModel(Config):
     """`fpd` or `none`."""
     training: str
     """Its last stage of training, in a few words."""
+    images: str = ""
+    """Images that it was trained and evaluated on, where they are not the data set's own parts."""
     results: tuple[str, ...] = ()
     """Paths of its evaluation records; the first is the main one."""
     files: tuple[ZooFile, ...]

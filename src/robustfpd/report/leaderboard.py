@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from robustfpd.config import Config, DataConfig, parse
+from robustfpd.config import Config, DataConfig, load_run, parse
 from robustfpd.errors import InputError
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.robustness import NORM_NAMES, format_eps
+from robustfpd.models import zoo
 
 DESCRIPTION = "entry.yaml"
 RECORD = "record.json"
@@ -37,7 +38,7 @@ class Description(Config):
     images: str
     """The images that the evaluation draws from."""
     data: DataConfig
-    """Settings that load them; `root` is relative to the data root, `.` for the data root itself."""
+    """Settings that load them, without `root`."""
     source: str
     """Address or citation of the network."""
     licence: str
@@ -72,6 +73,22 @@ def read_entries(folder: Path) -> list[Entry]:
         if reason is not None:
             raise InputError(f"{home / RECORD} is not accepted: {reason}")
         entries.append(entry)
+    return entries
+
+
+def zoo_entries(folder: Path) -> list[Entry]:
+    """Return the zoo's networks in a `models/` folder, with those of their records that are accepted."""
+    entries = []
+    for name, model in zoo.manifest().models.items():
+        images = model.images or "the test images"
+        description = Description(
+            title=f"`{name}`", model=name, training=model.training, defence=model.defence, dataset=name.split("/")[0],
+            images=images, data=load_run(folder / name / zoo.SETTINGS).data, source="robustfpd", licence="MIT",
+        )  # fmt: skip
+        for path in model.results:
+            entry = Entry(name, description, EvaluationRecord.load(folder / path))
+            if refusal(entry) is None:
+                entries.append(entry)
     return entries
 
 

@@ -25,11 +25,13 @@ DATA_LICENCES = {
     "digits": "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, "
     "CC BY 4.0",
     "fashion_mnist": "Fashion-MNIST, Zalando SE, MIT",
+    "svhn": "SVHN, Y. Netzer et al., Stanford University and Google; for non-commercial use",
+    "cifar10": "CIFAR-10, Alex Krizhevsky, no licence stated",
 }
 """Data sets with their authors and licences."""
 
 
-def model_card(folder: Path, name: str, description: str, results: Sequence[str]) -> ModelCard:
+def model_card(folder: Path, name: str, description: str, results: Sequence[str], images: str = "") -> ModelCard:
     """Return the card of the network in `folder`, from its settings, weights, records and training costs.
 
     Args:
@@ -37,12 +39,13 @@ def model_card(folder: Path, name: str, description: str, results: Sequence[str]
         name: the network's name in the zoo, `<data set>/<model>`.
         description: one line.
         results: names of the records without suffix, in the card's order.
+        images: images that it was trained and evaluated on, where they are not the data set's own parts.
 
     Raises:
         InputError: the data set's licence is unknown, a file is damaged, or no command repeats the training.
     """
     config, model = load_run(folder / zoo.SETTINGS), load(folder)
-    dataset = config.data.dataset
+    dataset = name.split("/")[0]
     if dataset not in DATA_LICENCES:
         raise unknown_name("data set with a known licence", dataset, DATA_LICENCES)
     records = {stem: EvaluationRecord.load(folder / "results" / f"{stem}.json") for stem in results}
@@ -75,6 +78,8 @@ def model_card(folder: Path, name: str, description: str, results: Sequence[str]
         environments=environments,
         packages=PACKAGES,
         data_licence=DATA_LICENCES[dataset],
+        dataset=dataset,
+        images=images,
     )
     return card
 
@@ -83,7 +88,11 @@ def training_description(config: RunConfig) -> str:
     """Return a run's stage in a few words."""
     if config.stage == "adversarial":
         settings = config.adversarial
-        return f"adversarial, {'eps' if settings.norm == 'linf' else settings.norm} {settings.eps:.3g}"
+        parts = {"mixed": ["adversarial"], "madry": ["PGD-AT"], "trades": ["TRADES"], "mart": ["MART"]}[
+            settings.objective
+        ]
+        parts += [name for name, used in (("AWP", settings.awp), ("EMA", settings.ema)) if used]
+        return f"{' + '.join(parts)}, {'eps' if settings.norm == 'linf' else settings.norm} {format_eps(settings.eps)}"
     return f"{'two-phase, ' if config.model.defence == 'fpd' else ''}noise {config.training.noise:g}"
 
 

@@ -209,7 +209,8 @@ def training_command(config: RunConfig, out: str) -> str:
     arguments += ["--protocol", config.protocol] if config.protocol != RunConfig().protocol else []
     arguments += ["--baseline"] if baseline else []
     arguments += ["--seed", str(config.seed)] if config.seed != base.seed else []
-    arguments += ["--data-root", "data", "--download"] if config.data.dataset not in BUNDLED else []
+    if config.data.dataset not in BUNDLED:
+        arguments += ["--data-root", "data", *(["--download"] if config.data.dataset != "folder" else [])]
     return shlex.join([*arguments, "--out", out])
 
 
