@@ -4,7 +4,8 @@ For example `python models/add.py runs/mnist-mini mnist/mini-fpd --description "
 --record runs/mnist-mini/evaluation/mnist-quick-linf.json`.
 A stage of training is a run of its own: the adversarial one is in the folder `adversarial` of the first.
 
-`python models/add.py --refresh` writes all cards and the manifest again, from the files in models/.
+`python models/add.py --refresh` writes all cards, the manifest and the table of README.md again, from the files in
+models/.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from robustfpd.config import RunConfig, parse
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.evaluation import EvaluationRecord
 from robustfpd.evaluation.record import LEDGER
-from robustfpd.io import readable_folder, replace_folder, write_json
+from robustfpd.evaluation.robustness import format_eps
+from robustfpd.io import readable_folder, replace_folder, write_json, write_text
 from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS
 from robustfpd.provenance import weights_sha256
@@ -33,6 +35,8 @@ from robustfpd.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
 CARD = "README.md"
+BEGIN, END = "<!-- measured: models/add.py -->", "<!-- end of networks -->"
+"""Markers of the table in README.md."""
 MAX_LEDGER_BYTES = 200_000
 """A larger ledger is left out; the card's commands make it again."""
 MACHINE_PATH = re.compile(r"(?<![\w.:/)])~?(?:/[\w.@+-]+){2,}|\b[A-Za-z]:\\\\?\w")
@@ -90,6 +94,7 @@ def add(
         model_card(new, name, description, list(records), images).save(new / CARD)
         _check_paths(new)
     _write_entry(name, description, list(records), images, folder, manifest)
+    _write_table(folder, manifest)
     print(f"added {name}: {folder / name}, {size:,} bytes of weights; read its {CARD}, then commit both")
 
 
@@ -116,6 +121,28 @@ def refresh(folder: Path = HERE, manifest: Path = zoo.MANIFEST) -> None:
         _check_paths(home)
         _write_entry(name, entry.description, stems, entry.images, folder, manifest)
         print(f"refreshed {name}")
+    _write_table(folder, manifest)
+
+
+def table(folder: Path = HERE, manifest: Path = zoo.MANIFEST) -> str:
+    """Return the table of README.md: every network with the first record's accuracies at each radius."""
+    lines = ["| name | training | suite, images | clean | robust |", "|---|---|---|---|---|"]
+    for name, entry in _read_manifest(manifest).models.items():
+        record = EvaluationRecord.load(folder / entry.results[0])
+        verdict = "" if record.verdict.status == "trusted" else f" ({record.verdict.status})"
+        radii = "<br>".join(f"eps {format_eps(worst.eps)}: {worst.robust}" for worst in record.under_attack)
+        suite = f"`{record.suite}`, {record.num_images:,}"
+        lines.append(f"| `{name}` | {entry.training} | {suite} | {record.clean} | {radii}{verdict} |")
+    return "\n".join(lines)
+
+
+def _write_table(folder: Path, manifest: Path) -> None:
+    """Write the table into the README beside the folder of networks, if there is one."""
+    readme = folder.parent / "README.md"
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN) if readme.is_file() else ("", "", "")
+    _, end, after = rest.partition(END)
+    if end:
+        write_text(readme, f"{before}{begin}\n\n{table(folder, manifest)}\n\n{end}{after}")
 
 
 def _public_config(config: RunConfig) -> RunConfig:

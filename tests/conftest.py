@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -42,15 +43,21 @@ def mnist_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def add_model() -> Callable[..., None]:
-    """`add` of models/add.py, which is no part of the package."""
+def models_script() -> ModuleType:
+    """The script models/add.py, which is no part of the package."""
     path = Path(__file__).parents[1] / "models" / "add.py"
     spec = importlib.util.spec_from_file_location("models_add", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    add: Callable[..., None] = module.add
+    return module
+
+
+@pytest.fixture(scope="session")
+def add_model(models_script: ModuleType) -> Callable[..., None]:
+    """`add` of models/add.py."""
+    add: Callable[..., None] = models_script.add
     return add
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,6 +68,28 @@ def test_the_checkouts_networks_are_those_of_the_manifest() -> None:
         assert zoo.find(name) == ROOT / "models" / name
     weights = (ROOT / "models").glob("*/*/model.safetensors")
     assert {path.parent.relative_to(ROOT / "models").as_posix() for path in weights} == known.keys()
+
+
+def test_the_readmes_table_has_the_committed_records(models_script: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    between = readme.partition(models_script.BEGIN)[2].partition(models_script.END)[0]
+    assert between.strip() == models_script.table()
+    for name, model in zoo.manifest().models.items():
+        record = EvaluationRecord.load(ROOT / "models" / model.results[0])
+        line = next(line for line in between.splitlines() if f"`{name}`" in line)
+        assert all(str(worst.robust) in line for worst in record.under_attack)
+
+
+def test_adding_a_network_writes_the_readmes_table(plain_run: Path, add: Add, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- measured: models/add.py -->\nold\n<!-- end of networks -->\nafter\n"
+    )
+    add(plain_run, "digits/mini-baseline")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end of networks -->\nafter\n")
+    assert "old" not in text
+    assert "| `digits/mini-baseline` | noise" in text
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,10 @@ def test_overfitting_is_a_fall_below_half_of_the_best_and_of_the_training_attack
     assert catastrophic_overfitting([_row(0.5, 0.6), _row(0.1, 0.9)])
 
 
+def test_labels_true_of_a_command_line_are_the_true_labels() -> None:
+    assert recipe("digits/mini", ["adversarial.labels=true"]).adversarial.labels == "true"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

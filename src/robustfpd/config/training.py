@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from robustfpd.config.base import Config, Norm, check_eps
 
 Objective = Literal["mixed", "madry", "trades", "mart"]
+# YAML reads `true` as a boolean.
+Labels = Annotated[Literal["predicted", "true"], BeforeValidator(lambda value: "true" if value is True else value)]
 
 
 class OptimizerConfig(Config):
@@ -153,7 +155,7 @@ class AdversarialConfig(ProcedureConfig):
     """Epochs on clean images before the first adversarial ones."""
     warmup: float = Field(default=0.0, ge=0)
     """Epochs over which eps grows from 0, counted from `start_epoch`."""
-    labels: Literal["predicted", "true"] = "predicted"
+    labels: Labels = "predicted"
     """Labels that the attack leads away from: the model's own predictions, which leak no label, or the true classes.
     The attack of `trades` needs none: it leads away from the logits of the clean image."""
     batch: Literal["both", "halves"] = "both"
