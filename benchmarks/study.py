@@ -79,6 +79,13 @@ class Setting:
     """Changes to the recipes."""
 
 
+IMAGENET = (
+    "model.backbone=benchmarks.fine_tuning:efficientnet_lite0", "model.pretrained=false",
+    "model.stages=[blocks.0,blocks.1,blocks.2,blocks.4,blocks.6]",
+    "model.mean=[0.498,0.498,0.498]", "model.std=[0.502,0.502,0.502]",
+    "data.image_size=96", "data.stored_size=104", "data.test_fraction=0.25",
+)  # fmt: skip
+"""An EfficientNet-lite0 with ImageNet weights from a package."""
 SETTINGS = {
     "mnist": Setting(0.1, 0.3, {"two-phase": 6, "pgd-at": 4, "trades": 3}, "the whole sets", beta=1.0),
     "fashion_mnist": Setting(0.02, 0.1, {"two-phase": 6, "pgd-at": 4, "trades": 3}, "the whole sets", beta=3.0),
@@ -89,6 +96,10 @@ SETTINGS = {
     "cifar10": Setting(
         2 / 255, 8 / 255, {"two-phase": 20, "pgd-at": 12, "trades": 9},
         "12,000 training and 4,000 test images of CIFAR-10", "cifar10_png", seeds=(0, 1),
+    ),
+    "caltech101": Setting(
+        1 / 255, 4 / 255, {"two-phase": 4, "pgd-at": 6, "trades": 5},
+        "the first 40 images of each of the 102 folders", seeds=(0,), num_images=1000, changes=IMAGENET,
     ),
 }  # fmt: skip
 
