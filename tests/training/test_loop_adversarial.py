@@ -185,6 +185,13 @@ def test_overfitting_is_a_fall_below_half_of_the_best_and_of_the_training_attack
     assert catastrophic_overfitting([_row(0.5, 0.6), _row(0.1, 0.9)])
 
 
+def test_weight_perturbation_is_refused_with_a_second_pass_through_the_first() -> None:
+    words = ["adversarial.awp=0.01", "training.second_pass=through"]
+    with pytest.raises(InputError, match=r"adversarial\.awp moves the weights back before a second pass `through`"):
+        recipe("digits/mini", [*words, "adversarial.second_pass=true"])
+    assert recipe("digits/mini", [*words, "adversarial.second_pass=false"]).adversarial.awp == 0.01
+
+
 def test_labels_true_of_a_command_line_are_the_true_labels() -> None:
     assert recipe("digits/mini", ["adversarial.labels=true"]).adversarial.labels == "true"
 
@@ -196,6 +203,11 @@ def test_labels_true_of_a_command_line_are_the_true_labels() -> None:
         ({"objective": "madry", "alpha_features": 1.0}, "alpha_features compares with clean images, which objective"),
         ({"batch": "halves", "alpha_features": 1.0}, "alpha_features compares with clean images"),
         ({"objective": "mart", "restored_scale": 255}, "restored_scale belongs to objective mixed, found objective"),
+        (
+            {"objective": "trades", "attack": "fgsm"},
+            "attack fgsm starts at the image, where the divergence of",
+        ),
+        ({"attack": "fgsm-rs", "select_by": "clean"}, "attack fgsm-rs overfits catastrophically at times, which only"),
         ({"objective": "mart", "restoration_target": "nothing"}, "restoration_target"),
         ({"objective": "madri"}, "objective"),
     ],

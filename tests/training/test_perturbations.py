@@ -45,6 +45,16 @@ def test_adversarial_images_stay_in_their_ball_which_grows_and_leave_the_model_u
     assert all(p.grad is None for p in fpd.parameters())
 
 
+@pytest.mark.parametrize("objective", ["mixed", "trades"])
+def test_the_ball_is_that_of_the_norm(fpd: FPD, batch: Batch, objective: str) -> None:
+    clean, _, labels = batch
+    settings = parse(AdversarialConfig, {"norm": "l2", "eps": 0.5, "steps": 3, "objective": objective})
+    adversarial = adversarial_images(fpd, clean, labels, settings, generator=torch.Generator().manual_seed(0))
+    assert adversarial is not None
+    distances = (adversarial - clean).flatten(1).norm(dim=1)
+    assert 0.25 < float(distances.max()) < 0.5001
+
+
 def test_halves_attacks_the_second_half_alone(fpd: FPD, batch: Batch) -> None:
     clean, _, labels = batch
     settings = AdversarialConfig(batch="halves", eps=0.1, steps=1)

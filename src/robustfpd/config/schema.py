@@ -234,6 +234,15 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation settings."""
 
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.adversarial.awp and self.adversarial.second_pass and self.training.second_pass == "through":
+            raise ValueError(
+                "adversarial.awp moves the weights back before a second pass `through` could use them; set "
+                "training.second_pass=detached, adversarial.second_pass=false or adversarial.awp=0"
+            )
+        return self
+
     @property
     def procedure(self) -> ProcedureConfig:
         """Settings of the run's stage."""

@@ -193,6 +193,16 @@ class AdversarialConfig(ProcedureConfig):
                 f"alpha_features compares with clean images, which objective {self.objective} with batch {self.batch} "
                 f"does not see; set alpha_features=0, or objective {with_clean}"
             )
+        if self.objective == "trades" and self.attack == "fgsm":
+            raise ValueError(
+                "attack fgsm starts at the image, where the divergence of objective trades has no gradient; "
+                "set adversarial.attack=fgsm-rs or pgd"
+            )
+        if self.attack == "fgsm-rs" and self.select_by == "clean":
+            raise ValueError(
+                "attack fgsm-rs overfits catastrophically at times, which only the robust validation accuracy shows, "
+                "found select_by clean; set adversarial.select_by=robust"
+            )
         if self.objective != "mixed" and self.restored_scale != 1:
             raise ValueError(
                 f"restored_scale belongs to objective mixed, found objective {self.objective}; leave one of them out"
