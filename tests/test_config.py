@@ -212,7 +212,9 @@ def test_protocol_defaults_are_those_that_differ_and_fields_of_their_section() -
     assert protocol_defaults("improved") == protocol_defaults("improved", "model") == {}
     both = protocol_defaults("corrected")
     assert both == protocol_defaults("published")
-    assert both == {section: protocol_defaults("corrected", section) for section in ("model", "training")}
+    assert both == {
+        section: protocol_defaults("corrected", section) for section in ("model", "training", "adversarial")
+    }
     run = parse(RunConfig, both)
     for section, fields in both.items():
         for field, value in fields.items():

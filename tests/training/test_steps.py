@@ -253,12 +253,18 @@ def test_noise_between_the_passes_is_in_the_units_of_the_images_noise(fpd: FPD, 
 
 
 @pytest.mark.parametrize("target", ["clean", "input"])
-def test_both_averages_the_losses_on_clean_and_adversarial_images(fpd: FPD, batch: Batch, target: str) -> None:
+@pytest.mark.parametrize("passes", ["joint", "both"])
+def test_the_losses_on_clean_and_adversarial_images_are_averaged(
+    fpd: FPD, batch: Batch, target: str, passes: str
+) -> None:
     clean, adversarial, labels = batch
-    reference, update = copy.deepcopy(fpd), Recorded()
-    expected = _loss(reference, clean, clean, labels)
-    expected = expected + _loss(reference, adversarial, clean if target == "clean" else adversarial, labels)
-    settings = parse(AdversarialConfig, {"restoration_target": target, "second_pass": False})
+    reference, update, targets = copy.deepcopy(fpd), Recorded(), clean if target == "clean" else adversarial
+    if passes == "both":  # in two passes
+        expected = _loss(reference, clean, clean, labels) + _loss(reference, adversarial, targets, labels)
+    else:
+        images = torch.cat([clean, adversarial]), torch.cat([clean, targets]), labels.repeat(2)
+        expected = 2 * _loss(reference, *images)
+    settings = parse(AdversarialConfig, {"batch": passes, "restoration_target": target, "second_pass": False})
     result = adversarial_step(fpd, *batch, update, OPEN, settings)
     assert update.losses == _approx(expected / 2)
     assert result.adversarial is not None
@@ -284,8 +290,7 @@ def test_halves_runs_one_half_clean_and_the_other_adversarial(fpd: FPD, batch: B
 def test_the_second_pass_starts_from_the_restored_adversarial_images(fpd: FPD, batch: Batch) -> None:
     clean, adversarial, labels = batch
     reference, update = copy.deepcopy(fpd), Recorded()
-    reference(clean)  # batch norm sees the passes in this order
-    second = reference(reference(adversarial).restored.detach())
+    second = reference(reference(torch.cat([clean, adversarial])).restored.detach()[6:])
     config = corrected_training(threshold=1e9, alpha_restore_second=0.3)
     expected = F.cross_entropy(second.logits, labels) + 0.3 * F.mse_loss(second.restored, clean)
     result = adversarial_step(fpd, *batch, update, config, AdversarialConfig())
@@ -296,7 +301,7 @@ def test_the_second_pass_starts_from_the_restored_adversarial_images(fpd: FPD, b
 def test_restored_scale_enters_gate_and_clean_loss_alone(fpd: FPD, batch: Batch) -> None:
     clean, adversarial, labels = batch
     scaled = F.mse_loss(255 * copy.deepcopy(fpd)(clean).restored, clean).detach()
-    settings = AdversarialConfig(restored_scale=255, second_pass=False)
+    settings = AdversarialConfig(batch="both", restored_scale=255, second_pass=False)
     shut, opened = Recorded(), Recorded()
     adversarial_step(copy.deepcopy(fpd), *batch, shut, corrected_training(threshold=float(scaled) * 0.99), settings)
     assert shut.losses == _approx(scaled)
@@ -328,7 +333,7 @@ def test_without_adversarial_images_there_is_no_second_pass(fpd: FPD, batch: Bat
 def test_the_baseline_s_adversarial_step_is_on_the_mean_cross_entropy(baseline: Baseline, batch: Batch) -> None:
     clean, adversarial, labels = batch
     reference = copy.deepcopy(baseline)
-    expected = (F.cross_entropy(reference(clean), labels) + F.cross_entropy(reference(adversarial), labels)) / 2
+    expected = F.cross_entropy(reference(torch.cat([clean, adversarial])), labels.repeat(2))
     update = Recorded()
     result = adversarial_step(baseline, *batch, update, OPEN, AdversarialConfig())
     assert update.losses == _approx(expected)
@@ -345,9 +350,9 @@ def test_the_feature_loss_is_the_relative_distance_of_the_features_before_the_he
         losses[alpha] = float(update.losses[0])
     kept: list[Tensor] = []
     hook = fpd.head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach()))
-    for images in (clean, adversarial):
-        fpd(images)
+    fpd(torch.cat([clean, adversarial]))
     hook.remove()
-    expected = 2.0 * float((kept[1] - kept[0]).square().mean() / kept[0].square().mean())
+    of_clean, of_adversarial = kept[0].chunk(2)
+    expected = 2.0 * float((of_adversarial - of_clean).square().mean() / of_clean.square().mean())
     assert expected > 0
     assert losses[2.0] - losses[0.0] == pytest.approx(expected, rel=1e-2)

@@ -46,6 +46,7 @@ CORRECTED: dict[str, Any] = {
     "training.alpha_restore_second": 1.0,
     "training.restoration_start": 0.0,
     "training.second_pass_interval": 1,
+    "adversarial.batch": "both",
 }
 """Defaults of the protocols `corrected` and `published`, where they differ from those of `improved`."""
 

@@ -158,9 +158,10 @@ class AdversarialConfig(ProcedureConfig):
     labels: Labels = "predicted"
     """Labels that the attack leads away from: the model's own predictions, which leak no label, or the true classes.
     The attack of `trades` needs none: it leads away from the logits of the clean image."""
-    batch: Literal["both", "halves"] = "both"
-    """mixed: every image clean and adversarial (published), or half of each batch clean and the other half
-    adversarial."""
+    batch: Literal["joint", "both", "halves"] = "joint"
+    """Every image clean and adversarial, in one forward pass; `both` (published): in two, so that batch norm shows the
+    network which images are adversarial; `halves`, with the objective `mixed`: half of each batch clean and the other
+    half adversarial."""
     restoration_target: Literal["clean", "input"] = "clean"
     """Target of the restoration of an adversarial image: the clean image, or (published SVHN) the image itself."""
     restored_scale: float = Field(default=1.0, gt=0)
@@ -185,13 +186,12 @@ class AdversarialConfig(ProcedureConfig):
         if self.objective != "mixed" and self.batch == "halves":
             raise ValueError(
                 f"batch halves divides the batches of objective mixed, found objective {self.objective}; "
-                "set adversarial.batch=both or adversarial.objective=mixed"
+                "set adversarial.batch=joint or adversarial.objective=mixed"
             )
         if self.alpha_features and (self.objective == "madry" or self.batch == "halves"):
-            with_clean = "mixed with batch both, trades or mart"
             raise ValueError(
                 f"alpha_features compares with clean images, which objective {self.objective} with batch {self.batch} "
-                f"does not see; set alpha_features=0, or objective {with_clean}"
+                "does not see; set adversarial.alpha_features=0, or objective trades or mart"
             )
         if self.objective == "trades" and self.attack == "fgsm":
             raise ValueError(

@@ -284,22 +284,29 @@ def _adversarial_losses(
         loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
         return _AdversarialLosses(loss, passes, restored)
     with _head_inputs(model) as features:
-        on_clean = None if settings.objective == "madry" else _forward(model, clean)
-        logits, restored = _forward(model, adversarial)
+        if settings.objective == "madry":
+            outputs = [_forward(model, adversarial)]
+        elif settings.batch == "both":
+            outputs = [_forward(model, clean), _forward(model, adversarial)]
+        else:
+            logits, restored = _forward(model, torch.cat([clean, adversarial]))
+            parts = (None, None) if restored is None else restored.chunk(2)
+            outputs = list(zip(logits.chunk(2), parts, strict=True))
+    logits, restored = outputs[-1]
     passes = [pass_losses(logits, restored, target, labels, unit, smoothing=smoothing)]
-    if on_clean is not None:
-        passes.insert(0, pass_losses(*on_clean, clean, labels, unit, scale, smoothing))
+    if len(outputs) > 1:
+        passes.insert(0, pass_losses(*outputs[0], clean, labels, unit, scale, smoothing))
     if settings.objective == "mixed":
         ce = torch.stack([losses.ce for losses in passes]).mean()
     else:
-        clean_logits = logits if on_clean is None else on_clean[0]
-        ce = OBJECTIVES[settings.objective](clean_logits, logits, labels, settings.beta, smoothing)
+        ce = OBJECTIVES[settings.objective](outputs[0][0], logits, labels, settings.beta, smoothing)
     restorations = [losses.restoration for losses in passes if losses.restoration is not None]
     loss = config.alpha_ce * ce
     if restorations:
         loss = loss + config.alpha_restore * torch.stack(restorations).mean()
     if restored is not None and settings.alpha_features:
-        loss = loss + settings.alpha_features * _relative_distance(features[-1], features[0].detach())
+        of_clean, of_adversarial = torch.cat(features).chunk(2)
+        loss = loss + settings.alpha_features * _relative_distance(of_adversarial, of_clean.detach())
     return _AdversarialLosses(loss, passes, restored)
 
 
