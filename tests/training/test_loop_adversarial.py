@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustfpd.config import RunConfig, parse, recipe
+from robustfpd import data
+from robustfpd.config import AdversarialConfig, DataConfig, RunConfig, parse, recipe
+from robustfpd.data import ImageSet
 from robustfpd.errors import InputError
-from robustfpd.models import FPD, Baseline, enhance, load
+from robustfpd.models import FPD, Baseline, build, enhance, load
 from robustfpd.models.checkpoint import read_weights
 from robustfpd.training import EpochMetrics, RunFolder, adversarial_step, train
-from robustfpd.training.metrics import catastrophic_overfitting
+from robustfpd.training.metrics import catastrophic_overfitting, robust_accuracy
 
 
 def _run(**adversarial: object) -> RunConfig:
@@ -174,6 +176,20 @@ def _row(robust: float | None, under_attack: float | None) -> EpochMetrics:
         validation_robust_accuracy=robust, validation_ce=1.0, validation_restoration=None, lr=0.1,
         images_per_second=1.0, seconds=1.0,
     )  # fmt: skip
+
+
+def test_the_robust_validation_accuracy_sees_through_saturated_logits() -> None:
+    splits = data.load(DataConfig())
+    model = build(splits.info.task, recipe("digits/mini").model.baseline())
+    images = splits.validation.take(torch.arange(64))
+    pixels, _ = images.floats()
+    with torch.no_grad():
+        labels = model.eval()(pixels).argmax(dim=1)
+        for parameter in model.head.parameters():  # the softmax is 1 for the predicted class, and its gradient 0
+            parameter.mul_(1e6)
+    settings = AdversarialConfig(eps=0.5)
+    args = (settings, 64, torch.device("cpu"), 0)
+    assert robust_accuracy(model, ImageSet(images.images, labels), *args) < 0.1
 
 
 def test_overfitting_is_a_fall_below_half_of_the_best_and_of_the_training_attack() -> None:

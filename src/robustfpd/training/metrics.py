@@ -218,8 +218,9 @@ def robust_accuracy(
 ) -> float:
     """Return the accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
 
-    The attack differentiates `config.view`; the model's own logits decide whether its image is adversarial. Rice et
-    al., ICML 2020, show why robust accuracy has to select the epoch. Images are sharded over the ranks, and each rank
+    The attack maximizes the margin: networks trained against the cross-entropy may hide its gradient. It differentiates
+    `config.view`; the model's own logits decide whether its image is adversarial. Rice et al., ICML 2020, show why
+    robust accuracy has to select the epoch. Images are sharded over the ranks, and each rank
     draws its own random starts.
     """
     group = ProcessGroup.current()
@@ -230,8 +231,9 @@ def robust_accuracy(
     with evaluating(model):
         for clean, labels in batches(shard, batch_size, device) if len(shard) else ():
             adversarial = pgd(
-                attacked, clean, labels, eps=config.eps, norm=config.norm, steps=PGD_STEPS, generator=draws
-            )
+                attacked, clean, labels, eps=config.eps, norm=config.norm, steps=PGD_STEPS, loss="margin",
+                generator=draws,
+            )  # fmt: skip
             with torch.no_grad():
                 predictions = [classifier(x).argmax(dim=1) for x in (clean, adversarial)]
             robust += int(((predictions[0] == labels) & (predictions[1] == labels)).sum())
