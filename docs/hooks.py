@@ -11,6 +11,7 @@ from typing import Any
 
 from robustfpd.cli import COMMANDS, main
 from robustfpd.config import RECIPES, recipe, recipe_names
+from robustfpd.evaluation.robustness import format_eps
 from robustfpd.report.leaderboard import leaderboard, read_entries, zoo_entries
 
 FOREIGN = re.compile(r"cdnjs|data:text/javascript|x-mathjax-config")
@@ -56,11 +57,12 @@ def _leaderboard() -> str:
 
 
 def _recipes() -> str:
-    rows = ["| recipe | backbone | stage | noise or eps | epochs | published too |", "|---|---|---|---|---|---|"]
+    rows = ["| recipe | backbone | trained with | epochs | published too |", "|---|---|---|---|---|"]
     for name in recipe_names():
         run = recipe(name)
         published = "yes" if "\npublished:" in (RECIPES / f"{name}.yaml").read_text() else ""
-        size = run.training.noise if run.stage == "two-phase" else run.adversarial.eps
-        settings = f"`{run.model.backbone}` | {run.stage} | {size:.3g} | {run.procedure.epochs}"
+        noise, eps = f"noise {run.training.noise:g}", f"attack {format_eps(run.adversarial.eps)}"
+        perturbation = noise if run.stage == "two-phase" else eps
+        settings = f"`{run.model.backbone}` | {perturbation} | {run.procedure.epochs}"
         rows.append(f"| `{name}` | {settings} | {published} |")
     return "\n".join(rows)
