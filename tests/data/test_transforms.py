@@ -418,7 +418,7 @@ def test_pad_shifts_by_whole_pixels_equally_often() -> None:
         counts[row - 1, column - 2] += 1
     assert float(counts.sum()) == 4000
     assert float((counts / 4000 - 1 / 9).abs().max()) < 0.02
-    assert torch.equal(out[:, 0], out[:, 1] * 0.5)  # channels move together
+    assert torch.equal(out[:, 0], out[:, 1] * 0.5)  # both channels have the same shift
 
 
 def test_pad_fills_with_black_and_cuts_at_the_border() -> None:

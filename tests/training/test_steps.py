@@ -18,9 +18,9 @@ from robustfpd.config import (
 )
 from robustfpd.errors import InputError
 from robustfpd.models import FPD, Baseline
+from robustfpd.training.adversarial_step import adversarial_step
 from robustfpd.training.optim import OptimizerUpdate, make_optimizer, parameter_groups
 from robustfpd.training.steps import (
-    adversarial_step,
     backbone_step,
     baseline_step,
     two_phase_step,

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustfpd.config import Head, ModelConfig, TaskConfig
 from robustfpd.device import evaluating
@@ -23,6 +22,7 @@ from robustfpd.models.checkpoint import CONFIG, WEIGHTS, write_model, write_mode
 from robustfpd.models.classifier import OwnClassifier, take_classifier
 from robustfpd.models.decoder import RestorationDecoder
 from robustfpd.models.denoise import denoising_layer, non_local_means
+from robustfpd.models.front_statistics import FrontStatistics
 from robustfpd.models.heads import ClassificationLayer, classification_layer
 from robustfpd.models.insertion import PYRAMID_LEVELS, StagedBackbone
 from robustfpd.models.ops.elu import to_elu
@@ -277,38 +277,6 @@ class FPD(BaseClassifier):
         if stage not in self.config.denoise_after:
             return None
         return denoising_layer(self.config.denoise, channels, gate=self.config.denoise_gate)
-
-
-class FrontStatistics(nn.Module):
-    """Running averages of the front pass, for the batch norms of a backbone that it runs.
-
-    The passes see different images: restored ones, of which averages of both passes represent neither.
-
-    Args:
-        backbone: its running averages are the initial ones.
-        task: images that it takes.
-    """
-
-    def __init__(self, backbone: StagedBackbone, task: TaskConfig) -> None:
-        super().__init__()
-        ran: set[nn.Module] = set()
-        hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in backbone.modules()]
-        with torch.no_grad(), evaluating(backbone):
-            backbone(torch.zeros(1, task.in_channels, *task.image_size))
-        for hook in hooks:
-            hook.remove()
-        norms = {name: m for name, m in backbone.named_modules() if m in ran and isinstance(m, _BatchNorm)}
-        self._names = [f"{name}.{buffer}" for name, norm in norms.items() for buffer, _ in norm.named_buffers()]
-        for name in self._names:
-            self.register_buffer(_flat(name), backbone.get_buffer(name).clone())
-
-    def by_name(self) -> dict[str, Tensor]:
-        """Return the averages by their names in the backbone."""
-        return {name: self.get_buffer(_flat(name)) for name in self._names}
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "-")  # a buffer's name cannot hold a dot
 
 
 class FPDClassifier(nn.Module):

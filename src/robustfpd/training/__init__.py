@@ -1,5 +1,6 @@
 """Two-phase training of an FPD, adversarial training after it, and both for its undefended baseline."""
 
+from robustfpd.training.adversarial_step import adversarial_step
 from robustfpd.training.loop import train
 from robustfpd.training.metrics import EpochMetrics, Observer, Progress, TrainResult
 from robustfpd.training.optim import OptimizerUpdate, Update, parameter_groups
@@ -8,7 +9,6 @@ from robustfpd.training.run_folder import RunFolder
 from robustfpd.training.steps import (
     PassLosses,
     StepResult,
-    adversarial_step,
     backbone_step,
     baseline_step,
     pass_losses,

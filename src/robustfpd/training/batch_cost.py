@@ -11,9 +11,10 @@ from robustfpd.config import RunConfig
 from robustfpd.data import ImageSet
 from robustfpd.data.image_set import batches
 from robustfpd.models import FPD, Baseline
+from robustfpd.training.adversarial_step import adversarial_step
 from robustfpd.training.optim import OptimizerUpdate, make_optimizer, parameter_groups
 from robustfpd.training.perturbations import adversarial_images, noisy_images
-from robustfpd.training.steps import adversarial_step, backbone_step, baseline_step, two_phase_step
+from robustfpd.training.steps import backbone_step, baseline_step, two_phase_step
 
 
 def batch_kinds(run: RunConfig) -> list[tuple[int, int, float]]:

@@ -27,6 +27,7 @@ from robustfpd.io import write_csv
 from robustfpd.models import FPD, Baseline, load
 from robustfpd.models.checkpoint import read_settings, read_weights
 from robustfpd.rng import derive, generator
+from robustfpd.training.adversarial_step import adversarial_step
 from robustfpd.training.fabric import FabricUpdate, checkpoint_activations, launch
 from robustfpd.training.metrics import (
     EarlyStopping,
@@ -45,7 +46,6 @@ from robustfpd.training.perturbations import adversarial_images, noisy_images
 from robustfpd.training.run_folder import RunFolder, build_model, check_ranks, load_splits
 from robustfpd.training.steps import (
     StepResult,
-    adversarial_step,
     backbone_step,
     baseline_step,
     restoration_unit,

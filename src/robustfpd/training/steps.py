@@ -1,4 +1,4 @@
-"""The training steps: two-phase, adversarial and baseline, with their losses and the gate.
+"""The training steps on noisy images: two-phase and baseline, with their losses and the gate.
 
 The two-phase step of Li et al., CVPR 2020 (arXiv 2005.02552), on images x, labels y and x_noisy = x + U(-ε, ε)::
 
@@ -24,8 +24,6 @@ The functions take any loop's model, batch and optimizer; `robustfpd.training.tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,17 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfpd.config import AdversarialConfig, TrainingConfig
+from robustfpd.config import TrainingConfig
 from robustfpd.data.transforms import uniform_like
 from robustfpd.distributed import ProcessGroup
 from robustfpd.errors import InputError
 from robustfpd.models import FPDOutput
-from robustfpd.training.objectives import OBJECTIVES
 from robustfpd.training.optim import GATED_GROUPS, Update
-from robustfpd.training.weight_perturbation import perturbed, worst_weights
-
-EPSILON = 1e-12
-"""Added to denominators."""
 
 # Losses
 
@@ -165,7 +158,7 @@ def two_phase_step(
             "pass generator=torch.Generator(), or set middle_noise=0"
         )
     unit, second = restoration_unit(model, config), None
-    logits, restored = _forward(model, noisy, _middle_noise(model, noisy, config, generator))
+    logits, restored = forward(model, noisy, _middle_noise(model, noisy, config, generator))
     first = pass_losses(logits, restored, clean, labels, unit, smoothing=config.label_smoothing)
     assert restored is not None
     assert first.restoration is not None
@@ -175,7 +168,7 @@ def two_phase_step(
     elif index % config.second_pass_interval:
         update(phase_one_loss(first, config))
     else:
-        second = _both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, generator)
+        second = both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, generator)
     return StepResult(first.detach(), second, None, gate_open)
 
 
@@ -195,7 +188,7 @@ def backbone_step(
     return StepResult(losses.detach(), gate_open=None)
 
 
-def _both_phases(
+def both_phases(
     model: nn.Module, loss: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, update: Update,
     config: TrainingConfig, generator: torch.Generator | None,
 ) -> PassLosses:  # fmt: skip
@@ -210,140 +203,11 @@ def _both_phases(
     if mode != "joint":
         update(loss, retain_graph=mode == "through")
     images = restored.detach() if mode == "detached" else restored
-    output = _forward(model, images, _middle_noise(model, images, config, generator))
+    output = forward(model, images, _middle_noise(model, images, config, generator))
     second = pass_losses(*output, clean, labels, unit, smoothing=config.label_smoothing)
     second_loss = phase_two_loss(second, config)
     update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
-
-
-def adversarial_step(
-    model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, update: Update,
-    config: TrainingConfig, settings: AdversarialConfig, index: int = 0,
-) -> StepResult:  # fmt: skip
-    """Train an FPD or a baseline on adversarial images by `settings.objective`.
-
-    The loss is α₁·objective + α₂·L2, with the mean of the restoration losses of all passes; an FPD then runs phase 2 on
-    the restored adversarial images. The gate reads the restoration loss of the first pass, on clean images unless the
-    objective is `madry`. No noise is added, neither to the images nor between the passes.
-
-    Args:
-        model: an FPD or a baseline in training mode.
-        clean: N×C×H×W in [0, 1].
-        adversarial: adversarial images of all N images, or with `batch: halves` of the second half of the batch, as
-            `adversarial_images` returns them. None trains on clean images alone, without phase 2.
-        labels: N class indices.
-        update: as in `two_phase_step`.
-        config: as in `two_phase_step`: weights of the losses, gate and phase 2 are those of the first stage.
-        settings: `objective`, `beta`, `awp`, `label_smoothing`, `batch`, `restoration_target`, `restored_scale`,
-            `alpha_features`, `gate` and `second_pass`.
-        index: as in `two_phase_step`.
-    """
-
-    def losses() -> _AdversarialLosses:
-        return _adversarial_losses(model, clean, adversarial, labels, config, settings)
-
-    moves = []
-    if settings.awp and adversarial is not None:
-        backward = getattr(update, "backward", Tensor.backward)  # Fabric refuses torch's
-        moves = worst_weights(model, lambda: losses().loss, settings.awp, backward)
-    with perturbed(moves):
-        loss, passes, restored = losses()
-        first, second, gate_open = passes[0], None, True
-        if first.restoration is not None and settings.gate:
-            gate_open = gate_opens(first.restoration, clean, config, restoration_unit(model, config))
-        if first.restoration is not None and not gate_open:
-            update(config.alpha_restore * first.restoration, only=GATED_GROUPS[config.gate_trains])
-        elif restored is None or not settings.second_pass or index % config.second_pass_interval:
-            update(loss)
-        else:
-            second = _both_phases(model, loss, restored, clean, labels, update, config, None)
-    return StepResult(first.detach(), second, None if adversarial is None else passes[-1].detach(), gate_open)
-
-
-class _AdversarialLosses(NamedTuple):
-    """The loss of a batch, the losses of its passes (clean, then adversarial), and phase 2's restored images."""
-
-    loss: Tensor
-    passes: list[PassLosses]
-    restored: Tensor | None
-
-
-def _adversarial_losses(
-    model: nn.Module, clean: Tensor, adversarial: Tensor | None, labels: Tensor, config: TrainingConfig,
-    settings: AdversarialConfig,
-) -> _AdversarialLosses:  # fmt: skip
-    """Run the model on clean and adversarial images and return the losses."""
-    target = adversarial if settings.restoration_target == "input" and adversarial is not None else clean
-    unit, smoothing, scale = restoration_unit(model, config), settings.label_smoothing, settings.restored_scale
-    if adversarial is None:
-        losses = pass_losses(*_forward(model, clean), clean, labels, unit, scale, smoothing)
-        return _AdversarialLosses(phase_one_loss(losses, config), [losses], None)
-    if settings.batch == "halves":
-        passes, restored = _halves(model, clean, adversarial, labels, config, settings)
-        loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
-        return _AdversarialLosses(loss, passes, restored)
-    with _head_inputs(model) as features:
-        if settings.objective == "madry":
-            outputs = [_forward(model, adversarial)]
-        elif settings.batch == "both":
-            outputs = [_forward(model, clean), _forward(model, adversarial)]
-        else:
-            logits, restored = _forward(model, torch.cat([clean, adversarial]))
-            parts = (None, None) if restored is None else restored.chunk(2)
-            outputs = list(zip(logits.chunk(2), parts, strict=True))
-    logits, restored = outputs[-1]
-    passes = [pass_losses(logits, restored, target, labels, unit, smoothing=smoothing)]
-    if len(outputs) > 1:
-        passes.insert(0, pass_losses(*outputs[0], clean, labels, unit, scale, smoothing))
-    if settings.objective == "mixed":
-        ce = torch.stack([losses.ce for losses in passes]).mean()
-    else:
-        ce = OBJECTIVES[settings.objective](outputs[0][0], logits, labels, settings.beta, smoothing)
-    restorations = [losses.restoration for losses in passes if losses.restoration is not None]
-    loss = config.alpha_ce * ce
-    if restorations:
-        loss = loss + config.alpha_restore * torch.stack(restorations).mean()
-    if restored is not None and settings.alpha_features:
-        of_clean, of_adversarial = torch.cat(features).chunk(2)
-        loss = loss + settings.alpha_features * _relative_distance(of_adversarial, of_clean.detach())
-    return _AdversarialLosses(loss, passes, restored)
-
-
-@contextmanager
-def _head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the features N×C in front of the head, of each forward pass."""
-    features: list[Tensor] = []
-    assert isinstance(model.head, nn.Module)
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    try:
-        yield features
-    finally:
-        hook.remove()
-
-
-def _relative_distance(features: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of features N×C from their target, relative to the target's mean square."""
-    target = target.float()
-    return F.mse_loss(features.float(), target) / (target.square().mean() + EPSILON)
-
-
-def _halves(
-    model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor, config: TrainingConfig,
-    settings: AdversarialConfig,
-) -> tuple[list[PassLosses], Tensor | None]:  # fmt: skip
-    """Run one pass on the first half of the images, clean, and the adversarial ones of the second half."""
-    half = len(clean) - len(adversarial)
-    images = torch.cat([clean[:half], adversarial])
-    logits, restored = _forward(model, images)
-    target = images if settings.restoration_target == "input" else clean
-
-    def part(images: slice, scale: float) -> PassLosses:
-        own, unit = None if restored is None else restored[images], restoration_unit(model, config)
-        smoothing = settings.label_smoothing
-        return pass_losses(logits[images], own, target[images], labels[images], unit, scale, smoothing)
-
-    return [part(slice(half), settings.restored_scale), part(slice(half, None), 1.0)], restored
 
 
 def baseline_step(
@@ -355,7 +219,7 @@ def baseline_step(
     return StepResult(losses.detach())
 
 
-def _forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return logits and restored images, None for a baseline's; `noise` is added between an FPD's passes."""
     output: FPDOutput | Tensor = model(images) if noise is None else model(images, noise)
     return output if isinstance(output, FPDOutput) else (output, None)
