@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.defence import replace_between
+from benchmarks.tables import replace_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "protocols"

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 import robustfpd as rf
-from benchmarks.defence import replace_between
+from benchmarks.tables import replace_between
 from robustfpd import data
 from robustfpd.config import RunConfig, recipe
 from robustfpd.data import ImageSet
@@ -43,7 +43,7 @@ RESULTS = ROOT / "results" / "study"
 PAGE = ROOT / "docs" / "study.md"
 
 HEADLINE, OTHERS = 1000, 500
-"""Number of test images: for the first seed of `improved` and `baseline`, and for all other networks."""
+"""Largest number of test images: for the first seed of `improved` and `baseline`, and for all other networks."""
 ROUNDS = 5
 """Rounds of training batches, in turns, whose median ratio of times is the ratio of costs."""
 
@@ -81,13 +81,16 @@ class Setting:
 
 
 IMAGENET = (
-    "model.backbone=benchmarks.fine_tuning:efficientnet_lite0", "model.pretrained=false",
+    "model.backbone=benchmarks.pretrained:efficientnet_lite0", "model.pretrained=false",
     "model.stages=[blocks.0,blocks.1,blocks.2,blocks.4,blocks.6]",
     "model.mean=[0.498,0.498,0.498]", "model.std=[0.502,0.502,0.502]",
     "data.image_size=96", "data.stored_size=104", "data.test_fraction=0.25",
 )  # fmt: skip
 """An EfficientNet-lite0 with ImageNet weights from a package."""
 SETTINGS = {
+    "digits": Setting(
+        0.1, 0.2, {"two-phase": 40, "pgd-at": 40, "trades": 30}, "1,437 and 360 images", beta=3.0
+    ),
     "mnist": Setting(0.1, 0.3, {"two-phase": 4, "pgd-at": 3, "trades": 2}, "the whole sets", beta=2.0),
     "fashion_mnist": Setting(0.02, 0.1, {"two-phase": 4, "pgd-at": 3, "trades": 2}, "the whole sets", beta=3.0),
     "svhn": Setting(
@@ -123,7 +126,7 @@ VARIANTS = (
     Variant("baseline-steps", "steps", defence="none", first_seed_only=True),
     Variant("corrected", "time", "corrected", first_seed_only=True),
 )
-ABLATION: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "shared-statistics": ("model.pass_statistics=shared",),
     "no-restoration-loss": ("training.alpha_restore=0", "training.alpha_restore_second=0"),
     "front-2": ("model.front_stages=2",),
@@ -134,8 +137,23 @@ ABLATION: dict[str, tuple[str, ...]] = {
     "tanh": ("model.head=tanh",),
     "spectral": ("model.head=spectral", "model.lipschitz=10"),
 }
-"""Changes of one part of the FPD `improved`, measured on ABLATED with the first seed, at equal time."""
-ABLATED: tuple[tuple[str, Procedure], ...] = (("mnist", "pgd-at"), ("mnist", "two-phase"))
+ABLATION: dict[Procedure, dict[str, tuple[str, ...]]] = {
+    "two-phase": PARTS | {
+        "pixel-loss": (
+            "training.restoration_unit=space", "training.alpha_restore=1", "training.alpha_restore_second=1",
+        ),
+        "no-middle-noise": ("training.middle_noise=0",),
+        "every-batch": ("training.second_pass_interval=1",),
+        "no-start": ("training.restoration_start=0",),
+    },
+    "trades": PARTS | {
+        "features": ("adversarial.alpha_features=0.5",),
+        "separate-passes": ("adversarial.batch=both",),
+    },
+}  # fmt: skip
+"""Changes of one part of the FPD `improved`, at equal time."""
+ABLATED: tuple[tuple[str, Procedure], ...] = (("digits", "two-phase"), ("digits", "trades"), ("mnist", "trades"))
+"""Data sets and procedures of the ablation; with the first seed only, but with every seed on digits."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,7 @@ class Network:
 
 
 def plan() -> list[Network]:
-    """Return all networks: the first seed of each data set, the ablation, then further seeds."""
+    """Return all networks, seed by seed: the comparison, then the ablation."""
     comparison = [
         Network(dataset, procedure, variant, seed)
         for seed in range(3)
@@ -181,12 +199,12 @@ def plan() -> list[Network]:
         if seed in setting.seeds and (seed == setting.seeds[0] or not variant.first_seed_only)
     ]
     ablation = [
-        Network(dataset, procedure, Variant(name, "time", changes=changes), SETTINGS[dataset].seeds[0])
+        Network(dataset, procedure, Variant(name, "time", changes=changes), seed)
         for dataset, procedure in ABLATED
-        for name, changes in ABLATION.items()
+        for name, changes in ABLATION[procedure].items()
+        for seed in (SETTINGS[dataset].seeds if dataset == "digits" else SETTINGS[dataset].seeds[:1])
     ]
-    first = [network for network in comparison if network.seed == 0]
-    return [*first, *ablation, *comparison[len(first) :]]
+    return sorted([*comparison, *ablation], key=lambda network: network.seed)
 
 
 def settings(network: Network, data_root: str = "data") -> RunConfig:
@@ -261,7 +279,8 @@ def measure(network: Network, data_root: str, runs: Path) -> dict[str, Any]:
     test = data.load(config.data).test.floats()
     classifier = result.model.classifier().eval()
     record = rf.evaluate(
-        classifier, test, suite="standard", norm="linf", eps=[network.eps], num_images=network.num_images, seed=0,
+        classifier, test, suite="standard", norm="linf", eps=[network.eps],
+        num_images=min(network.num_images, len(test[1])), seed=0,
         out_dir=folder.path / "evaluation", model_name=network.name, gallery=0,
     )  # fmt: skip
     public = config.data.model_copy(update={"root": "data", "cache": None})
@@ -300,9 +319,9 @@ def comparison_table(procedure: Procedure) -> Iterator[str]:
 def ablation_table(dataset: str, procedure: Procedure) -> Iterator[str]:
     """Yield the lines of the table of one ablation: the FPD `improved`, and one change at a time."""
     yield from ("| network | epochs | minutes | clean | robust | verdict |", "|" + "---|" * 6)
-    seed = SETTINGS[dataset].seeds[0]
-    for name, changes in ({"improved": (), "baseline": ()} | ABLATION).items():
-        rows = [r for r in results().get((dataset, procedure, name), []) if r["seed"] == seed]
+    seeds = SETTINGS[dataset].seeds if dataset == "digits" else SETTINGS[dataset].seeds[:1]
+    for name, changes in ({"improved": (), "baseline": ()} | ABLATION[procedure]).items():
+        rows = [r for r in results().get((dataset, procedure, name), []) if r["seed"] in seeds]
         if rows:
             yield row(", ".join(f"`{change}`" for change in changes) or name, None, rows)
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import study
-from benchmarks.study import ABLATED, ABLATION, PROCEDURES, SETTINGS, VARIANTS, Network, Setting, plan, settings
+from benchmarks.study import ABLATED, ABLATION, PROCEDURES, SETTINGS, VARIANTS, Network, plan, settings
 from robustfpd.evaluation import EvaluationRecord, Proportion, Verdict, WorstCase
 
 
@@ -20,7 +21,7 @@ def test_the_plan_names_every_network_once_and_the_first_seeds_first() -> None:
             for variant in VARIANTS:
                 assert f"{dataset}-{procedure}-{variant.name}-0" in names
     for dataset, procedure in ABLATED:
-        for change in ABLATION:
+        for change in ABLATION[procedure]:
             assert f"{dataset}-{procedure}-{change}-0" in names
     seeds = [network.seed for network in networks]
     assert seeds == sorted(seeds)
@@ -86,9 +87,8 @@ def test_the_pages_tables_are_those_of_the_committed_results(tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_a_network_is_trained_evaluated_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = Setting(0.1, 0.1, dict.fromkeys(PROCEDURES, 1), "digits")
     monkeypatch.setattr(study, "HEADLINE", 12)
-    monkeypatch.setitem(SETTINGS, "digits", setting)
+    monkeypatch.setitem(SETTINGS, "digits", replace(SETTINGS["digits"], epochs=dict.fromkeys(PROCEDURES, 1)))
     for procedure in PROCEDURES:
         network = Network("digits", procedure, VARIANTS[1], 0)
         result = study.measure(network, "data", tmp_path)
