@@ -74,6 +74,14 @@ def test_a_row_has_the_mean_the_deviation_over_seeds_and_the_interval_of_the_fir
     assert f"| 90.0 [{low:.1f}, {high:.1f}] | trusted |" in study.row("mnist", None, [_result(0, 90)])
 
 
+def test_a_difference_has_newcombes_interval_with_one_seed_and_students_with_several() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), table II: 56/70 and 48/80, method 10
+    one = study.difference([(Proportion.of(56, 70), Proportion.of(48, 80))])
+    assert one == "+20.0 [+5.2, +33.4]"
+    three = study.difference([(Proportion.of(90 + d, 100), Proportion.of(90, 100)) for d in (1, 2, 3)])
+    assert three == f"+2.0 [{2 - 4.303 / 3**0.5:+.1f}, {2 + 4.303 / 3**0.5:+.1f}]"
+
+
 def test_the_pages_tables_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "study.md"
     committed = study.PAGE.read_text()
