@@ -1,4 +1,4 @@
-"""Compares the FPD with its undefended baseline at equal cost, and writes the tables of docs/study.md.
+"""Compares the FPD with its undefended baseline at equal cost, and writes the tables of docs/study.md and the README.
 
     python -m benchmarks.study --data-root data                # everything that results/study lacks: many hours
     python -m benchmarks.study --data-root data --only mnist   # networks whose name contains a word
@@ -43,6 +43,7 @@ from robustfpd.training.batch_cost import batch_kinds, training_batch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "study"
 PAGE = ROOT / "docs" / "study.md"
+README = ROOT / "README.md"
 
 HEADLINE, OTHERS = 1000, 500
 """Largest number of test images: for the first seed of `improved` and `baseline`, and for all other networks."""
@@ -391,8 +392,9 @@ def _eps(result: dict[str, Any]) -> str:
 
 
 def write_tables() -> None:
-    """Write every table of the page between its markers."""
-    replace_between(PAGE, "<!-- measured: differences -->", "<!-- end of differences -->", difference_table())
+    """Write every table of the page and of the README between its markers."""
+    for page in (PAGE, README):
+        replace_between(page, "<!-- measured: differences -->", "<!-- end of differences -->", difference_table())
     for procedure in PROCEDURES:
         replace_between(
             PAGE, f"<!-- measured: {procedure} -->", f"<!-- end of {procedure} -->", comparison_table(procedure)

@@ -29,6 +29,8 @@ from robustfpd.evaluation import suite_names, suites
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 WITH_PYTHON = [page for page in DOCUMENTS if any(b.language == "python" for b in blocks(page))]
 CHECKPOINT = SHARED / "published" / "resnet_mnist_1-1-1-1" / "bestmodel_params.pkl"
+OTHER_ACCURACIES = {"checks.md", "speed.md", "benchmarks.md"}
+"""Pages with published accuracies and their sources, with those of results/training_options, and a written page."""
 OTHERS = {"make", "pip", "tensorboard", "wait"}
 """Programs in shell blocks beside robustfpd."""
 
@@ -117,6 +119,15 @@ def test_a_fence_that_the_tests_would_miss_is_refused(tmp_path: Path, text: str,
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(AssertionError, match=message):
         blocks(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_measured_accuracies_stand_in_tables_that_a_script_writes_from_records(page: Path) -> None:
+    if name_of(page) in OTHER_ACCURACIES:
+        return
+    prose = re.sub(r"<!-- (measured:|attack cost).*?<!-- end", "", page.read_text(), flags=re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"[^|\n]*\b\d\d?\.\d(?: %| ± | \[\d)[^|\n]*", prose) == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
