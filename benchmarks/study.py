@@ -58,7 +58,7 @@ PROCEDURES: dict[Procedure, str] = {
 }
 OVERRIDES: dict[Procedure, tuple[str, ...]] = {
     "two-phase": (),
-    "pgd-at": ("adversarial.objective=madry", "adversarial.labels=true", "adversarial.ema=0", "adversarial.awp=0"),
+    "pgd-at": ("adversarial.objective=madry", "adversarial.ema=0", "adversarial.awp=0"),
     "trades": ("adversarial.objective=trades", "adversarial.ema=0.995", "adversarial.awp=0.005"),
 }
 

@@ -136,15 +136,17 @@ class FrozenStatistics:
 
     def __init__(self, norms: Sequence[_BatchNorm]) -> None:
         self.norms = norms
-        self.momenta: list[float | None] = []
+        self.before: list[tuple[float | None, torch.Tensor | None]] = []
 
     def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
+        counts = [norm.num_batches_tracked for norm in self.norms]
+        self.before = [(n.momentum, None if c is None else c.clone()) for n, c in zip(self.norms, counts, strict=True)]
         for norm in self.norms:
             norm.momentum = 0.0
 
     def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
             norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
+            if count is not None:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked.copy_(count)

@@ -40,8 +40,7 @@ def test_every_network_has_valid_settings_that_differ_in_what_its_name_states(ne
         assert config.adversarial.objective == {"pgd-at": "madry", "trades": "trades"}[network.procedure]
         assert (config.adversarial.ema > 0, config.adversarial.awp > 0) == (network.procedure == "trades",) * 2
         assert config.adversarial.eps == pytest.approx(SETTINGS[network.dataset].eps, rel=0.1)
-    same_data = {"data": config.data, "evaluation": config.evaluation}
-    assert reference.model_copy(update=same_data).data == config.data
+    assert (config.data, config.evaluation) == (reference.data, reference.evaluation)
     if network.variant.defence == "none":
         assert config.model.defence == "none"
         assert config.model.backbone == reference.model.backbone

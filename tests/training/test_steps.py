@@ -149,6 +149,27 @@ def test_joint_is_the_sum_of_both_phases(fpd: FPD, batch: Batch) -> None:
     assert update.losses == _approx(losses[0] + losses[1])
 
 
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_cross_entropy_of_both_phases_is_smoothed(
+    adversarial: bool, fpd: FPD, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoothings = []
+
+    def recorded(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        smoothings.append(label_smoothing)
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", recorded)
+    config = corrected_training(threshold=1e9, label_smoothing=0.2)
+    if adversarial:
+        settings = AdversarialConfig(label_smoothing=0.1, batch="both")
+        adversarial_step(fpd, *batch, Recorded(), config, settings)
+    else:
+        two_phase_step(fpd, *batch, Recorded(), config)
+    assert smoothings == ([0.1] * 3 if adversarial else [0.2] * 2)
+
+
 def test_phase_two_runs_in_every_second_pass_interval_th_batch(fpd: FPD, batch: Batch) -> None:
     steps = []
     for index in range(5):

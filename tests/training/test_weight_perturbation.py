@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robustfpd.config import AdversarialConfig, TrainingConfig, parse
 from robustfpd.models import FPD
 from robustfpd.training import OptimizerUpdate, adversarial_step, parameter_groups
-from robustfpd.training.weight_perturbation import perturbed, worst_weights
+from robustfpd.training.weight_perturbation import perturbed, weight_perturbations
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -24,7 +24,7 @@ def test_the_perturbation_has_the_relative_radius_and_raises_the_loss() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     images, labels = torch.rand(16, 1, 3, 3), torch.randint(3, (16,))
     before = copy.deepcopy(net.state_dict())
-    moves = worst_weights(net, lambda: _loss(net, images, labels), 0.02)
+    moves = weight_perturbations(net, lambda: _loss(net, images, labels), 0.02)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert [weight.shape for weight, _ in moves] == [(8, 9), (3, 8)]  # no bias, no scale of the batch norm
     for weight, move in moves:
@@ -39,12 +39,35 @@ def test_the_perturbation_has_the_relative_radius_and_raises_the_loss() -> None:
     assert all(torch.allclose(before[k], v, atol=1e-6) for k, v in weights.items())
 
 
+@pytest.mark.parametrize("batch_kind", ["joint", "both"])
+def test_the_perturbation_leaves_weights_and_averages_of_both_passes(fpd: FPD, batch: Batch, batch_kind: str) -> None:
+    clean, adversarial, labels = batch
+    states = []
+
+    class Stopped(RuntimeError):
+        pass
+
+    class FirstUpdate:
+        def __call__(self, *_: object, **__: object) -> None:
+            raise Stopped  # before the step, after the passes at the perturbed weights
+
+    for awp in (0.0, 0.05):
+        model = copy.deepcopy(fpd).train()
+        settings = parse(AdversarialConfig, {"awp": awp, "batch": batch_kind, "gate": False})
+        with pytest.raises(Stopped):
+            adversarial_step(model, clean, adversarial, labels, FirstUpdate(), TrainingConfig(), settings)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        if not name.endswith(("running_mean", "running_var")):  # those follow the perturbed activations
+            assert torch.allclose(value.float(), states[1][name].float(), atol=1e-6), name
+
+
 def test_a_linear_loss_has_the_perturbation_along_its_gradient() -> None:
     net = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[3.0, 4.0]]))
     direction = torch.tensor([[0.0, 2.0]])
-    ((_, move),) = worst_weights(net, lambda: (net.weight * direction).sum(), 0.1)
+    ((_, move),) = weight_perturbations(net, lambda: (net.weight * direction).sum(), 0.1)
     assert torch.allclose(move, torch.tensor([[0.0, 0.5]]))
 
 

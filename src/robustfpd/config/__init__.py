@@ -1,7 +1,7 @@
 """Every setting of a run, the packaged recipes, and how both are read."""
 
 from robustfpd.config.base import NORMS, Config, Norm, check_eps
-from robustfpd.config.load import BEFORE, RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
+from robustfpd.config.load import EARLIER_DEFAULTS, RECIPES, load_run, parse, protocol_defaults, recipe, recipe_names
 from robustfpd.config.schema import (
     CUSTOM_BACKBONE,
     DATASETS,
@@ -32,7 +32,7 @@ from robustfpd.config.training import (
 )
 
 __all__ = [
-    "BEFORE", "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
+    "CUSTOM_BACKBONE", "DATASETS", "DEVICES", "EARLIER_DEFAULTS", "NORMS", "PRECISIONS", "RECIPES", "STAGES", "SUITES",
     "AdversarialConfig", "AugmentConfig", "Config", "DataConfig", "Denoise", "EvaluationConfig", "Head", "Middle",
     "ModelConfig", "Norm", "Objective", "OptimizerConfig", "Precision", "ProcedureConfig", "Protocol", "RunConfig",
     "ScheduleConfig", "StageName", "TaskConfig", "TrainingConfig", "check_eps", "load_run", "parse",

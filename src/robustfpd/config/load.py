@@ -51,7 +51,7 @@ CORRECTED: dict[str, Any] = {
 """Defaults of the protocols `corrected` and `published`, where they differ from those of `improved`."""
 
 
-BEFORE: dict[str, Any] = {"model": {"pass_statistics": "shared"}}
+EARLIER_DEFAULTS: dict[str, Any] = {"model": {"pass_statistics": "shared"}}
 """Settings of every model that was saved before these fields existed."""
 
 
@@ -74,7 +74,7 @@ def load_run(path: Path) -> RunConfig:
     """Read a `config.yaml`. Fields that the version which wrote it did not have get their protocol's defaults."""
     given = _read_yaml(path)
     values = protocol_defaults(str(given.get("protocol", "improved")))
-    _merge(values, copy.deepcopy(BEFORE))
+    _merge(values, copy.deepcopy(EARLIER_DEFAULTS))
     _merge(values, given)
     return parse(RunConfig, values, source=str(path))
 
@@ -175,7 +175,9 @@ def _explain(cls: type[Config], error: ValidationError, source: str) -> InputErr
         owner = _config_at(cls, location[:-1])
         fields = [".".join([*location[:-1], name]) for name in owner.model_fields]
         return InputError(f"{unknown_name('field', '.'.join(location), fields, listed=40)}{where}")
-    found = f", found {first['input']!r}" if first["type"] != "missing" else ""
+    # The input of a check of several fields is the whole section; its message names what it found.
+    whole = first["type"] == "missing" or isinstance(first["input"], Mapping)
+    found = "" if whole else f", found {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ")
     return InputError(f"{'.'.join(location) or cls.__name__}: {message}{found}{where}")
 

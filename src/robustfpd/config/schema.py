@@ -138,9 +138,11 @@ class AugmentConfig(Config):
     crop: float = Field(default=1.0, gt=0, le=1)
     """Smallest area of a random crop, as a fraction of the image; 1 does not crop. Aspect ratios are 3/4 to 4/3."""
     pad: int = Field(default=0, ge=0)
-    """Largest shift in whole pixels, either way: a crop of the image padded with as many black pixels a side."""
+    """Pad each side with this many black pixels, then crop to the original size at a random position, as torchvision's
+    `RandomCrop(padding=…)`."""
     cutout: float = Field(default=0.0, ge=0, le=1)
-    """Side of a black square anywhere, as a fraction of each side (DeVries & Taylor, 2017, arXiv 1708.04552)."""
+    """Height and width of a black rectangle at a random position, as fractions of the image's (DeVries & Taylor, 2017,
+    arXiv 1708.04552)."""
     expand: bool = False
     """Shrink a rotated image until it fits, instead of cutting its corners."""
     brightness: float = Field(default=0.0, ge=0, le=1)
@@ -233,15 +235,6 @@ class RunConfig(Config):
     """Adversarial training."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation settings."""
-
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
-        if self.adversarial.awp and self.adversarial.second_pass and self.training.second_pass == "through":
-            raise ValueError(
-                "adversarial.awp moves the weights back before a second pass `through` could use them; set "
-                "training.second_pass=detached, adversarial.second_pass=false or adversarial.awp=0"
-            )
-        return self
 
     @property
     def procedure(self) -> ProcedureConfig:

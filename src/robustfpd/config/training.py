@@ -63,8 +63,8 @@ class ProcedureConfig(Config):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of the uniform distribution in the targets of the cross-entropy (Szegedy et al., CVPR 2016, section 7)."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, which is validated and saved as the best
-    checkpoint instead of the weights; smaller in the first steps. 0 keeps no average."""
+    """Decay of an exponential moving average (EMA) of the weights, updated after each step; lower in the first steps.
+    Validation and the best checkpoint use the average. 0 disables it."""
     early_stop_patience: int | None = Field(default=20, ge=1)
     """Epochs without a better validation accuracy (or an equal one with a lower loss) before training stops; None
     never stops early."""
@@ -136,8 +136,8 @@ class AdversarialConfig(ProcedureConfig):
     beta: float = Field(default=6.0, gt=0)
     """trades, mart: weight of the Kullback-Leibler term, β in TRADES and λ in MART."""
     awp: float = Field(default=0.0, ge=0)
-    """Radius γ of the adversarial weight perturbation relative to the norm of each weight (Wu et al., NeurIPS 2020);
-    0 does not perturb weights."""
+    """Radius γ of the adversarial weight perturbation (AWP) relative to the norm of each weight (Wu et al., NeurIPS
+    2020); 0 does not perturb weights."""
     attack: Literal["pgd", "fgsm", "fgsm-rs"] = "pgd"
     """Attack that generates the adversarial images; `fgsm-rs` is one step from a random point of the ball (Wong et
     al., ICLR 2020)."""
@@ -155,13 +155,14 @@ class AdversarialConfig(ProcedureConfig):
     """Epochs on clean images before the first adversarial ones."""
     warmup: float = Field(default=0.0, ge=0)
     """Epochs over which eps grows from 0, counted from `start_epoch`."""
-    labels: Labels = "predicted"
-    """Labels that the attack leads away from: the model's own predictions, which leak no label, or the true classes.
-    The attack of `trades` needs none: it leads away from the logits of the clean image."""
+    labels: Labels | None = None
+    """Labels for the attack's loss: the model's own predictions, which avoid label leaking, or the true classes; None:
+    `true` for `madry` and `mart`, `predicted` for `mixed`. `trades` ignores this field: its attack maximizes the
+    divergence from the clean image's probabilities."""
     batch: Literal["joint", "both", "halves"] = "joint"
-    """Every image clean and adversarial, in one forward pass; `both` (published): in two, so that batch norm shows the
-    network which images are adversarial; `halves`, with the objective `mixed`: half of each batch clean and the other
-    half adversarial."""
+    """`joint`: one forward pass over the clean and adversarial images of a batch; `both` (published): two passes, whose
+    batch statistics differ between clean and adversarial images; `halves` (objective `mixed` only): half of each batch
+    is clean, the other half adversarial. `madry` has no clean images."""
     restoration_target: Literal["clean", "input"] = "clean"
     """Target of the restoration of an adversarial image: the clean image, or (published SVHN) the image itself."""
     restored_scale: float = Field(default=1.0, gt=0)
@@ -180,18 +181,23 @@ class AdversarialConfig(ProcedureConfig):
     select_images: int = Field(default=500, ge=1)
     """robust: number of validation images attacked after each epoch."""
 
+    @property
+    def attacked_labels(self) -> str:
+        """Labels for the attack's loss: `labels`, or the objective's where that is None."""
+        return self.labels or ("true" if self.objective in ("madry", "mart") else "predicted")
+
     @model_validator(mode="after")
     def _check(self) -> AdversarialConfig:
         check_eps(self.eps, self.norm)
         if self.objective != "mixed" and self.batch == "halves":
             raise ValueError(
-                f"batch halves divides the batches of objective mixed, found objective {self.objective}; "
+                f"batch halves requires objective mixed, found objective {self.objective}; "
                 "set adversarial.batch=joint or adversarial.objective=mixed"
             )
         if self.alpha_features and (self.objective == "madry" or self.batch == "halves"):
             raise ValueError(
-                f"alpha_features compares with clean images, which objective {self.objective} with batch {self.batch} "
-                "does not see; set adversarial.alpha_features=0, or objective trades or mart"
+                f"alpha_features requires a clean pass of the same images, found objective {self.objective} with batch "
+                f"{self.batch}; set adversarial.alpha_features=0, or objective trades, mart or mixed with batch joint"
             )
         if self.objective == "trades" and self.attack == "fgsm":
             raise ValueError(
@@ -200,12 +206,18 @@ class AdversarialConfig(ProcedureConfig):
             )
         if self.attack == "fgsm-rs" and self.select_by == "clean":
             raise ValueError(
-                "attack fgsm-rs overfits catastrophically at times, which only the robust validation accuracy shows, "
-                "found select_by clean; set adversarial.select_by=robust"
+                "attack fgsm-rs can overfit catastrophically, which only the robust validation accuracy detects; found "
+                "select_by clean, set adversarial.select_by=robust"
             )
         if self.objective != "mixed" and self.restored_scale != 1:
             raise ValueError(
-                f"restored_scale belongs to objective mixed, found objective {self.objective}; leave one of them out"
+                f"restored_scale applies to objective mixed only, found objective {self.objective}; leave out "
+                "adversarial.restored_scale"
+            )
+        if self.start_epoch + self.warmup > self.epochs:
+            raise ValueError(
+                f"eps reaches its value after start_epoch + warmup = {self.start_epoch + self.warmup:g} epochs, found "
+                f"epochs {self.epochs}; lower adversarial.warmup or raise adversarial.epochs"
             )
         if self.start_epoch >= self.epochs:
             raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robustfpd.config import BEFORE, ModelConfig, TaskConfig, parse, protocol_defaults
+from robustfpd.config import EARLIER_DEFAULTS, ModelConfig, TaskConfig, parse, protocol_defaults
 from robustfpd.errors import InputError, MissingDataError
 from robustfpd.io import readable_folder, replace_folder
 
@@ -73,7 +73,7 @@ def read_settings(folder: Path) -> tuple[TaskConfig, ModelConfig]:
         task, model = dict(settings["task"]), dict(settings["model"])
         if version == EARLIER:
             model = {**protocol_defaults("corrected", "model"), **model}
-        model = {**BEFORE["model"], **model}
+        model = {**EARLIER_DEFAULTS["model"], **model}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -14,11 +14,11 @@ from robustfpd.models.insertion import StagedBackbone
 class FrontStatistics(nn.Module):
     """Running averages of the front pass, for the batch norms of a backbone that it runs.
 
-    The passes see different images: restored ones, of which averages of both passes represent neither.
+    The two passes run on different images, so averages over both represent neither.
 
     Args:
-        backbone: its running averages are the initial ones.
-        task: images that it takes.
+        backbone: provides the initial averages.
+        task: number of channels and size of the images.
     """
 
     def __init__(self, backbone: StagedBackbone, task: TaskConfig) -> None:

@@ -21,9 +21,8 @@ def resnet_mini(in_channels: int, num_classes: int = 0, width: int = 16) -> nn.M
 class ConvMini(nn.Module):
     """A plain convolutional network for images of about 28×28 pixels, with batch norm and two linear layers.
 
-    The stem begins with a 1×1 convolution, so that single pixels can be thresholded, then halves the image: at the
-    cost of a network with a strided stem, adversarial training on MNIST leaves more images robust. The linear layers
-    see where a feature is.
+    The stem is a 1×1 convolution, which can threshold single pixels, and a strided 5×5 convolution, which halves the
+    image. The maps are flattened, not pooled to one position, so the linear layers keep spatial positions.
 
     Shapes: images N×C×H×W → logits N×K, or features N×128 without `num_classes`.
 

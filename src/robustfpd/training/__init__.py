@@ -1,4 +1,4 @@
-"""Two-phase training of an FPD, adversarial training after it, and both for its undefended baseline."""
+"""Two-phase and adversarial training of an FPD and its undefended baseline."""
 
 from robustfpd.training.adversarial_step import adversarial_step
 from robustfpd.training.loop import train

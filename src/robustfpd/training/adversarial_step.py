@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,13 +17,13 @@ from robustfpd.training.steps import (
     PassLosses,
     StepResult,
     both_phases,
-    forward,
     gate_opens,
     pass_losses,
     phase_one_loss,
     restoration_unit,
+    run_model,
 )
-from robustfpd.training.weight_perturbation import perturbed, worst_weights
+from robustfpd.training.weight_perturbation import perturbed, weight_perturbations
 
 EPSILON = 1e-12
 """Added to denominators."""
@@ -37,7 +37,8 @@ def adversarial_step(
 
     The loss is α₁·objective + α₂·L2, with the mean of the restoration losses of all passes; an FPD then runs phase 2 on
     the restored adversarial images. The gate reads the restoration loss of the first pass, on clean images unless the
-    objective is `madry`. No noise is added, neither to the images nor between the passes.
+    objective is `madry`. No noise is added, neither to the images nor between the passes. With `awp` both phases run
+    with the weights that increase the loss of phase 1.
 
     Args:
         model: an FPD or a baseline in training mode.
@@ -55,11 +56,11 @@ def adversarial_step(
     def losses() -> _AdversarialLosses:
         return _adversarial_losses(model, clean, adversarial, labels, config, settings)
 
-    moves = []
+    perturbations = []
     if settings.awp and adversarial is not None:
-        backward = getattr(update, "backward", Tensor.backward)  # Fabric refuses torch's
-        moves = worst_weights(model, lambda: losses().loss, settings.awp, backward)
-    with perturbed(moves):
+        backward = getattr(update, "backward", Tensor.backward)
+        perturbations = weight_perturbations(model, lambda: losses().loss, settings.awp, backward)
+    with perturbed(perturbations):
         loss, passes, restored = losses()
         first, second, gate_open = passes[0], None, True
         if first.restoration is not None and settings.gate:
@@ -69,7 +70,7 @@ def adversarial_step(
         elif restored is None or not settings.second_pass or index % config.second_pass_interval:
             update(loss)
         else:
-            second = both_phases(model, loss, restored, clean, labels, update, config, None)
+            second = both_phases(model, loss, restored, clean, labels, update, config, None, settings.label_smoothing)
     return StepResult(first.detach(), second, None if adversarial is None else passes[-1].detach(), gate_open)
 
 
@@ -89,19 +90,21 @@ def _adversarial_losses(
     target = adversarial if settings.restoration_target == "input" and adversarial is not None else clean
     unit, smoothing, scale = restoration_unit(model, config), settings.label_smoothing, settings.restored_scale
     if adversarial is None:
-        losses = pass_losses(*forward(model, clean), clean, labels, unit, scale, smoothing)
+        losses = pass_losses(*run_model(model, clean), clean, labels, unit, scale, smoothing)
         return _AdversarialLosses(phase_one_loss(losses, config), [losses], None)
     if settings.batch == "halves":
         passes, restored = _halves(model, clean, adversarial, labels, config, settings)
         loss = torch.stack([phase_one_loss(losses, config) for losses in passes]).mean()
         return _AdversarialLosses(loss, passes, restored)
-    with _head_inputs(model) as features:
+    wanted = settings.alpha_features > 0
+    collected: AbstractContextManager[list[Tensor]] = _head_inputs(model) if wanted else nullcontext([])
+    with collected as features:
         if settings.objective == "madry":
-            outputs = [forward(model, adversarial)]
+            outputs = [run_model(model, adversarial)]
         elif settings.batch == "both":
-            outputs = [forward(model, clean), forward(model, adversarial)]
+            outputs = [run_model(model, clean), run_model(model, adversarial)]
         else:
-            logits, restored = forward(model, torch.cat([clean, adversarial]))
+            logits, restored = run_model(model, torch.cat([clean, adversarial]))
             parts = (None, None) if restored is None else restored.chunk(2)
             outputs = list(zip(logits.chunk(2), parts, strict=True))
     logits, restored = outputs[-1]
@@ -147,7 +150,7 @@ def _halves(
     """Run one pass on the first half of the images, clean, and the adversarial ones of the second half."""
     half = len(clean) - len(adversarial)
     images = torch.cat([clean[:half], adversarial])
-    logits, restored = forward(model, images)
+    logits, restored = run_model(model, images)
     target = images if settings.restoration_target == "input" else clean
 
     def part(images: slice, scale: float) -> PassLosses:

@@ -1,4 +1,4 @@
-"""Single training batches of a run, to time: the kinds that a training has, and a function that trains on one."""
+"""Train on single batches of a run to estimate its cost."""
 
 from __future__ import annotations
 

@@ -123,10 +123,12 @@ class _Training:
         self.group = ProcessGroup.current()
         self.batches_per_epoch = batches_per_epoch(len(splits.train), settings.batch_size)
         self.frozen = [m for m in model.modules() if not m.training]
+        model.to(fabric.device)
+        # Before checkpointing, which replaces methods: the average's would be those of the model.
+        self.average = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema else None
         if settings.activation_checkpointing:
             checkpoint_activations(model)
         self.raw_model, self.model = model, fabric.setup_module(model)
-        self.average = ModelEmaV3(model, settings.ema, use_warmup=True) if settings.ema else None
         optimizer = make_optimizer(parameter_groups(model), settings.optimizer)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.update = FabricUpdate(fabric, self.model, self.optimizer, settings.clip_grad_norm)
@@ -144,8 +146,9 @@ class _Training:
             means = self._train_epoch(epoch).means(self.group)
             seconds = time.perf_counter() - start
             if self.group.world_size > 1 and not self.settings.sync_batchnorm:
-                for model in {self.raw_model, self.evaluated}:
-                    average_batch_norm_statistics(model)
+                average_batch_norm_statistics(self.raw_model)
+                if self.average is not None:
+                    average_batch_norm_statistics(self.average.module)
             validation, robust = self._validate()
             with shared_errors():
                 self._check_finite(epoch, {**means, "validation_ce": validation.ce})
@@ -214,8 +217,9 @@ class _Training:
     @property
     def overfitted(self) -> bool:
         """Whether single-step adversarial training has overfitted catastrophically."""
-        single_step = self.config.stage == "adversarial" and self.config.adversarial.attack != "pgd"
-        return single_step and catastrophic_overfitting(self.history)
+        if self.config.stage != "adversarial":
+            return False
+        return catastrophic_overfitting(self.history, self.config.adversarial, self.splits.info.task.num_classes)
 
     def _restores(self, epoch: int, index: int) -> bool:
         """Return whether the restoration is trained on a batch; always, except at the start of two-phase training."""

@@ -164,15 +164,18 @@ class EarlyStopping:
         return self.patience is not None and self.epoch - self.best_epoch >= self.patience
 
 
-def catastrophic_overfitting(history: Sequence[EpochMetrics]) -> bool:
+def catastrophic_overfitting(history: Sequence[EpochMetrics], config: AdversarialConfig, num_classes: int) -> bool:
     """Return whether the last epoch of single-step training overfitted catastrophically (Wong et al., ICLR 2020).
 
     The validation accuracy under PGD is below half of its best, and below half of the accuracy under the training's
-    single-step attack.
+    single-step attack. Epochs count from the full radius on, once the best accuracy is twice that of guessing.
     """
-    robust = [m.validation_robust_accuracy for m in history if m.validation_robust_accuracy is not None]
-    under_attack = history[-1].train_adversarial_accuracy if history else None
-    if not robust or under_attack is None:
+    if config.attack == "pgd" and config.steps > 1:
+        return False
+    full = [m for m in history if m.epoch >= config.start_epoch + config.warmup]
+    robust = [m.validation_robust_accuracy for m in full if m.validation_robust_accuracy is not None]
+    under_attack = full[-1].train_adversarial_accuracy if full else None
+    if not robust or under_attack is None or max(robust) < 2 / num_classes:
         return False
     return robust[-1] < max(robust) / 2 and robust[-1] < under_attack / 2
 
@@ -218,10 +221,9 @@ def robust_accuracy(
 ) -> float:
     """Return the accuracy under PGD-10 at `config.eps` on `config.select_images` images drawn by `seed`.
 
-    The attack maximizes the margin: networks trained against the cross-entropy may hide its gradient. It differentiates
-    `config.view`; the model's own logits decide whether its image is adversarial. Rice et al., ICML 2020, show why
-    robust accuracy has to select the epoch. Images are sharded over the ranks, and each rank
-    draws its own random starts.
+    The attack maximizes the margin, because the gradient of the cross-entropy vanishes for saturated logits. It
+    differentiates `config.view`; success is measured on the model's own logits. Selection by robust accuracy follows
+    Rice et al., ICML 2020. Images are sharded over the ranks, and each rank draws its own random starts.
     """
     group = ProcessGroup.current()
     selected = torch.randperm(len(images), generator=generator(seed, "select"))[: config.select_images].sort().values

@@ -40,6 +40,8 @@ class Update(Protocol):
     def __call__(self, loss: Tensor, *, only: frozenset[str] | None = None, retain_graph: bool = False) -> None:
         """Step on `loss`.
 
+        An update that needs its own backward pass, as Fabric's does, has it as a method `backward` as well.
+
         Args:
             loss: a scalar.
             only: names of the parameter groups that step; None lets all step that the loss reaches.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustfpd.attacks import adaptive, pgd
 from robustfpd.attacks.losses import LossFunction, cross_entropy
+from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import AdversarialConfig, TrainingConfig
 from robustfpd.data.transforms import add_uniform_noise
 from robustfpd.device import evaluating
@@ -43,6 +44,9 @@ def adversarial_images(
 ) -> Tensor | None:  # fmt: skip
     """Attack a training batch with the model in evaluation mode.
 
+    PGD and FGSM return the iterate with the largest loss, FGSM with a random start (Wong et al., ICLR 2020) the point
+    after its step.
+
     Args:
         model: the model that is trained; its modes, weights, gradients and statistics stay the same.
         clean: N×C×H×W in [0, 1].
@@ -52,7 +56,7 @@ def adversarial_images(
             the cross-entropy.
         epoch: count of finished epochs, 1.5 in the middle of the second: eps grows from 0 at `start_epoch` over
             `warmup` epochs. The default attacks at the full eps.
-        generator: source of PGD's random starts.
+        generator: source of random starts.
 
     Returns:
         Adversarial images in [0, 1]: N×C×H×W, or those of the second half of the batch with `batch: halves`. None up to
@@ -66,20 +70,25 @@ def adversarial_images(
     images, targets = clean[first:], labels[first:]
     classifier = attacked_view(model, config)
     loss: LossFunction = cross_entropy
-    steps, first_step = {"pgd": (config.steps, None), "fgsm": (1, eps), "fgsm-rs": (1, FGSM_RS_STEP * eps)}[
-        config.attack
-    ]
-    step_size = config.step_size or first_step
     with evaluating(model):
-        if config.objective == "trades" or config.labels == "predicted":
+        if config.objective == "trades" or config.attacked_labels == "predicted":
             with torch.no_grad():
                 logits = classifier(images)
             targets = logits.argmax(dim=1)
             if config.objective == "trades":
                 loss = lambda adversarial, labels: divergence(logits, adversarial)  # noqa: E731
+        if config.attack == "fgsm-rs":
+            ball = lp_ball(config.norm)
+            draws = torch.Generator(images.device).manual_seed(0) if generator is None else generator
+            x = (images + ball.sample(images, eps, draws)).clamp(0, 1).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(classifier(x), targets).sum(), x)
+            with torch.no_grad():
+                ball.step(x, gradient, config.step_size or FGSM_RS_STEP * eps, images, eps)
+            return x.detach()
+        steps, step_size = (config.steps, config.step_size) if config.attack == "pgd" else (1, config.step_size or eps)
         return pgd(
             classifier, images, targets, eps=eps, norm=config.norm, steps=steps, step_size=step_size,
-            random_start=config.attack != "fgsm", loss=loss, generator=generator,
+            random_start=config.attack == "pgd", loss=loss, generator=generator,
         )  # fmt: skip
 
 

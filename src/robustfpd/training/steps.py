@@ -119,8 +119,7 @@ class StepResult:
 
     `first` is phase 1, in adversarial training on the clean images, or with the objective `madry`, which has no clean
     pass, on the adversarial images; `second` phase 2, None where it did not run; `adversarial` phase 1 of adversarial
-    training, on the adversarial images. `gate_open` is None where the backbone is
-    trained alone.
+    training, on the adversarial images. `gate_open` is None where the backbone is trained alone.
     """
 
     first: PassLosses
@@ -158,7 +157,7 @@ def two_phase_step(
             "pass generator=torch.Generator(), or set middle_noise=0"
         )
     unit, second = restoration_unit(model, config), None
-    logits, restored = forward(model, noisy, _middle_noise(model, noisy, config, generator))
+    logits, restored = run_model(model, noisy, _middle_noise(model, noisy, config, generator))
     first = pass_losses(logits, restored, clean, labels, unit, smoothing=config.label_smoothing)
     assert restored is not None
     assert first.restoration is not None
@@ -168,7 +167,10 @@ def two_phase_step(
     elif index % config.second_pass_interval:
         update(phase_one_loss(first, config))
     else:
-        second = both_phases(model, phase_one_loss(first, config), restored, clean, labels, update, config, generator)
+        second = both_phases(
+            model, phase_one_loss(first, config), restored, clean, labels, update, config, generator,
+            config.label_smoothing,
+        )  # fmt: skip
     return StepResult(first.detach(), second, None, gate_open)
 
 
@@ -190,11 +192,11 @@ def backbone_step(
 
 def both_phases(
     model: nn.Module, loss: Tensor, restored: Tensor, clean: Tensor, labels: Tensor, update: Update,
-    config: TrainingConfig, generator: torch.Generator | None,
+    config: TrainingConfig, generator: torch.Generator | None, smoothing: float,
 ) -> PassLosses:  # fmt: skip
     """Step on phase 1's `loss` and on phase 2's, which starts from phase 1's restored images.
 
-    Noise is added between the passes where a generator is given.
+    Noise is added between the passes where a generator is given. `smoothing` is that of the cross-entropy.
 
     `detached`: two steps; phase 2's gradient stops at the restored images. `joint`: one step on the sum of both losses.
     `through` (published code): two steps; phase 2's gradient continues into phase 1's graph.
@@ -203,8 +205,8 @@ def both_phases(
     if mode != "joint":
         update(loss, retain_graph=mode == "through")
     images = restored.detach() if mode == "detached" else restored
-    output = forward(model, images, _middle_noise(model, images, config, generator))
-    second = pass_losses(*output, clean, labels, unit, smoothing=config.label_smoothing)
+    output = run_model(model, images, _middle_noise(model, images, config, generator))
+    second = pass_losses(*output, clean, labels, unit, smoothing=smoothing)
     second_loss = phase_two_loss(second, config)
     update(loss + second_loss if mode == "joint" else second_loss)
     return second.detach()
@@ -219,7 +221,7 @@ def baseline_step(
     return StepResult(losses.detach())
 
 
-def forward(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run_model(model: nn.Module, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Return logits and restored images, None for a baseline's; `noise` is added between an FPD's passes."""
     output: FPDOutput | Tensor = model(images) if noise is None else model(images, noise)
     return output if isinstance(output, FPDOutput) else (output, None)

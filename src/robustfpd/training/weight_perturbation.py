@@ -15,13 +15,13 @@ from robustfpd.distributed import ProcessGroup
 EPSILON = 1e-12
 """Added to denominators."""
 
-Move = tuple[nn.Parameter, Tensor]
-"""A weight and what is added to it."""
+Perturbation = tuple[nn.Parameter, Tensor]
+"""A weight and its perturbation."""
 
 
-def worst_weights(
+def weight_perturbations(
     model: nn.Module, loss: Callable[[], Tensor], radius: float, backward: Callable[..., None] = Tensor.backward
-) -> list[Move]:
+) -> list[Perturbation]:
     """Return the perturbation γ ‖w‖ ∇L / ‖∇L‖ of each weight w with two or more dimensions (section 4, equation 10).
 
     Args:
@@ -31,8 +31,12 @@ def worst_weights(
         backward: runs the backward pass of a loss, such as `fabric.backward`.
     """
     model.zero_grad()
+    # Those of an FPD's front pass are buffers of their own.
+    counts = [(b, b.clone()) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
     with FrozenStatistics([m for m in model.modules() if isinstance(m, _BatchNorm)]):
         backward(loss())
+    for count, before in counts:
+        count.copy_(before)
     reached = [(p, p.grad) for p in model.parameters() if p.ndim > 1 and p.grad is not None]
     model.zero_grad()
     ProcessGroup.current().all_reduce_mean_([g for _, g in reached])
@@ -40,14 +44,14 @@ def worst_weights(
 
 
 @contextmanager
-def perturbed(moves: Sequence[Move]) -> Iterator[None]:
-    """Add each perturbation to its weight, and subtract it at the end: steps taken in between remain."""
+def perturbed(perturbations: Sequence[Perturbation]) -> Iterator[None]:
+    """Add the perturbations within the block and subtract them on exit; optimizer steps in the block persist."""
     with torch.no_grad():
-        for weight, move in moves:
-            weight.add_(move)
+        for weight, perturbation in perturbations:
+            weight.add_(perturbation)
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, move in moves:
-                weight.sub_(move)
+            for weight, perturbation in perturbations:
+                weight.sub_(perturbation)
