@@ -35,6 +35,8 @@ from robustfpd.config import RunConfig, recipe
 from robustfpd.data import ImageSet
 from robustfpd.device import resolve_device, resolve_precision
 from robustfpd.evaluation import EvaluationRecord, Proportion
+from robustfpd.evaluation.ledger import CLEAN
+from robustfpd.evaluation.robustness import format_eps
 from robustfpd.io import write_json
 from robustfpd.provenance import environment
 from robustfpd.training import RunFolder
@@ -53,7 +55,7 @@ ROUNDS = 5
 Procedure = Literal["two-phase", "pgd-at", "trades"]
 PROCEDURES: dict[Procedure, str] = {
     "two-phase": "Two-phase training alone",
-    "pgd-at": "PGD adversarial training",
+    "pgd-at": "PGD-AT",
     "trades": "TRADES with AWP and EMA",
 }
 OVERRIDES: dict[Procedure, tuple[str, ...]] = {
@@ -159,6 +161,10 @@ ABLATED: tuple[tuple[str, Procedure], ...] = (("digits", "two-phase"), ("digits"
 """Data sets and procedures of the ablation; with the first seed only, but with every seed on digits."""
 
 
+Results = dict[tuple[str, Procedure, str], list[dict[str, Any]]]
+"""Results by data set, procedure and variant, in the order of the plan."""
+
+
 @dataclass(frozen=True)
 class Network:
     """One training and its evaluation."""
@@ -195,11 +201,11 @@ def plan() -> list[Network]:
     """Return all networks, seed by seed: the comparison, then the ablation."""
     comparison = [
         Network(dataset, procedure, variant, seed)
-        for seed in range(3)
         for dataset, setting in SETTINGS.items()
+        for seed in setting.seeds
         for procedure in PROCEDURES
         for variant in VARIANTS
-        if seed in setting.seeds and (seed == setting.seeds[0] or not variant.first_seed_only)
+        if seed == setting.seeds[0] or not variant.first_seed_only
     ]
     ablation = [
         Network(dataset, procedure, Variant(name, "time", changes=changes), seed)
@@ -217,8 +223,9 @@ def settings(network: Network, data_root: str = "data") -> RunConfig:
     overrides = [
         *OVERRIDES[network.procedure], f"adversarial.beta={setting.beta}", *setting.changes, *variant.changes,
         f"{section}.epochs={setting.epochs[network.procedure]}", f"seed={network.seed}", f"data.root={data_root}",
-        f"adversarial.warmup={setting.epochs[network.procedure] / 3:.3g}",
     ]  # fmt: skip
+    if not two_phase:
+        overrides.append(f"adversarial.warmup={setting.epochs[network.procedure] / 3:.3g}")
     if setting.folder is not None:
         overrides += ["data.dataset=folder", f"data.root={Path(data_root) / setting.folder}", "data.image_size=32"]
     name = f"{network.dataset}/{'mini' if two_phase else 'robust'}"
@@ -286,6 +293,10 @@ def measure(network: Network, data_root: str, runs: Path) -> dict[str, Any]:
         num_images=min(network.num_images, len(test[1])), seed=0,
         out_dir=folder.path / "evaluation", model_name=network.name, gallery=0,
     )  # fmt: skip
+    wrong = {
+        clean: {row.image for row in record.ledger if (row.attack == CLEAN) == clean and row.outcome == "misclassified"}
+        for clean in (True, False)
+    }
     public = config.data.model_copy(update={"root": "data", "cache": None})
     return {
         "dataset": network.dataset, "procedure": network.procedure, "variant": network.variant.name,
@@ -293,14 +304,15 @@ def measure(network: Network, data_root: str, runs: Path) -> dict[str, Any]:
         "epochs": config.procedure.epochs, "best_epoch": result.best_epoch + 1,
         "train_seconds": sum(m.seconds for m in result.history), "images": SETTINGS[network.dataset].images,
         "record": record.model_dump(mode="json", exclude={"ledger"}),
+        "wrong_clean": sorted(wrong[True]), "wrong_robust": sorted(wrong[True] | wrong[False]),
         "config": config.model_copy(update={"data": public}).model_dump(mode="json"),
         "machine": environment(torch.device("cpu")),
     }  # fmt: skip
 
 
-def results() -> dict[tuple[str, Procedure, str], list[dict[str, Any]]]:
+def results() -> Results:
     """Return the committed results by data set, procedure and variant, in the order of the plan."""
-    found: dict[tuple[str, Procedure, str], list[dict[str, Any]]] = {}
+    found: Results = {}
     for network in plan():
         if network.path.is_file():
             key = (network.dataset, network.procedure, network.variant.name)
@@ -308,102 +320,103 @@ def results() -> dict[tuple[str, Procedure, str], list[dict[str, Any]]]:
     return found
 
 
-def comparison_table(procedure: Procedure) -> Iterator[str]:
+def comparison_table(found: Results, procedure: Procedure) -> Iterator[str]:
     """Yield the lines of one procedure's table: the variants of each data set."""
-    yield from ("| data set, eps | network | epochs | minutes | clean | robust | verdict |", "|" + "---|" * 7)
+    yield from ("| data set, eps | network | epochs | minutes | images | clean | robust | verdict |", "|" + "---|" * 8)
     for dataset in SETTINGS:
         for variant in VARIANTS:
-            rows = results().get((dataset, procedure, variant.name), [])
+            rows = found.get((dataset, procedure, variant.name), [])
             if rows:
                 cost = ", equal steps" if variant.cost == "steps" else ""
                 yield row(f"{dataset}, {_eps(rows[0])}", variant.name.removesuffix("-steps") + cost, rows)
 
 
-def difference_table() -> Iterator[str]:
+def difference_table(found: Results) -> Iterator[str]:
     """Yield the lines of the table of differences: the FPD `improved` minus its baseline at equal time."""
     yield from ("| data set, eps | procedure | seeds | clean | robust |", "|" + "---|" * 5)
     for dataset in SETTINGS:
         for procedure, title in PROCEDURES.items():
             fpd, baseline = (
-                {r["seed"]: EvaluationRecord.model_validate(r["record"]) for r in found}
-                for found in (results().get((dataset, procedure, name), []) for name in ("improved", "baseline"))
+                {r["seed"]: r for r in found.get((dataset, procedure, name), [])} for name in ("improved", "baseline")
             )
             pairs = [(fpd[seed], baseline[seed]) for seed in fpd if seed in baseline]
             if pairs:
-                clean = difference([(a.clean, b.clean) for a, b in pairs])
-                robust = difference([(a.worst_case[-1].robust, b.worst_case[-1].robust) for a, b in pairs])
-                first = f"{dataset}, {pairs[0][0].worst_case[-1].eps:.3g}"
-                yield f"| {first} | {title} | {len(pairs)} | {clean} | {robust} |"
+                clean, robust = (
+                    difference([(set(a[key]), set(b[key]), a["record"]["num_images"]) for a, b in pairs])
+                    for key in ("wrong_clean", "wrong_robust")
+                )
+                yield f"| {dataset}, {_eps(pairs[0][0])} | {title} | {len(pairs)} | {clean} | {robust} |"
 
 
-def difference(pairs: Sequence[tuple[Proportion, Proportion]]) -> str:
-    """Return the mean difference of accuracies in points, with its 95 % interval.
+def difference(pairs: Sequence[tuple[set[int], set[int], int]]) -> str:
+    """Return the mean difference of two networks' accuracies on the same images in points, with its 95 % interval.
 
-    The interval is Student's over the seeds; with one seed, Newcombe's over the images (Statistics in Medicine 17,
-    1998, method 10).
+    The interval is Student's over the seeds; with one seed, that of paired proportions over the images (Agresti & Min,
+    Statistics in Medicine 24, 2005, with 1/2 added to each cell).
 
     Args:
-        pairs: two accuracies of each seed.
+        pairs: for each seed, the images that the first and the second network misclassify, and the number of images.
     """
-    differences = [a.value - b.value for a, b in pairs]
+    differences = [(len(second) - len(first)) / count for first, second, count in pairs]
     mean = statistics.mean(differences)
     if len(pairs) > 1:
+        centre = mean
         half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(differences) / len(pairs) ** 0.5
-        low, high = mean - half, mean + half
     else:
-        ((a, b),) = pairs
-        low = mean - math.hypot(a.value - a.low, b.high - b.value)
-        high = mean + math.hypot(a.high - a.value, b.value - b.low)
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        ((first, second, count),) = pairs
+        only_second, only_first, total = len(second - first) + 0.5, len(first - second) + 0.5, count + 2
+        centre = (only_second - only_first) / total
+        half = stats.norm.ppf(0.975) * math.sqrt((only_second + only_first) / total - centre**2) / math.sqrt(total)
+    return f"{100 * mean:+.1f} [{100 * (centre - half):+.1f}, {100 * (centre + half):+.1f}]"
 
 
-def ablation_table(dataset: str, procedure: Procedure) -> Iterator[str]:
+def ablation_table(found: Results, dataset: str, procedure: Procedure) -> Iterator[str]:
     """Yield the lines of the table of one ablation: the FPD `improved`, and one change at a time."""
-    yield from ("| network | epochs | minutes | clean | robust | verdict |", "|" + "---|" * 6)
+    yield from ("| network | epochs | minutes | images | clean | robust | verdict |", "|" + "---|" * 7)
     seeds = SETTINGS[dataset].seeds if dataset == "digits" else SETTINGS[dataset].seeds[:1]
     for name, changes in ({"improved": (), "baseline": ()} | ABLATION[procedure]).items():
-        rows = [r for r in results().get((dataset, procedure, name), []) if r["seed"] in seeds]
+        rows = [r for r in found.get((dataset, procedure, name), []) if r["seed"] in seeds]
         if rows:
             yield row(", ".join(f"`{change}`" for change in changes) or name, None, rows)
 
 
 def row(first: str, second: str | None, rows: Sequence[dict[str, Any]]) -> str:
-    """Return one line of a table; accuracies in %, their deviation over the seeds, and the first seed's interval."""
+    """Return one line of a table, with accuracies in %."""
     epochs = " or ".join(map(str, sorted({r["epochs"] for r in rows})))
     minutes = statistics.mean(r["train_seconds"] for r in rows) / 60
     records = [EvaluationRecord.model_validate(r["record"]) for r in rows]
-    clean = _accuracy([r.clean.value for r in records], (records[0].clean.low, records[0].clean.high))
-    worst = [r.worst_case[-1] for r in records]
-    robust = _accuracy([w.robust.value for w in worst], (worst[0].robust.low, worst[0].robust.high))
+    images = " or ".join(f"{n:,}" for n in sorted({r.num_images for r in records}))
+    clean, robust = _accuracy([r.clean for r in records]), _accuracy([r.worst_case[-1].robust for r in records])
     verdicts = ", ".join(sorted({r.verdict.status for r in records}))
-    cells = [first, *([second] if second is not None else []), epochs, f"{minutes:.0f}", clean, robust, verdicts]
-    return f"| {' | '.join(cells)} |"
+    names = [first, *([second] if second is not None else [])]
+    return f"| {' | '.join([*names, epochs, f'{minutes:.0f}', images, clean, robust, verdicts])} |"
 
 
-def _accuracy(values: Sequence[float], interval: tuple[float, float]) -> str:
-    """Return `mean ± standard deviation over seeds [95 % interval of the first seed]`, in %."""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    low, high = interval
-    return f"{100 * statistics.mean(values):.1f}{deviation} [{100 * low:.1f}, {100 * high:.1f}]"
+def _accuracy(accuracies: Sequence[Proportion]) -> str:
+    """Return the mean ± standard deviation over seeds, or one seed's accuracy [95 % interval over the images], in %."""
+    if len(accuracies) == 1:
+        return str(accuracies[0]).replace(" %", "")
+    values = [100 * accuracy.value for accuracy in accuracies]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def _eps(result: dict[str, Any]) -> str:
-    return f"{result['record']['worst_case'][-1]['eps']:.3g}"
+    return format_eps(result["record"]["worst_case"][-1]["eps"])
 
 
 def write_tables() -> None:
     """Write every table of the page and of the README between its markers."""
+    found = results()
     for page in (PAGE, README):
-        replace_between(page, "<!-- measured: differences -->", "<!-- end of differences -->", difference_table())
+        _write_table(page, "differences", difference_table(found))
     for procedure in PROCEDURES:
-        replace_between(
-            PAGE, f"<!-- measured: {procedure} -->", f"<!-- end of {procedure} -->", comparison_table(procedure)
-        )
+        _write_table(PAGE, procedure, comparison_table(found, procedure))
     for dataset, procedure in ABLATED:
-        name = f"ablation of {dataset} {procedure}"
-        replace_between(
-            PAGE, f"<!-- measured: {name} -->", f"<!-- end of {name} -->", ablation_table(dataset, procedure)
-        )
+        _write_table(PAGE, f"ablation of {dataset} {procedure}", ablation_table(found, dataset, procedure))
+
+
+def _write_table(page: Path, name: str, lines: Iterator[str]) -> None:
+    replace_between(page, f"<!-- measured: {name} -->", f"<!-- end of {name} -->", lines)
 
 
 def main() -> None:

@@ -146,8 +146,9 @@ def _write_table(folder: Path, manifest: Path) -> None:
 
 
 def _public_config(config: RunConfig) -> RunConfig:
-    """Return the settings with the default folders."""
-    data = config.data.model_copy(update={"root": "data", "cache": None, "download": False})
+    """Return the settings with the default folders; a folder of images keeps its name."""
+    root = f"data/{Path(config.data.root).name}" if config.data.dataset == "folder" else "data"
+    data = config.data.model_copy(update={"root": root, "cache": None, "download": False})
     return config.model_copy(update={"data": data})
 
 

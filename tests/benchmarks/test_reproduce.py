@@ -45,7 +45,7 @@ def test_a_record_is_repeated_with_its_settings_on_its_images_and_compared(
 
     monkeypatch.setattr(rf, "evaluate", evaluate)
     fresh = committed
-    assert run(monkeypatch, "--only", NAME) == 0
+    assert run(monkeypatch, NAME) == 0
     assert f"{NAME}: reproduced" in capsys.readouterr().out
     (options,) = calls
     assert (options["suite"], options["norm"], options["seed"]) == (committed.suite, committed.norm, committed.seed)
@@ -54,7 +54,7 @@ def test_a_record_is_repeated_with_its_settings_on_its_images_and_compared(
 
     lost = committed.worst_case[0].model_copy(update={"robust": Proportion.of(200, committed.num_images)})
     fresh = committed.model_copy(update={"worst_case": (lost, *committed.worst_case[1:])})
-    assert run(monkeypatch, "--only", NAME) == 1
+    assert run(monkeypatch, NAME) == 1
     assert f"{NAME}: robust at eps 0.05: 93.0 %" in capsys.readouterr().out
 
 
@@ -73,10 +73,30 @@ def test_a_new_entry_gets_its_record_and_can_then_be_read(
     assert (home / RECORD).is_file()
     (entry,) = read_entries(reproduce.LEADERBOARD)
     assert entry.record.worst_case == committed.worst_case
-    assert run(monkeypatch, "--only", "mine") == 0
+    assert run(monkeypatch, "mine") == 0
 
 
-def test_reference_networks_whose_weights_are_absent_are_skipped(
+def test_a_network_is_loaded_from_a_module_beside_its_entry(tmp_path: Path) -> None:
+    for name, bias in (("a", 1.0), ("b", 2.0)):  # modules of one name
+        (tmp_path / name).mkdir()
+        code = f"import torch\ndef make():\n    net = torch.nn.Linear(1, 1)\n    net.bias.data.fill_({bias})\n"
+        code += "    return net\n"
+        (tmp_path / name / "network_of_entry.py").write_text(code)
+        loaded = reproduce.load_classifier("network_of_entry:make", tmp_path / name, tmp_path)
+        assert isinstance(loaded, torch.nn.Linear)
+        assert loaded.bias.item() == bias
+        assert not loaded.training
+
+
+def test_an_unknown_name_is_an_error(
+    committed: EvaluationRecord, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "digits/mini")
+    assert "no entry digits/mini; known are digits/" in capsys.readouterr().err
+
+
+def test_networks_whose_files_are_absent_are_skipped_but_fail_by_name(
     committed: EvaluationRecord, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     home = reproduce.LEADERBOARD / "trades"
@@ -84,5 +104,7 @@ def test_reference_networks_whose_weights_are_absent_are_skipped(
     description = yaml.safe_load((ROOT / "results/leaderboard/trades-mnist-smallcnn/entry.yaml").read_text())
     (home / DESCRIPTION).write_text(yaml.safe_dump(description))
     committed.save_summary(home / RECORD)
-    assert run(monkeypatch, "--only", "trades", "--weights", str(tmp_path)) == 0
+    monkeypatch.setattr(reproduce, "zoo_entries", lambda _: [])
+    assert run(monkeypatch, "--weights", str(tmp_path)) == 0
+    assert run(monkeypatch, "trades", "--weights", str(tmp_path)) == 1
     assert "trades: skipped, its weights are not in" in capsys.readouterr().out

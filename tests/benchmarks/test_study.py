@@ -66,20 +66,41 @@ def _result(seed: int, robust: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_row_has_the_mean_the_deviation_over_seeds_and_the_interval_of_the_first() -> None:
+def test_a_row_has_the_mean_and_deviation_over_seeds_or_one_seeds_interval() -> None:
+    several = study.row("mnist", "improved", [_result(0, 90), _result(1, 94)])
+    assert several == "| mnist | improved | 4 or 5 | 10 | 100 | 98.0 ± 0.0 | 92.0 ± 2.8 | trusted |"
     low, high = (100 * v for v in (Proportion.of(90, 100).low, Proportion.of(90, 100).high))
-    line = study.row("mnist", "improved", [_result(0, 90), _result(1, 94)])
-    assert line.startswith("| mnist | improved | 4 or 5 | 10 | 98.0 ± 0.0 [")
-    assert f"| 92.0 ± 2.8 [{low:.1f}, {high:.1f}] | trusted |" in line
     assert f"| 90.0 [{low:.1f}, {high:.1f}] | trusted |" in study.row("mnist", None, [_result(0, 90)])
 
 
-def test_a_difference_has_newcombes_interval_with_one_seed_and_students_with_several() -> None:
-    # Newcombe, Statistics in Medicine 17 (1998), table II: 56/70 and 48/80, method 10
-    one = study.difference([(Proportion.of(56, 70), Proportion.of(48, 80))])
-    assert one == "+20.0 [+5.2, +33.4]"
-    three = study.difference([(Proportion.of(90 + d, 100), Proportion.of(90, 100)) for d in (1, 2, 3)])
-    assert three == f"+2.0 [{2 - 4.303 / 3**0.5:+.1f}, {2 + 4.303 / 3**0.5:+.1f}]"
+def test_a_difference_has_a_paired_interval_with_one_seed_and_students_with_several() -> None:
+    # Agresti & Min (2005): 1/2 is added to 12 and 4 images that one network alone classifies correctly, of 50
+    first, second = set(range(4)) | {40, 41}, set(range(10, 22)) | {40, 41}
+    centre = (12.5 - 4.5) / 52
+    half = 1.959964 * ((12.5 + 4.5) / 52 - centre**2) ** 0.5 / 52**0.5
+    expected = f"+16.0 [{100 * (centre - half):+.1f}, {100 * (centre + half):+.1f}]"
+    assert study.difference([(first, second, 50)]) == expected
+    seeds = [({0}, set(range(2 + seed)), 100) for seed in range(3)]
+    assert study.difference(seeds) == f"+2.0 [{2 - 4.303 / 3**0.5:+.1f}, {2 + 4.303 / 3**0.5:+.1f}]"
+
+
+def test_committed_results_have_the_settings_of_the_script() -> None:
+    for network in plan():
+        if network.path.is_file():
+            result = json.loads(network.path.read_text())
+            committed, expected = result["config"], settings(network).model_dump(mode="json")
+            stage = "training" if network.procedure == "two-phase" else "adversarial"
+            for values in (committed, expected):
+                for field in ("epochs", "warmup"):  # follow from the cost
+                    values[stage].pop(field, None)
+                values["data"].pop("root")
+                values.pop("evaluation")
+                if stage == "training":
+                    values.pop("adversarial")
+            assert committed == expected, f"{network.path} has other settings; delete it and measure it again"
+            wrong, record = set(result["wrong_robust"]), result["record"]
+            assert set(result["wrong_clean"]) <= wrong
+            assert len(wrong) == record["num_images"] - record["worst_case"][-1]["robust"]["count"]
 
 
 def test_the_tables_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

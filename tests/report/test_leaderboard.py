@@ -33,13 +33,13 @@ def test_the_tables_are_sorted_by_robust_accuracy_within_data_set_norm_and_radiu
 ) -> None:
     write_entry(tmp_path, "a", make_record("a", suite="standard", robust=(100,)), title="Weak")
     write_entry(tmp_path, "b", make_record("b", suite="standard", robust=(160,)), title="Strong")
-    write_entry(tmp_path, "c", make_record("c", suite="standard", robust=(170, 10)), title="Other radius")
+    write_entry(tmp_path, "c", make_record("c", suite="standard", robust=(170, 10)), title="Two radii")
     write_entry(tmp_path, "d", make_record("d", suite="autoattack", robust=(10,)), title="Other data", dataset="mnist")
     lines = list(leaderboard(read_entries(tmp_path)))
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == ["## digits, L∞, eps 0.1", "## digits, L∞, eps 0.2", "## mnist, L∞, eps 0.1"]
     order = [line.split("|")[1].strip() for line in lines if line.startswith("|") and "---" not in line]
-    assert order == ["network", "Strong", "Weak", "network", "Other radius", "network", "Other data"]
+    assert order == ["network", "Two radii", "Strong", "Weak", "network", "Two radii", "network", "Other data"]
     strong = next(line for line in lines if "Strong" in line)
     assert "| 95.0 [91.0, 97.3] | 80.0 [73.9, 85.0] | 200 of the test images | `standard` | us |" in strong
 

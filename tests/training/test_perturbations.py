@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from robustfpd.attacks.norms import lp_ball
 from robustfpd.config import AdversarialConfig, TrainingConfig, parse
 from robustfpd.models import FPD
 from robustfpd.training.objectives import divergence
@@ -83,10 +84,7 @@ def test_the_attack_leads_away_from_the_prediction_or_the_true_class(
     assert torch.equal(targets[0], predicted if labels == "predicted" else true)
 
 
-@pytest.mark.parametrize(("attack", "expected"), [("fgsm", (1, 0.2, False)), ("fgsm-rs", (1, 0.25, True))])
-def test_single_step_attacks_start_at_the_image_or_at_random(
-    fpd: FPD, batch: Batch, attack: str, expected: tuple[int, float, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fgsm_takes_one_step_from_the_image(fpd: FPD, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, object] = {}
 
     def recorded(classifier: object, images: Tensor, labels: Tensor, **given: object) -> Tensor:
@@ -95,10 +93,25 @@ def test_single_step_attacks_start_at_the_image_or_at_random(
 
     monkeypatch.setattr("robustfpd.training.perturbations.pgd", recorded)
     clean, _, labels = batch
-    adversarial_images(fpd, clean, labels, parse(AdversarialConfig, {"attack": attack, "eps": 0.2}))
-    assert (options["steps"], options["step_size"], options["random_start"]) == expected
-    adversarial_images(fpd, clean, labels, parse(AdversarialConfig, {"attack": attack, "eps": 0.2, "step_size": 0.1}))
-    assert options["step_size"] == 0.1
+    for step_size, expected in ((None, 0.2), (0.1, 0.1)):
+        settings = parse(AdversarialConfig, {"attack": "fgsm", "eps": 0.2, "step_size": step_size})
+        adversarial_images(fpd, clean, labels, settings)
+        assert (options["steps"], options["step_size"], options["random_start"]) == (1, expected, False)
+
+
+@pytest.mark.parametrize(("step_size", "length"), [(None, 0.25), (0.1, 0.1)])
+def test_fgsm_rs_returns_one_step_from_a_random_start(
+    fpd: FPD, batch: Batch, step_size: float | None, length: float
+) -> None:
+    clean, _, labels = batch
+    settings = parse(AdversarialConfig, {"attack": "fgsm-rs", "eps": 0.2, "step_size": step_size, "labels": "true"})
+    found = adversarial_images(fpd, clean, labels, settings, generator=torch.Generator().manual_seed(3))
+    start = (clean + lp_ball("linf").sample(clean, 0.2, torch.Generator().manual_seed(3))).clamp(0, 1).requires_grad_()
+    classifier = attacked_view(copy.deepcopy(fpd).eval(), settings)
+    (gradient,) = torch.autograd.grad(cross_entropy(classifier(start), labels), start)
+    step = clean + (start + length * gradient.sign() - clean).clamp(-0.2, 0.2)
+    assert found is not None
+    assert torch.allclose(found, step.clamp(0, 1), atol=1e-6)
 
 
 def test_the_attack_of_trades_maximizes_the_divergence_from_the_clean_logits(fpd: FPD, batch: Batch) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from robustfpd.config import Config, DataConfig, load_run, parse
 from robustfpd.errors import InputError
-from robustfpd.evaluation import EvaluationRecord
+from robustfpd.evaluation import EvaluationRecord, WorstCase
 from robustfpd.evaluation.robustness import NORM_NAMES, format_eps
 from robustfpd.models import zoo
 
@@ -28,7 +28,7 @@ class Description(Config):
     """The network's name, one line."""
     model: str
     """What to evaluate: a name of the zoo, a reference network of `benchmarks/reference_networks.py`, or
-    `package.module:factory` for a function that returns a classifier with its weights."""
+    `module:function` for a function that returns the classifier with its weights, in a module beside this file."""
     training: str
     """How it was trained, in a few words."""
     defence: str = "none"
@@ -105,7 +105,7 @@ def refusal(entry: Entry) -> str | None:
 
 
 def differences(committed: EvaluationRecord, fresh: EvaluationRecord) -> list[str]:
-    """Return where a fresh evaluation contradicts a committed record: none if the record is reproduced.
+    """Return the differences between a committed record and a fresh evaluation; empty if the record is reproduced.
 
     Both must be of the same images. The fresh accuracies must lie in the committed 95 % intervals over the images.
     """
@@ -128,18 +128,19 @@ def differences(committed: EvaluationRecord, fresh: EvaluationRecord) -> list[st
 
 
 def leaderboard(entries: Sequence[Entry]) -> Iterator[str]:
-    """Yield the lines of the page: a table for each data set, norm and largest radius, most robust network first."""
-    groups: dict[tuple[str, str, float], list[Entry]] = {}
+    """Yield the lines of the page: a table for each data set, norm and radius, most robust network first."""
+    groups: dict[tuple[str, str, str], list[tuple[WorstCase, Entry]]] = {}
     for entry in entries:
-        key = entry.description.dataset, entry.record.norm, entry.record.worst_case[-1].eps
-        groups.setdefault(key, []).append(entry)
-    for (dataset, norm, eps), members in sorted(groups.items()):
-        yield from ("", f"## {dataset}, {NORM_NAMES[norm]}, eps {format_eps(eps)}", "")
+        for worst in entry.record.under_attack:
+            key = entry.description.dataset, entry.record.norm, format_eps(worst.eps)
+            groups.setdefault(key, []).append((worst, entry))
+    for (dataset, norm, eps), members in sorted(groups.items(), key=lambda group: (group[0][:2], group[1][0][0].eps)):
+        yield from ("", f"## {dataset}, {NORM_NAMES[norm]}, eps {eps}", "")
         yield "| network | training | defence | clean, % | robust, % | images | suite | source |"
         yield "|" + "---|" * 8
-        for entry in sorted(members, key=lambda e: (-e.record.worst_case[-1].robust.value, e.name)):
+        for worst, entry in sorted(members, key=lambda member: (-member[0].robust.value, member[1].name)):
             about, record = entry.description, entry.record
-            clean, robust = (str(a).replace(" %", "") for a in (record.clean, record.worst_case[-1].robust))
+            clean, robust = (str(a).replace(" %", "") for a in (record.clean, worst.robust))
             images = f"{record.num_images:,} of {about.images}"
             yield (
                 f"| {about.title} | {about.training} | {about.defence} | {clean} | {robust} | {images} | "

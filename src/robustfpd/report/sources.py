@@ -210,7 +210,7 @@ def training_command(config: RunConfig, out: str) -> str:
     arguments += ["--baseline"] if baseline else []
     arguments += ["--seed", str(config.seed)] if config.seed != base.seed else []
     if config.data.dataset not in BUNDLED:
-        arguments += ["--data-root", "data", *(["--download"] if config.data.dataset != "folder" else [])]
+        arguments += ["--data-root", _data_root(config), *(["--download"] if config.data.dataset != "folder" else [])]
     return shlex.join([*arguments, "--out", out])
 
 
@@ -221,8 +221,14 @@ def evaluation_command(record: EvaluationRecord, config: RunConfig, model: str) 
     arguments += ["--every-attack"] if record.every_attack else []
     arguments += ["--trust-code"] if needs_trust(config.model.backbone) else []
     arguments += ["--seed", str(record.seed)] if record.seed != config.seed else []
-    arguments += ["--data-root", "data"] if config.data.dataset not in BUNDLED else []
+    arguments += ["--data-root", _data_root(config)] if config.data.dataset not in BUNDLED else []
     return shlex.join(arguments)
+
+
+def _data_root(config: RunConfig) -> str:
+    """Return `data`, or the folder of images in it; the folder on this machine is useless elsewhere."""
+    name = Path(config.data.root).name
+    return f"data/{name}" if config.data.dataset == "folder" and name not in ("", "data") else "data"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
