@@ -8,7 +8,8 @@ from robustfpd.cli.common import Output
 def recipes(output: Output = Output()) -> None:  # noqa: B008
     """List the packaged recipes, whose names `robustfpd train` takes.
 
-    Recipes */mini train on noise, `--stages two-phase,adversarial` on attacks too; recipes */robust on attacks alone.
+    Recipes */mini train on noisy images, and with `--stages two-phase,adversarial` on adversarial images too; recipes
+    */robust train on adversarial images only.
 
     For example `robustfpd recipes`, or `robustfpd recipes --json`.
     """
@@ -30,7 +31,7 @@ def recipes(output: Output = Output()) -> None:  # noqa: B008
         published = "\npublished:" in (RECIPES / f"{name}.yaml").read_text()
         size = str(height) if height == width else f"{height}×{width}"
         noise, eps, epochs = run.training.noise, run.adversarial.eps, run.procedure.epochs
-        perturbation = f"noise {noise:g}" if run.stage == "two-phase" else f"attack {format_eps(eps)}"
+        perturbation = f"noise {noise:g}" if run.stage == "two-phase" else f"eps {format_eps(eps)}"
         table.add_row(name, size, run.model.backbone, perturbation, str(epochs), "yes" if published else "")
         listed.append({
             "name": name, "dataset": run.data.dataset, "image_size": [height, width], "backbone": run.model.backbone,

@@ -54,8 +54,8 @@ def train(
         recipe: name of a recipe (see `robustfpd recipes`) or a YAML file.
         settings: changes to the recipe: training.epochs=3 model.head=spectral, or a network of your own with
             model.backbone=package.module:factory.
-        stages: two-phase, adversarial, or both with a comma; adversarial alone starts from the two-phase run in the
-            same folder. Default: the recipe's, two-phase for recipes */mini.
+        stages: two-phase, adversarial, or both with a comma; adversarial alone continues the two-phase run in the same
+            folder, unless adversarial.start is scratch. Default: the recipe's.
         protocol: improved starts as the network it wraps, corrected follows the paper, published the authors' code;
             see docs/protocols.md.
         data_root: folder of images for the recipes folder/*, else where torchvision keeps its data sets; default data.
