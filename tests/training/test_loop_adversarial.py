@@ -222,6 +222,13 @@ def test_labels_true_of_a_command_line_are_the_true_labels() -> None:
     assert recipe("digits/mini", ["adversarial.labels=true"]).adversarial.labels == "true"
 
 
+@pytest.mark.parametrize(("objective", "labels"), [("mixed", "predicted"), ("madry", "true"), ("mart", "true")])
+def test_the_attacked_labels_follow_the_objective_unless_they_are_set(objective: Any, labels: str) -> None:
+    changes = [f"adversarial.objective={objective}", "adversarial.batch=joint"]
+    assert recipe("digits/mini", changes).adversarial.labels == AdversarialConfig(objective=objective).labels == labels
+    assert recipe("digits/mini", [*changes, "adversarial.labels=predicted"]).adversarial.labels == "predicted"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -155,10 +156,10 @@ class AdversarialConfig(ProcedureConfig):
     """Epochs on clean images before the first adversarial ones."""
     warmup: float = Field(default=0.0, ge=0)
     """Epochs over which eps grows from 0, counted from `start_epoch`."""
-    labels: Labels | None = None
-    """Labels for the attack's loss: the model's own predictions, which avoid label leaking, or the true classes; None:
-    `true` for `madry` and `mart`, `predicted` for `mixed`. `trades` ignores this field: its attack maximizes the
-    divergence from the clean image's probabilities."""
+    labels: Labels = "predicted"
+    """Labels for the attack's loss: the model's own predictions, which avoid label leaking, or the true classes, the
+    default of `madry` and `mart`. `trades` ignores this field: its attack maximizes the divergence from the clean
+    image's probabilities."""
     batch: Literal["joint", "both", "halves"] = "joint"
     """`joint`: one forward pass over the clean and adversarial images of a batch; `both` (published): two passes, whose
     batch statistics differ between clean and adversarial images; `halves` (objective `mixed` only): half of each batch
@@ -181,10 +182,12 @@ class AdversarialConfig(ProcedureConfig):
     select_images: int = Field(default=500, ge=1)
     """robust: number of validation images attacked after each epoch."""
 
-    @property
-    def attacked_labels(self) -> str:
-        """Labels for the attack's loss: `labels`, or the objective's where that is None."""
-        return self.labels or ("true" if self.objective in ("madry", "mart") else "predicted")
+    @model_validator(mode="before")
+    @classmethod
+    def _default_labels(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("objective") in ("madry", "mart"):
+            return {"labels": "true", **values}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> AdversarialConfig:

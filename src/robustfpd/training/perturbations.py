@@ -71,7 +71,7 @@ def adversarial_images(
     classifier = attacked_view(model, config)
     loss: LossFunction = cross_entropy
     with evaluating(model):
-        if config.objective == "trades" or config.attacked_labels == "predicted":
+        if config.objective == "trades" or config.labels == "predicted":
             with torch.no_grad():
                 logits = classifier(images)
             targets = logits.argmax(dim=1)
