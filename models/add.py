@@ -31,6 +31,7 @@ from robustfpd.models import FPD, Baseline, load, zoo
 from robustfpd.models.checkpoint import CONFIG, WEIGHTS
 from robustfpd.provenance import weights_sha256
 from robustfpd.report.model_card import PACKAGES, TRAINING, model_card, training_description
+from robustfpd.report.sources import evaluation_command
 from robustfpd.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +87,9 @@ def add(
         config.save(new / zoo.SETTINGS)
         write_json(new / TRAINING, {"stages": stages})
         for stem, evaluation in records.items():
-            path = evaluation.model_copy(update={"model_name": name}).save(new / "results" / f"{stem}.json")
+            command = {"command": evaluation_command(evaluation, config, name)}  # the run's has a path of this machine
+            update = {"model_name": name, "environment": {**evaluation.environment, **command}}
+            path = evaluation.model_copy(update=update).save(new / "results" / f"{stem}.json")
             ledger = path.with_suffix(LEDGER)
             if not evaluation.ledger or ledger.stat().st_size >= MAX_LEDGER_BYTES:
                 ledger.unlink()
