@@ -202,8 +202,11 @@ def training_command(config: RunConfig, out: str) -> str:
     if config.recipe not in recipe_names():
         raise InputError(f"recipe {config.recipe!r} is not a packaged one, so no command repeats this run")
     base = recipe(config.recipe, protocol=config.protocol)
-    baseline = config.model.defence == "none" and base.model.defence != "none"
-    arguments = ["robustfpd", "train", config.recipe, *_overrides(config, base, baseline)]
+    choices = [False, True] if config.model.defence == "none" and base.model.defence != "none" else [False]
+    # --baseline also equals the number of optimizer steps, model.defence=none does not.
+    found = [(_overrides(config, base, choice), choice) for choice in choices]
+    overrides, baseline = min(found, key=lambda overrides_and_choice: len(overrides_and_choice[0]))
+    arguments = ["robustfpd", "train", config.recipe, *overrides]
     if config.stage == "adversarial":
         arguments += ["--stages", "two-phase,adversarial" if config.adversarial.start == "best" else "adversarial"]
     arguments += ["--protocol", config.protocol] if config.protocol != RunConfig().protocol else []
