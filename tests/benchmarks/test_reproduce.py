@@ -93,7 +93,8 @@ def test_an_unknown_name_is_an_error(
 ) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "digits/mini")
-    assert "no entry digits/mini; known are digits/" in capsys.readouterr().err
+    _, message = capsys.readouterr()
+    assert "no entry digits/mini; known are digits/" in message
 
 
 def test_networks_whose_files_are_absent_are_skipped_but_fail_by_name(
