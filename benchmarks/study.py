@@ -342,7 +342,7 @@ def difference_table(found: Results) -> Iterator[str]:
             pairs = [(fpd[seed], baseline[seed]) for seed in fpd if seed in baseline]
             if pairs:
                 clean, robust = (
-                    difference([(set(a[key]), set(b[key]), a["record"]["num_images"]) for a, b in pairs])
+                    difference([(set(a[key]), set(b[key]), a["record"]["clean"]["total"]) for a, b in pairs])
                     for key in ("wrong_clean", "wrong_robust")
                 )
                 yield f"| {dataset}, {_eps(pairs[0][0])} | {title} | {len(pairs)} | {clean} | {robust} |"

@@ -100,7 +100,7 @@ def test_committed_results_have_the_settings_of_the_script() -> None:
             assert committed == expected, f"{network.path} has other settings; delete it and measure it again"
             wrong, record = set(result["wrong_robust"]), result["record"]
             assert set(result["wrong_clean"]) <= wrong
-            assert len(wrong) == record["num_images"] - record["worst_case"][-1]["robust"]["count"]
+            assert len(wrong) == record["clean"]["total"] - record["worst_case"][-1]["robust"]["count"]
 
 
 def test_the_tables_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
