@@ -29,11 +29,11 @@ def test_the_perturbation_has_the_relative_radius_and_raises_the_loss() -> None:
     assert [weight.shape for weight, _ in moves] == [(8, 9), (3, 8)]  # no bias, no scale of the batch norm
     for weight, move in moves:
         assert float(move.norm() / weight.detach().norm()) == pytest.approx(0.02, rel=1e-4)
-    own = float(_loss(net, images, labels))
+    own = _loss(net, images, labels).item()
     with perturbed(moves):
-        raised = float(_loss(net, images, labels))
+        raised = _loss(net, images, labels).item()
         with perturbed([(weight, -2 * move) for weight, move in moves]):
-            lowered = float(_loss(net, images, labels))
+            lowered = _loss(net, images, labels).item()
     assert lowered < own < raised
     weights = {k: v for k, v in net.state_dict().items() if k.endswith("weight")}
     assert all(torch.allclose(before[k], v, atol=1e-6) for k, v in weights.items())
